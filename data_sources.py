@@ -1,0 +1,414 @@
+"""Where text comes from: the datasets by name, their sizes, and how each is fetched.
+
+A `Dataset` is a frozen value that is passed along. `fetch(dataset)` makes its source complete on
+disk; `documents(dataset, split)` then yields its texts, always in the same order. No document is
+in two splits. Everything downstream (tokenizer, token cache, batches) is in prepare.py.
+"""
+
+import hashlib
+import json
+import os
+import random
+import sys
+import sysconfig
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+
+SPLITS = ("train", "val", "test")
+EVAL_UNIT = 524_288  # tokens; evaluation sizes are given as multiples of it
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One corpus and the sizes that every experiment on it shares."""
+
+    name: str
+    summary: str
+    vocab_size: int  # tokens, the special ones included
+    sequence_length: int  # tokens of context in training and in evaluation
+    eval_tokens: int  # validation tokens scored at the end of a run, at most
+    eval_fraction: float = 1.0  # ... and at most this share of the corpus
+    repo: str = ""  # Hugging Face dataset repository, where there is one
+    train_shards: int = 0  # parquet shards used for training
+
+
+DATASETS = {
+    d.name: d
+    for d in (
+        Dataset("stdlib", "the running Python's own standard library; no network",
+                vocab_size=1024, sequence_length=256, eval_tokens=EVAL_UNIT // 2),
+        Dataset("climbmix", "web text, 10 of 6543 shards",
+                vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT,
+                repo="karpathy/climbmix-400b-shuffle", train_shards=10),
+        Dataset("tinystories", "short children's stories",
+                vocab_size=2048, sequence_length=512, eval_tokens=3 * EVAL_UNIT,
+                repo="karpathy/tinystories-gpt4-clean", train_shards=20),
+        Dataset("files", "a folder of your own: FILES=dir with .parquet, .jsonl or .txt",
+                vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT, eval_fraction=1 / 20),
+    )
+}  # fmt: skip
+
+
+def get_dataset(name):
+    """The `Dataset` called `name`; an unknown name ends the program with the known ones."""
+    if name not in DATASETS:
+        sys.exit(f"error: unknown dataset '{name}'; known: {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def cache_dir(dataset):
+    """Where the dataset's shards, tokenizer and tokens live (AUTORESEARCH_CACHE moves it)."""
+    root = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+    return root if dataset.name == "climbmix" else root / dataset.name
+
+
+def fetch(dataset):
+    """Make the dataset's source complete on disk; does nothing where it is."""
+    if dataset.name == "climbmix":
+        names = [climbmix_shard(i) for i in range(dataset.train_shards)]
+        names += [climbmix_shard(CLIMBMIX_VAL), climbmix_shard(CLIMBMIX_TEST)]
+        url = f"{hub_endpoint()}/datasets/{dataset.repo}/resolve/main"
+        download_all([(f"{url}/{name}", shard_dir(dataset) / name) for name in names])
+    elif dataset.name == "tinystories":
+        fetch_tinystories(dataset)
+    elif dataset.name == "files":
+        files_folder()  # nothing to fetch; says at once where the folder is missing
+    elif not stdlib_files():
+        sys.exit(f"error: this Python ({sys.executable}) ships no standard library sources; use another one")
+
+
+def documents(dataset, split):
+    """Yield the texts of one split (`train`, `val` or `test`), in a fixed order."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
+    if dataset.name == "stdlib":
+        return split_by_content(stdlib_documents(), split, share=0.05)
+    if dataset.name == "files":
+        return files_documents(dataset, split)
+    if dataset.name == "climbmix":
+        numbers = {"train": range(dataset.train_shards), "val": [CLIMBMIX_VAL], "test": [CLIMBMIX_TEST]}
+        return parquet_texts(shard_dir(dataset) / climbmix_shard(i) for i in numbers[split])
+    n = dataset.train_shards
+    numbers = {"train": range(n), "val": [n], "test": [n + 1]}
+    return parquet_texts(shard_dir(dataset) / f"shard_{i:05d}.parquet" for i in numbers[split])
+
+
+def fingerprint(dataset):
+    """A value that changes when the source does, so that an outdated token cache is noticed."""
+    if dataset.name != "files":
+        return None
+    if not os.environ.get("AUTORESEARCH_FILES"):
+        return None  # training from a finished cache needs no source
+    folder = files_folder()
+    listing = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(folder)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+# --- splits and passages -----------------------------------------------------------------------
+
+
+def split_by_content(groups, split, share):
+    """Yield the texts of `split` from (key, [text, …]) groups; a group is never divided.
+
+    The key's hash decides, `share` of the groups going to `val` and as many to `test`, so a
+    group's split does not depend on what else is in the corpus.
+    """
+    for key, texts in groups:
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+        where = int.from_bytes(digest[:8], "big") / 2**64
+        if split == ("val" if where < share else "test" if where < 2 * share else "train"):
+            yield from texts
+
+
+def passages(text, limit):
+    """Cut `text` at blank lines into passages of about `limit` characters; nothing is dropped.
+
+    A document longer than a training row loses its tail to the packing's cropping rule, so long
+    files are cut beforehand, where a reader would cut them.
+    """
+    pieces, piece, size = [], [], 0
+    for block in text.split("\n\n"):
+        if piece and size + len(block) > limit:
+            pieces.append("\n\n".join(piece) + "\n\n")
+            piece, size = [], 0
+        piece.append(block)
+        size += len(block) + 2
+    pieces.append("\n\n".join(piece))
+    return [p for p in pieces if p.strip()]
+
+
+# --- stdlib ------------------------------------------------------------------------------------
+
+
+def stdlib_files():
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "__pycache__"}
+    return sorted(p for p in root.rglob("*.py") if not skipped.intersection(p.relative_to(root).parts))
+
+
+def stdlib_documents():
+    """(path, passages) of every distinct source file, in an order that mixes the packages."""
+    root, seen = Path(sysconfig.get_paths()["stdlib"]), set()
+    paths = stdlib_files()
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue  # the test suite holds files that are broken on purpose
+        digest = hashlib.sha256(text.encode()).digest()
+        if text.strip() and digest not in seen:
+            seen.add(digest)
+            yield path.relative_to(root).as_posix(), passages(text, limit=800)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def files_folder():
+    name = os.environ.get("AUTORESEARCH_FILES")
+    if not name:
+        sys.exit("error: dataset 'files' needs a folder of text: make prepare DATASET=files FILES=dir")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        sys.exit(f"error: FILES={name} is not a folder")
+    if not text_files(folder):
+        sys.exit(f"error: FILES={name} holds no .parquet, .jsonl or .txt file")
+    return folder
+
+
+def text_files(folder):
+    return sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".jsonl", ".txt") and p.is_file())
+
+
+def files_texts(folder):
+    """Yield every text below `folder`: parquet and jsonl rows as they are, .txt in passages."""
+    for path in text_files(folder):
+        if path.suffix == ".parquet":
+            yield from parquet_texts([path])
+        elif path.suffix == ".txt":
+            yield from passages(path.read_text("utf-8", errors="replace"), limit=8000)
+        else:
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                for number, line in enumerate(lines, 1):
+                    if not line.strip():
+                        continue
+                    try:
+                        text = json.loads(line)["text"]
+                    except (ValueError, KeyError, TypeError):
+                        sys.exit(f"error: {path}, line {number}: not a JSON object with a 'text'")
+                    if isinstance(text, str):
+                        yield text
+
+
+def files_documents(dataset, split):
+    """The texts of one split, each once. The text's own hash decides, so copies stay together."""
+    folder = files_folder()
+    total = sum(p.stat().st_size for p in text_files(folder))
+    # Half as much again as evaluation can use, at about four bytes a token; a large corpus gives less.
+    share = min(dataset.eval_fraction, 1.5 * 4 * dataset.eval_tokens / max(total, 1))
+    seen = set()
+    for text in split_by_content(((text, [text]) for text in files_texts(folder)), split, share):
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+        if text.strip() and digest not in seen:
+            seen.add(digest)
+            yield text
+
+
+# --- climbmix and tinystories, from the hub ------------------------------------------------------
+
+CLIMBMIX_VAL, CLIMBMIX_TEST = 6542, 6541
+
+
+def climbmix_shard(i):
+    return f"shard_{i:05d}.parquet"
+
+
+def shard_dir(dataset):
+    return cache_dir(dataset) / "shards"
+
+
+def parquet_texts(paths):
+    """Yield column `text` of parquet files, one row group in memory at a time."""
+    for path in paths:
+        try:
+            file = pq.ParquetFile(path)
+            if "text" not in file.schema_arrow.names:
+                sys.exit(f"error: {path} has no column 'text'")
+            for group in range(file.num_row_groups):
+                for text in file.read_row_group(group, columns=["text"])["text"].to_pylist():
+                    if text:
+                        yield text
+        except (OSError, pa.ArrowException) as error:
+            sys.exit(f"error: {path} cannot be read: {error}")
+
+
+def fetch_tinystories(dataset):
+    """Download what the hub lists, shuffle with a fixed seed, write 20 + 1 + 1 shards."""
+    shards = shard_dir(dataset)
+    targets = [shards / f"shard_{i:05d}.parquet" for i in range(dataset.train_shards + 2)]
+    if all(is_parquet(path) for path in targets):
+        return
+    listing = hub_get(f"{hub_endpoint()}/api/datasets/{dataset.repo}/parquet").json()
+    urls = [url for config in listing.values() for split in config.values() for url in split]
+    # The listing names the hub itself even where a mirror answered.
+    urls = [url.replace("https://huggingface.co/", f"{hub_endpoint()}/", 1) for url in urls]
+    if not urls:
+        sys.exit(f"error: the hub lists no parquet file for {dataset.repo}")
+    sources = [shards / f"source_{i:05d}.parquet" for i in range(len(urls))]
+    download_all(list(zip(urls, sources, strict=True)))
+    # Each story once: the hub's copies would otherwise stand in two splits.
+    texts = list(dict.fromkeys(parquet_texts(sources)))
+    random.Random(0).shuffle(texts)
+    n = len(targets)
+    for i, path in enumerate(targets):
+        part = texts[i * len(texts) // n : (i + 1) * len(texts) // n]
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        pq.write_table(pa.table({"text": part}), temporary, row_group_size=4096)
+        temporary.replace(path)
+    for path in sources:
+        path.unlink()
+
+
+# --- downloads -----------------------------------------------------------------------------------
+
+WORKERS = 8  # files at once
+ATTEMPTS = 6  # tries a file
+BACK_OFF = 1.0  # seconds before the second try, doubled for each further one
+TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of an answer
+
+
+def hub_endpoint():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+def hub_get(url, **options):
+    """GET with retries and, towards the hub itself, the user's HF_TOKEN."""
+    headers = dict(options.pop("headers", {}))
+    token = os.environ.get("HF_TOKEN")
+    if token and url.startswith(hub_endpoint() + "/"):
+        headers["Authorization"] = f"Bearer {token}"
+    for attempt in range(ATTEMPTS):
+        try:
+            response = requests.get(url, headers=headers, timeout=TIMEOUT, **options)
+        except requests.RequestException as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            if response.status_code in (401, 403):
+                sys.exit(f"error: {url}: access denied ({response.status_code}); set HF_TOKEN to a token that may read it")
+            if response.status_code in (404, 410):
+                sys.exit(f"error: {url}: not found ({response.status_code})")
+            if response.status_code == 416 or response.ok:
+                return response
+            reason = f"status {response.status_code}"
+            response.close()
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(BACK_OFF * 2**attempt)
+    sys.exit(f"error: {url}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")
+
+
+def is_parquet(path):
+    """Whether `path` is a whole parquet file (its footer can be read)."""
+    try:
+        pq.ParquetFile(path).close()
+        return True
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def download(url, path, progress=lambda n: None):
+    """Fetch one parquet file. `path` appears only once the length and the footer are right.
+
+    A broken transfer goes on where it stopped if the server has the same file still (If-Range
+    with its ETag), else from the start. Raises SystemExit with one line when it is given up.
+    """
+    if is_parquet(path):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    etag, reason = None, ""
+    try:
+        part.write_bytes(b"")
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(BACK_OFF * 2 ** (attempt - 1))
+            have = part.stat().st_size
+            headers = {"Accept-Encoding": "identity"}  # a compressed answer has another length
+            if have and etag:
+                headers |= {"Range": f"bytes={have}-", "If-Range": etag}
+            try:
+                with hub_get(url, headers=headers, stream=True) as response:
+                    resumed = response.status_code == 206
+                    if response.status_code == 416 or not resumed:
+                        have = 0
+                    if response.status_code == 416:
+                        part.write_bytes(b"")
+                        etag = None
+                        continue
+                    tag = response.headers.get("ETag", "")
+                    etag = tag if tag and not tag.startswith("W/") else None
+                    length = response.headers.get("Content-Length")
+                    expected = have + int(length) if length else None
+                    with part.open("ab" if resumed else "wb") as out:
+                        for piece in response.iter_content(1 << 20):
+                            out.write(piece)
+                            progress(len(piece))
+                        out.flush()
+                        os.fsync(out.fileno())
+            except requests.RequestException as error:
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            size = part.stat().st_size
+            if expected is not None and size != expected:
+                reason = f"{size} bytes arrived of {expected}"
+            elif not is_parquet(part):
+                reason, etag = "what arrived is no whole parquet file", None
+            else:
+                part.replace(path)
+                return
+        sys.exit(f"error: {url}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def download_all(jobs):
+    """Fetch (url, path) pairs, several at once. The first failure ends the program; what is whole stays."""
+    missing = [(url, path) for url, path in jobs if not is_parquet(path)]
+    if not missing:
+        return
+    lock, done, size, start, tty = threading.Lock(), 0, 0, time.monotonic(), sys.stderr.isatty()
+
+    def progress(n):
+        nonlocal size
+        with lock:
+            size += n
+            if tty:
+                rate = size / 1e6 / max(time.monotonic() - start, 1e-3)
+                print(f"\r{done}/{len(missing)} files, {size / 1e6:,.0f} MB, {rate:.0f} MB/s ", end="", file=sys.stderr)
+
+    def job(pair):
+        nonlocal done
+        download(*pair, progress)
+        with lock:
+            done += 1
+            if not tty:
+                print(f"downloaded {pair[1].name} ({done}/{len(missing)})", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures = [pool.submit(job, pair) for pair in missing]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            if tty:
+                print(file=sys.stderr)

@@ -1,0 +1,460 @@
+"""The experiment: model, optimizer, schedules and training loop. This is the file to edit.
+
+    python train.py        (or `make run`, which also watches over it)
+
+Data, the budget's clock, the metric and the record belong to prepare.py and are the same for
+every experiment. The model follows karpathy/nanochat's GPT; the sources of single ideas are
+named where they stand.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import prepare  # first, so that start-up is timed from the beginning
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
+
+GPU = mx.default_device().type == mx.gpu
+CUDA = GPU and mx.cuda.is_available()
+
+# --- hyperparameters -----------------------------------------------------------------------------
+# `a if GPU else b`: a for Metal and CUDA, b for a CPU, which sees a hundredth of the tokens.
+
+DATASET = "stdlib"  # one of data_sources.DATASETS
+
+DEPTH = 4 if GPU else 3  # layers
+ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
+HEAD_DIM = 128 if GPU else 64
+WINDOW_PATTERN = "L" if CUDA else "SSSL"  # per layer, repeated: S sees half the context, L all; the last is L
+
+TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
+DEVICE_BATCH_SIZE = 16 if GPU else 8  # rows at once; lower it where memory is short
+EVAL_BATCH_SIZE = 16  # rows at once in evaluation
+
+MATRIX_LR = 0.04  # Muon, all matrices of the blocks
+EMBEDDING_LR = 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
+HEAD_LR = 0.004  # AdamW, output head and value gates
+X0_LR = 0.5  # AdamW, x0_lambdas
+RESID_LR = 0.005  # AdamW, resid_lambdas
+WEIGHT_DECAY = 0.2  # Muon; falls linearly to 0 over the budget
+WARMDOWN = 0.5  # last share of the budget, in which learning rates fall linearly
+FINAL_LR = 0.0  # ... to this share of their value
+
+COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
+LOGITS_AT_ONCE = 2**26 if GPU else 2**19  # elements of the logits that exist at one time in training
+ATTENTION_BLOCK = None if CUDA else 512  # queries at once where attention has no fused backward
+
+# --- model ---------------------------------------------------------------------------------------
+
+SOFTCAP = 15.0  # logits are bounded to ±SOFTCAP (Gemma 2, arXiv:2408.00118)
+GATE_CHANNELS = 32  # leading channels of the residual stream that the value gate looks at
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    sequence_length: int
+    depth: int = DEPTH
+    n_head: int = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
+    head_dim: int = HEAD_DIM
+    window_pattern: str = WINDOW_PATTERN
+
+    @property
+    def n_embd(self):
+        return self.n_head * self.head_dim
+
+    def window(self, layer):
+        """How many positions a query of this layer sees, its own included."""
+        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.depth - 1
+        return self.sequence_length // 2 if short else self.sequence_length
+
+    def has_value_embedding(self, layer):
+        """Every other layer, the last one always."""
+        return layer % 2 == (self.depth - 1) % 2
+
+
+def norm(x):
+    """RMS norm over the last axis, without weights (arXiv:1910.07467)."""
+    return mx.fast.rms_norm(x, None, 1e-6)
+
+
+class Linear(nn.Module):
+    """x @ weight.T with a float32 weight (out, in), in the precision of x."""
+
+    def __init__(self, n_in, n_out, init=None):
+        super().__init__()
+        bound = (3 / n_in) ** 0.5  # uniform of standard deviation n_in^-0.5
+        self.weight = mx.random.uniform(-bound, bound, (n_out, n_in)) if init is None else init((n_out, n_in))
+
+    def __call__(self, x):
+        return x @ self.weight.astype(x.dtype).T
+
+
+class Embedding(nn.Module):
+    """Rows of a float32 weight (vocab, channels), in COMPUTE_DTYPE."""
+
+    def __init__(self, vocab_size, n_embd, init):
+        super().__init__()
+        self.weight = init((vocab_size, n_embd))
+
+    def __call__(self, tokens):
+        return self.weight[tokens].astype(COMPUTE_DTYPE)
+
+
+def attention(q, k, v, window):
+    """Causal attention; a query sees the `window` latest positions, its own included.
+
+    q, k, v: (B, heads, T, head_dim), returns the same. Where the backward pass is not fused, the
+    T × T scores would stand in memory: queries then go in blocks, each with only the keys it sees.
+    """
+    length, scale = q.shape[2], q.shape[3] ** -0.5
+    if window >= length and (ATTENTION_BLOCK is None or length <= ATTENTION_BLOCK):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    block = ATTENTION_BLOCK or length
+    outputs = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        first = max(0, start - window + 1)
+        mask = "causal"  # aligned to the last key
+        if end > window:
+            behind = mx.arange(start, end)[:, None] - mx.arange(first, end)
+            mask = (behind >= 0) & (behind < window)
+        q_block, k_block, v_block = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
+        outputs.append(mx.fast.scaled_dot_product_attention(q_block, k_block, v_block, scale=scale, mask=mask))
+    return mx.concatenate(outputs, axis=2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        n = config.n_embd
+        self.q, self.k, self.v = Linear(n, n), Linear(n, n), Linear(n, n)
+        self.out = Linear(n, n, mx.zeros)
+        if config.has_value_embedding(layer):
+            bound = (3 / n) ** 0.5
+            self.value_embedding = Embedding(config.vocab_size, n, partial(mx.random.uniform, -bound, bound))
+            self.value_gate = Linear(GATE_CHANNELS, config.n_head, mx.zeros)
+        self._heads, self._window = config.n_head, config.window(layer)
+
+    def __call__(self, x, tokens):
+        B, T, C = x.shape
+        q, k, v = (proj(x).reshape(B, T, self._heads, -1) for proj in (self.q, self.k, self.v))
+        if "value_embedding" in self:  # arXiv:2410.17897, gated per head
+            gate = 2 * mx.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))
+            v = v + gate[..., None] * self.value_embedding(tokens).reshape(v.shape)
+        rope = partial(mx.fast.rope, dims=C // self._heads, traditional=False, base=10000.0, scale=1.0, offset=0)
+        q, k, v = (y.transpose(0, 2, 1, 3) for y in (q, k, v))
+        y = attention(norm(rope(q)), norm(rope(k)), v, self._window)  # QK-norm: arXiv:2010.04245
+        return self.out(y.transpose(0, 2, 1, 3).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd, mx.zeros)
+
+    def __call__(self, x):
+        return self.down(mx.square(mx.maximum(self.up(x), 0)))  # relu²: arXiv:2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attention, self.mlp = Attention(config, layer), MLP(config)
+
+    def __call__(self, x, tokens):
+        x = x + self.attention(norm(x), tokens)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        n, vocab = config.n_embd, config.vocab_size
+        self.token_embedding = Embedding(vocab, n, mx.random.normal)
+        self.blocks = [Block(config, layer) for layer in range(config.depth)]
+        self.head = Linear(n, vocab, partial(mx.random.normal, scale=0.001))
+        self.resid_lambdas = mx.ones(config.depth)
+        self.x0_lambdas = mx.full(config.depth, 0.1)
+
+    def hidden(self, tokens):
+        """Final normalised states (B, T, n_embd) for token ids (B, T)."""
+        x = x0 = norm(self.token_embedding(tokens))
+        for i, block in enumerate(self.blocks):
+            # The sum is taken in float32, the residual stream stays in COMPUTE_DTYPE.
+            x = (self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0).astype(COMPUTE_DTYPE)
+            x = block(x, tokens)
+        return norm(x)
+
+    def __call__(self, tokens):
+        """Soft-capped logits (B, T, vocab_size), float32, for token ids (B, T)."""
+        return softcap(self.head(self.hidden(tokens)).astype(mx.float32))
+
+
+def softcap(logits):
+    return SOFTCAP * mx.tanh(logits / SOFTCAP)
+
+
+def loss_fn(model, tokens):
+    """Mean cross-entropy in nats. tokens: (B, T + 1); column t + 1 is the target of column t."""
+    hidden = model.hidden(tokens[:, :-1])
+    return head_loss(hidden.reshape(-1, hidden.shape[-1]), model.head.weight, tokens[:, 1:].reshape(-1))
+
+
+def head_loss(hidden, weight, targets):
+    """Mean cross-entropy of the soft-capped logits hidden @ weight.T against targets.
+
+    The logits are made, used and dropped a chunk at a time, and their gradient is taken at once,
+    so they never stand whole in memory and are never computed twice.
+    hidden: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,).
+    """
+    n, vocab = len(targets), weight.shape[0]
+    rows = max(1, min(n, LOGITS_AT_ONCE // vocab))
+
+    @mx.custom_function
+    def loss_and_gradients(hidden, weight):
+        total, hidden_gradients = mx.array(0.0), []
+        weight_gradient = mx.zeros(weight.shape)
+        w = weight.astype(hidden.dtype)
+        for start in range(0, n, rows):
+            h, target = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = softcap((h @ w.T).astype(mx.float32))
+            log_sum = mx.logsumexp(logits, axis=-1, keepdims=True)
+            total = total + (log_sum - mx.take_along_axis(logits, target, axis=-1)).sum()
+            gradient = mx.exp(logits - log_sum) - (mx.arange(vocab) == target)
+            gradient = (gradient * (1 - mx.square(logits / SOFTCAP))).astype(hidden.dtype)
+            hidden_gradients.append(gradient @ w)
+            weight_gradient = weight_gradient + (gradient.T @ h)
+        return total / n, mx.concatenate(hidden_gradients), weight_gradient
+
+    @loss_and_gradients.vjp
+    def loss_vjp(primals, cotangents, outputs):
+        scale = cotangents[0] / n
+        return (scale * outputs[1]).astype(outputs[1].dtype), scale * outputs[2]
+
+    return loss_and_gradients(hidden, weight)[0]
+
+
+# --- optimizer -----------------------------------------------------------------------------------
+
+# Five steps of the Polar Express (arXiv:2505.16932), coefficients for a bound of 1.02 on the norm.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(matrices):
+    """The nearest semi-orthogonal matrix to each of a stack (n, rows, columns), approximately."""
+    x = matrices.astype(COMPUTE_DTYPE)
+    x = x / (1.02 * mx.sqrt(mx.square(matrices).sum(axis=(1, 2), keepdims=True)) + 1e-6).astype(x.dtype)
+    tall = x.shape[1] > x.shape[2]
+    x = x.swapaxes(1, 2) if tall else x
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.swapaxes(1, 2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return (x.swapaxes(1, 2) if tall else x).astype(mx.float32)
+
+
+class Muon(optim.Optimizer):
+    """Momentum, orthogonalised, with normalised rows and cautious decay, as upstream has it.
+
+    Muon (kellerjordan.github.io/posts/muon), a second moment for each row or column after
+    orthogonalisation (NorMuon, arXiv:2510.05491), decoupled decay where update and weight agree
+    in sign (arXiv:2510.12402). Matrices of one shape are updated as one stack.
+    """
+
+    def __init__(self, learning_rate, weight_decay, momentum=0.95, beta2=0.95):
+        super().__init__()
+        self.state["learning_rate"] = mx.array(learning_rate)
+        self.state["weight_decay"] = mx.array(weight_decay)
+        self.state["momentum"] = mx.array(momentum)
+        self.beta2 = beta2
+
+    def init(self, parameters):
+        for name, stack in self._stacks(parameters).items():
+            n, rows, columns = len(stack), *stack[0][1].shape
+            self.state[name] = {
+                "momentum": mx.zeros((n, rows, columns)),
+                "second_moment": mx.zeros((n, rows, 1) if rows >= columns else (n, 1, columns)),
+            }
+        self._initialized = True
+
+    @staticmethod
+    def _stacks(tree):
+        """{"rows x columns": [(path, matrix), …]} of a parameter tree."""
+        stacks = {}
+        for path, matrix in tree_flatten(tree):
+            stacks.setdefault("x".join(map(str, matrix.shape)), []).append((path, matrix))
+        return stacks
+
+    def apply_gradients(self, gradients, parameters):
+        if not self._initialized:
+            self.init(gradients)
+        self.state["step"] = self.step + 1
+        weights, updated = dict(tree_flatten(parameters)), []
+        for name, stack in self._stacks(gradients).items():
+            gradient = mx.stack([g for _, g in stack])
+            weight = mx.stack([weights[path] for path, _ in stack])
+            new = self._update(gradient, weight, self.state[name])
+            updated += [(path, new[i]) for i, (path, _) in enumerate(stack)]
+        return optim.optimizers.tree_unflatten(updated)
+
+    def _update(self, gradient, weight, state):
+        momentum, rows, columns = self.state["momentum"], *gradient.shape[1:]
+        state["momentum"] = momentum * state["momentum"] + (1 - momentum) * gradient
+        update = orthogonalize(momentum * state["momentum"] + (1 - momentum) * gradient)  # Nesterov
+        mean_square = mx.square(update).mean(axis=2 if rows >= columns else 1, keepdims=True)
+        second = state["second_moment"] = self.beta2 * state["second_moment"] + (1 - self.beta2) * mean_square
+        # Divide by the root of the second moment, then restore the norm that the update had.
+        scale = mx.rsqrt(mx.maximum(second, 1e-10))
+        norms = [mx.sqrt(m.sum(axis=(1, 2), keepdims=True)) for m in (mean_square, mean_square * mx.square(scale))]
+        update = update * (scale * norms[0] / mx.maximum(norms[1], 1e-10))
+        rate = self.learning_rate * max(1, rows / columns) ** 0.5
+        decay = rate * self.state["weight_decay"] * weight * (update * weight >= 0)
+        return weight - rate * update - decay
+
+
+GROUPS = ("matrices", "embeddings", "head", "x0", "resid")
+
+
+def parameter_group(path, parameter):
+    """Which of GROUPS a parameter belongs to. One that fits none is an error, not a fallback."""
+    if path.startswith("token_embedding.") or ".value_embedding." in path:
+        return "embeddings"
+    if path.startswith("head.") or ".value_gate." in path:
+        return "head"
+    if path in ("x0_lambdas", "resid_lambdas"):
+        return path.split("_")[0]
+    if path.startswith("blocks.") and parameter.ndim == 2:
+        return "matrices"
+    raise ValueError(f"parameter {path} {parameter.shape} is in no optimizer group: see parameter_group in train.py")
+
+
+def build_optimizer(model, n_embd):
+    """One optimizer a group, in the order of GROUPS, joined in a MultiOptimizer."""
+    for path, parameter in tree_flatten(model.trainable_parameters()):
+        parameter_group(path, parameter)
+    width = (n_embd / 768) ** -0.5
+    adam = partial(optim.AdamW, eps=1e-10, weight_decay=0.0, bias_correction=True)
+    optimizer = optim.MultiOptimizer(
+        [
+            Muon(MATRIX_LR, WEIGHT_DECAY),
+            adam(EMBEDDING_LR * width, betas=(0.8, 0.95)),
+            adam(HEAD_LR * width, betas=(0.8, 0.95)),
+            adam(X0_LR, betas=(0.96, 0.95)),
+            adam(RESID_LR, betas=(0.8, 0.95)),
+        ],
+        [lambda path, p, name=name: parameter_group(path, p) == name for name in GROUPS[:-1]],
+    )
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+class Schedule:
+    """Learning rates, momentum and decay by the share of the budget used: arrays set between steps."""
+
+    def __init__(self, optimizer):
+        self.optimizers = optimizer.optimizers
+        self.rates = [o.learning_rate.item() for o in self.optimizers]
+
+    def set(self, step, progress):
+        factor = min(1.0, (1 - progress) / WARMDOWN)
+        factor = FINAL_LR + (1 - FINAL_LR) * factor
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.learning_rate = rate * factor
+        muon = self.optimizers[0].state
+        muon["momentum"] = mx.array(0.85 + 0.10 * min(1.0, step / 300))
+        muon["weight_decay"] = mx.array(WEIGHT_DECAY * (1 - progress))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class TrainStep:
+    """One optimizer step over several micro-batches: a compiled gradient and a compiled update.
+
+    Micro-batches are spread over `streams` (see prepare.compute_streams). On a CPU nothing is
+    compiled: it gains nothing there and would need a C++ compiler.
+    """
+
+    def __init__(self, model, optimizer, streams, compiled=GPU):
+        self.model, self.optimizer, self.streams = model, optimizer, streams
+        self.state = [model.state, [o.state for o in optimizer.optimizers]]
+        self.zeros = (mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters()))
+        mx.eval(self.state, self.zeros)
+        self.accumulate, self.update = self._accumulate, self._update
+        if compiled:
+            self.accumulate = mx.compile(self._accumulate, inputs=[model.state])
+            self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
+
+    def _accumulate(self, tokens, total):
+        """Add the loss and the gradients of tokens (B, T + 1) to `total`."""
+        loss_and_gradients = nn.value_and_grad(self.model, loss_fn)(self.model, tokens)
+        return tree_map(mx.add, total, loss_and_gradients)
+
+    def _update(self, totals, count):
+        """Apply the mean gradient of `count` micro-batches; returns their mean loss."""
+        loss, gradients = tree_map(lambda *parts: sum(parts) / count, *totals)
+        self.optimizer.update(self.model, gradients)
+        return loss
+
+    def __call__(self, micro_batches):
+        totals = [self.zeros] * min(len(self.streams), len(micro_batches))
+        for i, tokens in enumerate(micro_batches):
+            lane = i % len(totals)
+            with mx.stream(self.streams[lane]):
+                totals[lane] = self.accumulate(tokens, totals[lane])
+            if lane == len(totals) - 1:
+                mx.async_eval(totals)
+        loss = self.update(totals, mx.array(float(len(micro_batches))))
+        mx.async_eval(loss, self.state)
+        return loss
+
+    def warm_up(self, micro_batches):
+        """Compile on throw-away state: afterwards weights and optimizer are as before."""
+        parameters = tree_map(lambda p: p, self.model.parameters())
+        states = [tree_map(lambda s: s, o.state) for o in self.optimizer.optimizers]
+        mx.eval(self(micro_batches))
+        self.model.update(parameters)
+        for optimizer, state in zip(self.optimizer.optimizers, states, strict=True):
+            optimizer.state.update(state)
+
+
+def main():
+    run = prepare.Run(DATASET)
+    mx.random.seed(run.seed)
+    config = GPTConfig(vocab_size=run.tokenizer.vocab_size, sequence_length=run.dataset.sequence_length)
+    micro_tokens = DEVICE_BATCH_SIZE * config.sequence_length
+    if TOTAL_BATCH_SIZE % micro_tokens:
+        raise SystemExit(
+            f"error: TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of "
+            f"DEVICE_BATCH_SIZE x sequence length = {DEVICE_BATCH_SIZE} x {config.sequence_length}"
+        )
+    micro_batches = TOTAL_BATCH_SIZE // micro_tokens
+    batches = run.batches(DEVICE_BATCH_SIZE)
+    model = GPT(config)
+    optimizer = build_optimizer(model, config.n_embd)
+    schedule = Schedule(optimizer)
+    step = TrainStep(model, optimizer, prepare.compute_streams())
+    shape = (DEVICE_BATCH_SIZE, config.sequence_length + 1)
+    step.warm_up([mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)])
+
+    run.start_clock()
+    n = 0
+    while run.training():
+        schedule.set(n, run.progress())
+        run.log_step(step([next(batches) for _ in range(micro_batches)]))
+        n += 1
+    run.finish(model, EVAL_BATCH_SIZE, {**asdict(config), "n_embd": config.n_embd})
+
+
+if __name__ == "__main__":
+    main()
