@@ -258,20 +258,26 @@ def prepare(dataset):
 
 
 def write_split(tokenizer, texts, folder, split, held_out):
-    """Tokenize one split. Documents whose hash is in `held_out` are left out; val and test add theirs."""
+    """Tokenize one split. Documents whose hash is in `held_out` are left out; val and test add theirs.
+
+    A training document that is longer than a row is stored as pieces that fill one each: whole, it
+    would lose all that the packing crops. Held-out documents stay whole.
+    """
     lengths, hashes, raw = [], [], folder / f"{split}.raw"
     with raw.open("wb") as out:
         for texts_of_chunk in chunks(texts, 1024):
             for ids in tokenizer.encoding.encode_ordinary_batch(texts_of_chunk, num_threads=os.cpu_count() or 1):
-                document = np.array([tokenizer.bos, *ids], np.uint16)
-                name = document_hash(document)
+                name = document_hash(np.array(ids, np.uint16))
                 if name in held_out or len(ids) == 0:
                     continue
                 if split != "train":
                     held_out.add(name)
-                out.write(document.tobytes())
-                lengths.append(len(document))
-                hashes.append(name)
+                size = tokenizer.dataset.sequence_length if split == "train" else len(ids)
+                for first in range(0, len(ids), size):
+                    document = np.array([tokenizer.bos, *ids[first : first + size]], np.uint16)
+                    out.write(document.tobytes())
+                    lengths.append(len(document))
+                    hashes.append(document_hash(document))
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     tokens = np.memmap(raw, np.uint16, "r") if lengths else np.empty(0, np.uint16)
     np.save(folder / f"{split}_tokens.npy", tokens)

@@ -108,12 +108,14 @@ def attention(q, k, v, window):
     """Causal attention; a query sees the `window` latest positions, its own included.
 
     q, k, v: (B, heads, T, head_dim), returns the same. Where the backward pass is not fused, the
-    T × T scores would stand in memory: queries then go in blocks, each with only the keys it sees.
+    T × T scores would stand in memory: queries then go in blocks, each with only the keys it
+    sees, and a block's scores are computed anew in the backward pass instead of kept.
     """
     length, scale = q.shape[2], q.shape[3] ** -0.5
-    if window >= length and (ATTENTION_BLOCK is None or length <= ATTENTION_BLOCK):
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+    attend = partial(mx.fast.scaled_dot_product_attention, scale=scale)
     block = ATTENTION_BLOCK or length
+    if window >= length and length <= block:
+        return attend(q, k, v, mask="causal")
     outputs = []
     for start in range(0, length, block):
         end = min(start + block, length)
@@ -123,7 +125,7 @@ def attention(q, k, v, window):
             behind = mx.arange(start, end)[:, None] - mx.arange(first, end)
             mask = (behind >= 0) & (behind < window)
         q_block, k_block, v_block = q[:, :, start:end], k[:, :, first:end], v[:, :, first:end]
-        outputs.append(mx.fast.scaled_dot_product_attention(q_block, k_block, v_block, scale=scale, mask=mask))
+        outputs.append(mx.checkpoint(partial(attend, mask=mask))(q_block, k_block, v_block))
     return mx.concatenate(outputs, axis=2)
 
 
@@ -151,6 +153,17 @@ class Attention(nn.Module):
         return self.out(y.transpose(0, 2, 1, 3).reshape(B, T, C))
 
 
+@mx.custom_function
+def relu_squared(x):
+    """max(x, 0)² (arXiv:2109.08668). Its gradient needs only the result, so x need not be kept."""
+    return mx.square(mx.maximum(x, 0))
+
+
+@relu_squared.vjp
+def relu_squared_vjp(x, cotangent, output):
+    return 2 * mx.sqrt(output) * cotangent
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -158,7 +171,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.n_embd, config.n_embd, mx.zeros)
 
     def __call__(self, x):
-        return self.down(mx.square(mx.maximum(self.up(x), 0)))  # relu²: arXiv:2109.08668
+        return self.down(relu_squared(self.up(x)))
 
 
 class Block(nn.Module):
@@ -222,6 +235,7 @@ def head_loss(hidden, weight, targets):
         w = weight.astype(hidden.dtype)
         for start in range(0, n, rows):
             h, target = hidden[start : start + rows], targets[start : start + rows, None]
+            h = mx.depends(h, weight_gradient)  # one chunk after the other
             logits = softcap((h @ w.T).astype(mx.float32))
             log_sum = mx.logsumexp(logits, axis=-1, keepdims=True)
             total = total + (log_sum - mx.take_along_axis(logits, target, axis=-1)).sum()
@@ -259,7 +273,7 @@ def orthogonalize(matrices):
     x = x.swapaxes(1, 2) if tall else x
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.swapaxes(1, 2)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        x = mx.addmm(x, mx.addmm(gram, gram, gram, alpha=c, beta=b), x, beta=a)
     return (x.swapaxes(1, 2) if tall else x).astype(mx.float32)
 
 
@@ -392,7 +406,7 @@ class TrainStep:
         mx.eval(self.state, self.zeros)
         self.accumulate, self.update = self._accumulate, self._update
         if compiled:
-            self.accumulate = mx.compile(self._accumulate, inputs=[model.state])
+            self.accumulate = mx.compile(self._accumulate, inputs=model.state, outputs=model.state)
             self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
     def _accumulate(self, tokens, total):
