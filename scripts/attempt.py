@@ -12,8 +12,9 @@ import sys
 import time
 from datetime import datetime
 
-import ledger
-from ledger import ATTEMPT, DATA, ROOT, Refused, read_json, write_json
+import records
+import verdict
+from records import ATTEMPT, DATA, ROOT, Refused, read_json, write_json
 
 SHOWN = 8  # lines of run.log that a crash shows
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "stale": 3, "timeout": 124, "interrupted": 130}
@@ -60,7 +61,7 @@ def cmd_begin(args):
         "id": f"{now:%Y%m%d_%H%M%S}-{args.pid}-{os.urandom(2).hex()}",
         "tag": args.tag,
         "commit": args.head or None,
-        "train_blob": ledger.blob_of_train(),
+        "train_blob": records.blob_of_train(),
         "budget": float(os.environ["AUTORESEARCH_BUDGET"]),
         "seed": int(os.environ["AUTORESEARCH_SEED"]),
         "started": now.isoformat(timespec="seconds"),
@@ -81,18 +82,18 @@ def cmd_begin(args):
 def outcome(args, attempt, wall):
     """(status, why, record or None) of an attempt that has ended."""
     record = read_json(DATA / "last_run.json")
-    fresh, stale = True, None
     if args.interrupted:
         return "interrupted", "stopped by a signal", None
     if args.timed_out:
         return "timeout", f"it ran past TIMEOUT={args.timed_out} s and was killed", None
+    stale = None
     if record is None:
         stale = "data/last_run.json is missing or damaged"
     elif record.get("run_id") == attempt["previous_run_id"]:
         stale = "data/last_run.json is of an earlier run"
     elif args.child not in (record.get("pid"), record.get("ppid")):
         stale = "data/last_run.json is of another process"
-    elif not ledger.seal_fits(record):
+    elif not records.seal_fits(record):
         stale = "data/last_run.json was not written by the harness: its seal does not fit"
     elif record["train_blob"] != attempt["train_blob"]:
         stale = "train.py was changed while the run started"
@@ -138,7 +139,7 @@ def summary(attempt, record):
     lines = [f"valid    {commit}  {attempt['wall_seconds']:.0f} s in all"]
     result, refused = None, None
     try:
-        result = ledger.decide(record, ledger.read_rows()[0])
+        result = verdict.decide(record, records.read_rows()[0])
     except Refused as refusal:
         refused = refusal
     old = result.old_record if result else None
@@ -152,14 +153,14 @@ def summary(attempt, record):
         new_value, old_value = value_of(record, key), value_of(old, key)
         change = f"{new_value - old_value:+{form}}" if old else ""
         if old and key == "avg_tok_sec":
-            change = ledger.percent(new_value, old_value)
+            change = verdict.percent(new_value, old_value)
         lines.append(f"{key:15}{new_value:>13{form}}  {change}".rstrip())
     if refused:
         return lines + [f"verdict  none: {refused}"]
     if result.base:
         lines.append(f"against  {result.base.commit}  {result.base.description[:80]}")
     if result.runs > 1:
-        lines.append(f"decided  by the {ledger.change_of(result)}")
+        lines.append(f"decided  by the {verdict.change_of(result)}")
     lines.append(f"verdict  {result.verdict}: {result.rule}")
     choice = result.verdict if result.verdict in ("keep", "discard") else "keep|discard"
     again = "make run AGAIN=1" if result.verdict == "rerun" else f'make log-result STATUS={choice} DESC="…"'
@@ -190,12 +191,7 @@ def main():
     parser.add_argument("--timed-out", default="", help="the TIMEOUT that it ran past")
     parser.add_argument("--interrupted", action="store_true")
     args = parser.parse_args()
-    try:
-        {"lock": cmd_lock, "begin": cmd_begin, "end": cmd_end}[args.command](args)
-    except Refused as refused:
-        sys.exit(f"error: {refused}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror}")
+    records.run_command({"lock": cmd_lock, "begin": cmd_begin, "end": cmd_end}[args.command], args)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ need_python() {
   for library in "$ROOT/.venv/lib/libopenblas.so" "$(dirname "$PYTHON")/../lib/libopenblas.so"; do
     [ -f "$library" ] || continue
     # LD_PRELOAD cannot hold a space or a colon; every helper runs in the root, so a relative path serves
-    case $library in "$ROOT"/*[\ :]* | *[\ :]*) library=${library#"$ROOT"/} ;; esac
+    case $library in *[\ :]*) library=${library#"$ROOT"/} ;; esac
     case $library in *[\ :]*) continue ;; esac
     # train.py runs one stream a core itself; the allocator keeps its pages, or each step faults them in anew
     LAUNCH=(env "PYTHONUNBUFFERED=1" "LD_PRELOAD=$library" "OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}"
@@ -81,7 +81,18 @@ need_python() {
   LAUNCH=("${LAUNCH[@]}" "$PYTHON")
 }
 
+attempt() { PYTHONUTF8=1 "$PYTHON" scripts/attempt.py "$@"; }
 ledger() { PYTHONUTF8=1 "$PYTHON" scripts/ledger.py "$@"; }
+
+# One run at a time on the machine's accelerator. The lock goes with descriptor 9, which the Python that
+# works inherits: it is free once all who hold it are gone, however they went.
+take_lock() {
+  local lock=${AUTORESEARCH_LOCK:-/tmp/autoresearch.lock}
+  [ -e "$lock" ] || (umask 0 && : >>"$lock") 2>/dev/null || true
+  [ -r "$lock" ] || die "the machine's lock $lock cannot be opened"
+  exec 9<"$lock"
+  attempt lock --lock "$lock" --pid $$ ${WAIT:+--wait}
+}
 
 # --- git -----------------------------------------------------------------------------------------
 
@@ -101,6 +112,15 @@ read_git() {
   if [ "$BRANCH" != "$TAG" ]; then
     START=$(git rev-parse -q --verify "refs/experiments/$TAG/start^{commit}") || START=''
   fi
+}
+
+# Off its branch a session would go on unseen.
+refuse_detached() {
+  [ -n "$HEAD" ] && [ -z "$BRANCH" ] || return 0
+  local session
+  session=$(git for-each-ref --merged=HEAD --format='%(refname)' 'refs/experiments/*/start' | head -n 1)
+  session=${session#refs/experiments/}
+  [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout autoresearch/${session%/start}"
 }
 
 short() { printf '%.7s' "$1"; }

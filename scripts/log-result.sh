@@ -11,5 +11,6 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 read_git
+refuse_detached
 need_python
 ledger log --tag "$TAG" --status "${STATUS:-}" --description "${DESC:-}" --found "${FOUND:-}" --open "${OPEN:-}" "$@"

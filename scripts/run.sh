@@ -18,6 +18,7 @@ export_settings
 [ -f train.py ] || die "train.py is missing: git checkout train.py"
 same_dataset
 read_git
+refuse_detached
 if [ -n "$HEAD" ]; then
   [ "$(git rev-parse -q --verify HEAD:train.py)" = "$(git hash-object train.py)" ] ||
     die "train.py is not committed, so the run could not be reproduced: git commit -m 'what it tries' train.py"
@@ -26,13 +27,7 @@ fi
 need_python
 [ -n "${AGAIN:-}" ] || ledger seen --tag "$TAG" --head "$HEAD"
 
-# --- one run at a time: the lock goes with descriptor 9, which the training inherits --------------
-lock=${AUTORESEARCH_LOCK:-/tmp/autoresearch.lock}
-[ -e "$lock" ] || (umask 0 && : >>"$lock") 2>/dev/null || true
-[ -r "$lock" ] || die "the machine's lock $lock cannot be opened"
-exec 9<"$lock"
-attempt() { PYTHONUTF8=1 "$PYTHON" scripts/attempt.py "$@"; }
-attempt lock --lock "$lock" --pid $$ ${WAIT:+--wait}
+take_lock
 
 # --- processes -----------------------------------------------------------------------------------
 child='' watchdog=''
@@ -95,7 +90,11 @@ trap 'interrupted 143' TERM
 trap 'interrupted 129' HUP
 
 set -m # each job its own process group, so that all of it can be ended, and Ctrl-C comes to us alone
-"${LAUNCH[@]}" train.py >run.log 2>&1 </dev/null &
+if [ -t 1 ]; then # a person watches: progress on the terminal, the rest in run.log as well
+  "$PYTHON" scripts/console.py run.log "${LAUNCH[@]}" train.py </dev/null &
+else
+  "${LAUNCH[@]}" train.py >run.log 2>&1 </dev/null &
+fi
 child=$!
 watch 9<&- &
 watchdog=$!
