@@ -53,7 +53,7 @@ def decide(record, rows):
                              old_record=None, note="")  # fmt: skip
     if base is None:
         return result
-    old_record = result.old_record = record_of_row(base)
+    old_record = result.old_record = record_of_row(base, but=record["run_id"])
     result.old = base.figures
     if old_record is None:
         result.note = f"the record of {base.commit} is not in data/: its row was compared, dataset and device were not"

@@ -84,6 +84,7 @@ class Checkout:
 
 
 def new_checkout(path, home, harness=(STANDIN,)):
+    """A folder with our files and a harness, and a repository without a commit."""
     path.mkdir(parents=True)
     home.mkdir(exist_ok=True)
     for name in OURS:
@@ -95,23 +96,44 @@ def new_checkout(path, home, harness=(STANDIN,)):
     for file in harness:
         shutil.copy(file, path / file.name)
     checkout = Checkout(path, clean_environment(home))
-    checkout.run("git", "init", "-q", "-b", "main", check=0)
+    checkout.run("git", "init", "-q", "--template=", "-b", "main", check=0)
     return checkout
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A repository of one commit, with a stand-in harness and a train.py that works."""
-    checkout = new_checkout(tmp_path / "ein répo für alle", tmp_path / "home")
+FOLDER = "ein répo für alle"
+
+
+def copied(source, tmp_path):
+    shutil.copytree(source.path, tmp_path / FOLDER, symlinks=True)
+    (tmp_path / "home").mkdir()
+    return Checkout(tmp_path / FOLDER, clean_environment(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def pristine_checkout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkout")
+    checkout = new_checkout(folder / FOLDER, folder / "home")
     checkout.write_train("prepare.finish(1.5)", commit="")
     checkout.git("add", "-A")
     checkout.git("commit", "-q", "-m", "start")
     return checkout
 
 
+@pytest.fixture(scope="session")
+def pristine_session(pristine_checkout, tmp_path_factory):
+    session = copied(pristine_checkout, tmp_path_factory.mktemp("session"))
+    session.make("setup", "TAG=t", check=0)
+    session.make("baseline", check=0)
+    return session
+
+
 @pytest.fixture
-def session(checkout):
+def checkout(pristine_checkout, tmp_path):
+    """A repository of one commit, with a stand-in harness and a train.py that works."""
+    return copied(pristine_checkout, tmp_path)
+
+
+@pytest.fixture
+def session(pristine_session, tmp_path):
     """The same, with a session `t` open and its baseline (1.5, 1000 tok/s) logged."""
-    checkout.make("setup", "TAG=t", check=0)
-    checkout.make("baseline", check=0)
-    return checkout
+    return copied(pristine_session, tmp_path)
