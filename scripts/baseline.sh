@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Prepare where needed, run train.py as it is, and log it as the baseline.
+#
+# usage: make baseline [BUDGET=300] [TIMEOUT=600] [SEED=42] [AGAIN=1]
+#
+# Where results.tsv holds runs that cannot be compared with this one (another budget, dataset, machine),
+# it is archived in data/ and a new table begins.
+# exit: as `make run`
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+same_dataset
+need_python
+export PYTHON # built once, known to the others
+scripts/prepare.sh
+scripts/run.sh
+STATUS=keep DESC=baseline scripts/log-result.sh --new-table

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Profile the present train.py on this machine; archived in data/bench_*.json.
+#
+# usage: make bench [WAIT=1]
+#
+# exit: 0 done · 1 refused or failed, and why
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+export_settings
+same_dataset
+need_python
+take_lock
+exec "${LAUNCH[@]}" bench.py

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Remove what can be built again: the environment and caches. Results stay.
+#
+# usage: make clean
+#
+# results.tsv, data/, internal/, run.log and the prepared datasets are never touched.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+for folder in . scripts tests; do rm -rf "$folder/__pycache__"; done

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Put the branch back on the last kept commit, touching nothing but train.py and the branch.
+#
+# usage: make discard
+#
+# The discarded commits stay reachable under refs/experiments/TAG/.
+# exit: 0 back · 1 refused, and why; nothing was changed
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+read_git
+refuse_detached
+[ -n "$START" ] || die "discard works in a session, on a branch autoresearch/TAG: make setup TAG=name opens one"
+need_python
+commits=$(ledger kept --tag "$TAG" --head "$HEAD") || exit 1
+
+kept=$START # while nothing was kept, where the session began
+for commit in $commits; do
+  full=$(git rev-parse -q --verify "$commit^{commit}") || continue
+  # after a rewind it is the last one kept before the place rewound to
+  if git merge-base --is-ancestor "$full" HEAD; then
+    kept=$full
+    break
+  fi
+done
+
+others=$(git diff --name-only "$kept" HEAD | grep -vx train.py | tr '\n' ' ' || true)
+[ -z "$others" ] || die "discard would also change ${others% }, committed since $(short "$kept"). Put back first:" \
+  "git restore --source=$(short "$kept") --staged --worktree -- ${others% } && git commit -m 'put back'"
+for blob in "$(git hash-object train.py)" "$(git rev-parse -q --verify :train.py)"; do
+  [ "$blob" = "$(git rev-parse HEAD:train.py)" ] || [ "$blob" = "$(git rev-parse "$kept:train.py")" ] ||
+    die "train.py has changes that are not committed and would be lost: git commit -m 'what it tries' train.py," \
+      "or git checkout HEAD -- train.py"
+done
+
+if [ -z "$(git for-each-ref --contains HEAD "refs/experiments/$TAG/")" ]; then # never run, but never lost
+  git update-ref "refs/experiments/$TAG/dropped-$(short "$HEAD")" HEAD
+fi
+git restore --source="$kept" --staged --worktree -- train.py
+git update-ref -m "discard" "refs/heads/$BRANCH" "$kept" "$HEAD"
+echo "train.py and autoresearch/$TAG are back on $(short "$kept")"

@@ -1,0 +1,144 @@
+# shellcheck shell=bash
+# What the helpers share; sourced first by each. bash 3.2 and the userland of macOS are all it needs.
+set -euo pipefail
+unset CDPATH # or `cd` prints, and may go elsewhere
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+case "${1:-}" in
+  -h | --help) # a helper's header is its help
+    sed -n -e '1d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
+cd "$ROOT"
+
+say() { printf '%s\n' "$*" >&2; }
+
+die() {
+  say "error: $*"
+  exit 1
+}
+
+# --- what a person gives -------------------------------------------------------------------------
+
+positive() { # NAME VALUE: a plain decimal number above 0
+  [[ "$2" =~ ^[0-9]*\.?[0-9]+$ && "$2" =~ [1-9] ]] || die "$1=$2 is not a positive number"
+}
+
+whole() { # NAME VALUE: a whole number, 0 or more
+  [[ "$2" =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"
+}
+
+# Python reads these four and nothing else. make's variables win over what the environment holds.
+export_settings() {
+  local budget=${BUDGET:-${AUTORESEARCH_BUDGET:-300}} seed=${SEED:-${AUTORESEARCH_SEED:-42}}
+  positive BUDGET "$budget"
+  whole SEED "$seed"
+  export AUTORESEARCH_BUDGET=$budget AUTORESEARCH_SEED=$seed
+  if [ -n "${FILES:-}" ]; then
+    # shellcheck disable=SC2088  # make passes the tilde on as it stands
+    case $FILES in "~/"*) FILES=$HOME/${FILES#??} ;; esac
+    export AUTORESEARCH_FILES=$FILES
+  fi
+}
+
+dataset_of_train() { # the constant DATASET of train.py
+  sed -n "s/^DATASET *= *[\"']\([A-Za-z0-9_]*\)[\"'].*/\1/p" train.py | head -n 1
+}
+
+# A run trains on the dataset that train.py names; another one in DATASET would be ignored, so it is refused.
+same_dataset() {
+  local of_train
+  of_train=$(dataset_of_train)
+  [ -z "${DATASET:-}" ] || [ "$DATASET" = "$of_train" ] ||
+    die "train.py trains on '$of_train', not on '$DATASET': make setup TAG=name DATASET=$DATASET opens a session on it"
+}
+
+# --- Python --------------------------------------------------------------------------------------
+
+# Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
+# script's name. What must stand in the environment before Python starts goes to that Python alone.
+need_python() {
+  if [ -z "${PYTHON:-}" ]; then
+    scripts/environment.sh
+    PYTHON=$ROOT/.venv/bin/python
+  elif ! "$PYTHON" -c '' >/dev/null 2>&1; then
+    die "PYTHON=$PYTHON does not run; unset it and the project builds its own environment"
+  fi
+  local library
+  LAUNCH=(env "PYTHONUNBUFFERED=1")
+  for library in "$ROOT/.venv/lib/libopenblas.so" "$(dirname "$PYTHON")/../lib/libopenblas.so"; do
+    [ -f "$library" ] || continue
+    # LD_PRELOAD cannot hold a space or a colon; every helper runs in the root, so a relative path serves
+    case $library in *[\ :]*) library=${library#"$ROOT"/} ;; esac
+    case $library in *[\ :]*) continue ;; esac
+    # train.py runs one stream a core itself; the allocator keeps its pages, or each step faults them in anew
+    LAUNCH=(env "PYTHONUNBUFFERED=1" "LD_PRELOAD=$library" "OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}"
+      "MALLOC_MMAP_THRESHOLD_=4294967296" "MALLOC_TRIM_THRESHOLD_=4294967296"
+      "MALLOC_TOP_PAD_=268435456" "GLIBC_TUNABLES=glibc.malloc.hugetlb=1")
+    break
+  done
+  LAUNCH=("${LAUNCH[@]}" "$PYTHON")
+}
+
+attempt() { PYTHONUTF8=1 "$PYTHON" scripts/attempt.py "$@"; }
+ledger() { PYTHONUTF8=1 "$PYTHON" scripts/ledger.py "$@"; }
+
+# One run at a time on the machine's accelerator. The lock goes with descriptor 9, which the Python that
+# works inherits: it is free once all who hold it are gone, however they went.
+take_lock() {
+  local lock=${AUTORESEARCH_LOCK:-/tmp/autoresearch.lock}
+  [ -e "$lock" ] || (umask 0 && : >>"$lock") 2>/dev/null || true
+  [ -r "$lock" ] || die "the machine's lock $lock cannot be opened"
+  exec 9<"$lock"
+  attempt lock --lock "$lock" --pid $$ ${WAIT:+--wait}
+}
+
+# --- git -----------------------------------------------------------------------------------------
+
+# What nobody changes during a session. Words without blanks, so it may stand unquoted.
+FROZEN="Makefile prepare.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
+
+# Sets HEAD (empty without git, a repository of our own or a commit), BRANCH (empty where detached),
+# TAG (the session's, else the branch) and START (the commit where the session began, else empty).
+read_git() {
+  HEAD='' BRANCH='' TAG=none START=''
+  [ -e .git ] && command -v git >/dev/null || return 0
+  git rev-parse --git-dir >/dev/null || die "git does not work in $ROOT (see above)"
+  HEAD=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
+  BRANCH=$(git symbolic-ref -q --short HEAD) || BRANCH=''
+  TAG=${BRANCH#autoresearch/}
+  TAG=${TAG:-detached}
+  if [ "$BRANCH" != "$TAG" ]; then
+    START=$(git rev-parse -q --verify "refs/experiments/$TAG/start^{commit}") || START=''
+  fi
+}
+
+# Off its branch a session would go on unseen.
+refuse_detached() {
+  [ -n "$HEAD" ] && [ -z "$BRANCH" ] || return 0
+  local session
+  session=$(git for-each-ref --merged=HEAD --format='%(refname)' 'refs/experiments/*/start' | head -n 1)
+  session=${session#refs/experiments/}
+  [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout autoresearch/${session%/start}"
+}
+
+short() { printf '%.7s' "$1"; }
+
+# Refuses what differs from where the session began (outside a session: from the commit), and says the mend.
+refuse_changed_files() {
+  local base=${START:-$HEAD} where="the last commit" changed committed new
+  [ -z "$START" ] || where="where the session began"
+  # shellcheck disable=SC2086  # FROZEN is a list
+  {
+    changed=$(git diff --name-only "$base" -- $FROZEN)
+    committed=$(git diff --name-only "$base" "$HEAD" -- $FROZEN)
+    new=$(git ls-files --others --exclude-standard -- $FROZEN)
+  }
+  if [ -n "$changed$committed" ]; then
+    changed=$(printf '%s\n%s\n' "$changed" "$committed" | sort -u | tr '\n' ' ' | sed -e 's/^ *//' -e 's/ *$//')
+    die "only train.py may change, and this differs from $where: $changed. Put back:" \
+      "git restore --source=$(short "$base") --staged --worktree -- $changed${committed:+ && git commit -m 'put back'}"
+  fi
+  [ -z "$new" ] || die "only train.py may change, and this is new: $(printf '%s' "$new" | tr '\n' ' '): move it elsewhere"
+}

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Log the newest run: its row in results.tsv, its entry in today's journal, its commit kept reachable.
+#
+# usage: make log-result STATUS=keep|discard|crash DESC="what was tried" [FOUND="…"] [OPEN="…"]
+#
+# Every figure comes from the run's own record. A run is logged once; what was cut short is completed
+# by the same command.
+# exit: 0 logged · 1 refused, and why; nothing is lost
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+read_git
+refuse_detached
+need_python
+ledger log --tag "$TAG" --status "${STATUS:-}" --description "${DESC:-}" --found "${FOUND:-}" --open "${OPEN:-}" "$@"

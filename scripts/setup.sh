@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Open a session: branch autoresearch/TAG, the dataset in train.py, a fresh results.tsv.
+#
+# usage: make setup TAG=nov24 [DATASET=climbmix]
+#
+# An older results.tsv is archived in data/. At the end it says whether the dataset is prepared, and if
+# not, the command that prepares it.
+# exit: 0 the session is open · 1 refused, and why; nothing was changed
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+tag=${TAG:-} name=${DATASET:-}
+read_git
+[ -n "$tag" ] || die "TAG is missing: make setup TAG=nov24 [DATASET=climbmix]"
+[ -n "$HEAD" ] || die "a session needs a git repository with a commit: git init && git add -A && git commit -m start"
+if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || ! git check-ref-format "refs/heads/autoresearch/$tag"; then
+  die "TAG=$tag cannot name a branch autoresearch/TAG: letters, digits, '.', '_' and '-', please"
+fi
+if git show-ref -q --verify "refs/heads/autoresearch/$tag" || [ -n "$(git for-each-ref "refs/experiments/$tag/")" ]; then
+  die "TAG=$tag is taken: choose another one, or go on with it: git checkout autoresearch/$tag"
+fi
+dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' ' ')
+[ -z "$dirty" ] || die "the tree is dirty ($dirty): commit that or put it back, then make setup again"
+refuse_changed_files
+
+name=${name:-$(dataset_of_train)}
+export_settings
+need_python
+# an unknown name ends here, with the known ones
+prepared=$("$PYTHON" -c '
+import sys, prepare
+print(prepare.is_prepared(prepare.get_dataset(sys.argv[1])))' "$name") || exit 1
+
+undo() { # the branch we came from, and no trace of the new one
+  rm -f .train.py.new
+  git checkout -q --force "${BRANCH:-$HEAD}"
+  git branch -q -D "autoresearch/$tag"
+  die "the session was not opened (see above)"
+}
+git checkout -q -b "autoresearch/$tag"
+if [ "$name" != "$(dataset_of_train)" ]; then
+  sed "s/^\(DATASET *= *\)[\"'][A-Za-z0-9_]*[\"']/\1\"$name\"/" train.py >.train.py.new || undo
+  cat .train.py.new >train.py && rm .train.py.new # not moved: the file keeps its mode
+  git commit -q -m "Session $tag: train on $name" train.py || undo
+fi
+ledger fresh || undo
+git update-ref "refs/experiments/$tag/start" HEAD || undo
+
+echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
+if [ "$prepared" != True ]; then
+  folder=''
+  [ "$name" != files ] || folder=" FILES=dir"
+  echo "data     not prepared: make prepare DATASET=$name$folder"
+fi
+echo "next     make baseline"

@@ -1,0 +1,139 @@
+"""Checkouts to work in, as a person would: through make, in a folder whose name has spaces and accents."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ["Makefile", "scripts", "pyproject.toml", "requirements.lock", "requirements-cuda.lock", ".gitignore"]
+STANDIN = Path(__file__).parent / "standin" / "prepare.py"
+
+
+def clean_environment(home, **more):
+    """What a fresh login has, so that nothing of the test run leaks in."""
+    identity = {f"GIT_{who}_{what}": f"tester{'@example.org' * (what == 'EMAIL')}"
+                for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}  # fmt: skip
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "TMPDIR": os.environ.get("TMPDIR", "/tmp"),
+        "PYTHON": sys.executable,
+        "AUTORESEARCH_LOCK": str(home / "lock"),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        **identity,
+        **more,
+    }
+
+
+class Checkout:
+    """A working copy and the commands that a person types in it."""
+
+    def __init__(self, path, env):
+        self.path, self.env = path, env
+
+    def run(self, *words, check=None, **env):
+        """Run a command; `check` is the exit code that it must have."""
+        done = subprocess.run(
+            words, cwd=self.path, env={**self.env, **env}, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert check is None or done.returncode == check, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def make(self, *words, check=None, **env):
+        return self.run("make", *words, check=check, **env)
+
+    def script(self, name, *words, check=None, **env):
+        """A verb's script itself, whose exit code make would hide."""
+        return self.run(f"scripts/{name}.sh", *words, check=check, **env)
+
+    def git(self, *words):
+        return self.run("git", *words, check=0).stdout.strip()
+
+    def write_train(self, body, commit="an idea", dataset="stdlib"):
+        """Make `body` the science of train.py, and commit it."""
+        (self.path / "train.py").write_text(f'DATASET = "{dataset}"\nimport prepare\n{body}\n')
+        if commit:
+            self.git("commit", "-q", "-m", commit, "train.py")
+
+    def experiment(self, body, status=None, desc="an idea"):
+        """Commit, run, and log where a status is given; returns run.sh's result."""
+        self.write_train(body)
+        done = self.script("run")
+        if status:
+            self.make("log-result", f"STATUS={status}", f"DESC={desc}", check=0)
+        return done
+
+    @property
+    def rows(self):
+        lines = (self.path / "results.tsv").read_text().splitlines()
+        assert lines[0] == "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
+        return [line.split("\t") for line in lines[1:]]
+
+    @property
+    def journal(self):
+        return "".join(p.read_text() for p in sorted((self.path / "internal" / "log").glob("log_*.md")))
+
+    def refs(self, tag):
+        names = self.git("for-each-ref", "--format=%(refname:lstrip=3) %(objectname)", f"refs/experiments/{tag}/")
+        return dict(line.split() for line in names.splitlines())
+
+
+def new_checkout(path, home, harness=(STANDIN,)):
+    """A folder with our files and a harness, and a repository without a commit."""
+    path.mkdir(parents=True)
+    home.mkdir(exist_ok=True)
+    for name in OURS:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, path / name)
+    for file in harness:
+        shutil.copy(file, path / file.name)
+    checkout = Checkout(path, clean_environment(home))
+    checkout.run("git", "init", "-q", "--template=", "-b", "main", check=0)
+    return checkout
+
+
+FOLDER = "ein répo für alle"
+
+
+def copied(source, tmp_path):
+    shutil.copytree(source.path, tmp_path / FOLDER, symlinks=True)
+    (tmp_path / "home").mkdir()
+    return Checkout(tmp_path / FOLDER, clean_environment(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def pristine_checkout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkout")
+    checkout = new_checkout(folder / FOLDER, folder / "home")
+    checkout.write_train("prepare.finish(1.5)", commit="")
+    checkout.git("add", "-A")
+    checkout.git("commit", "-q", "-m", "start")
+    return checkout
+
+
+@pytest.fixture(scope="session")
+def pristine_session(pristine_checkout, tmp_path_factory):
+    session = copied(pristine_checkout, tmp_path_factory.mktemp("session"))
+    session.make("setup", "TAG=t", check=0)
+    session.make("baseline", check=0)
+    return session
+
+
+@pytest.fixture
+def checkout(pristine_checkout, tmp_path):
+    """A repository of one commit, with a stand-in harness and a train.py that works."""
+    return copied(pristine_checkout, tmp_path)
+
+
+@pytest.fixture
+def session(pristine_session, tmp_path):
+    """The same, with a session `t` open and its baseline (1.5, 1000 tok/s) logged."""
+    return copied(pristine_session, tmp_path)

@@ -1,0 +1,250 @@
+"""results.tsv and the journal: true to the record, each run once, and no row ever lost."""
+
+import json
+import re
+import resource
+import subprocess
+
+import pytest
+
+HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
+
+
+@pytest.fixture
+def ran(session):
+    """A session with a second run, 1.4 at 1100 tok/s, that is valid and not logged."""
+    session.experiment("prepare.finish(1.4, 1100)")
+    return session
+
+
+def table(checkout):
+    return (checkout.path / "results.tsv").read_bytes()
+
+
+def log(checkout, status="keep", desc="warmer", check=0, **env):
+    return checkout.script("log-result", STATUS=status, DESC=desc, check=check, **env)
+
+
+def test_a_row_and_an_entry_from_the_record(ran):
+    ran.make("log-result", "STATUS=keep", "DESC=warmer", "FOUND=it helps", "OPEN=how far?", check=0)
+    head = ran.git("rev-parse", "HEAD")
+    assert ran.rows[1] == [head[:7], "1.400000", "1.5", "1100", "keep", "warmer"]
+    assert ran.refs("t")["002"] == head
+    entry = ran.journal.split("\n## ")[2]
+    for text in (
+        "2. keep: warmer",
+        "val_bpb 1.400000 (-0.100000), 1100 tok/s (+10.0 %), 1.5 GB, 10 steps",
+        "verdict against",
+        "keep (val_bpb improved",
+        head,
+        "- found: it helps",
+        "- open: how far?",
+    ):
+        assert text in entry
+
+
+def test_a_run_is_logged_once(ran):
+    log(ran)
+    before = table(ran), ran.journal
+    assert "logged already, as row 2" in log(ran, check=1).stderr
+    assert (table(ran), ran.journal) == before
+
+
+@pytest.mark.parametrize("typed", ["a\tb\nc", "  a b  c ", "a\r\nb \x1b[31mc", "a\x00b\x85c".replace("\x00", "\x01")])
+def test_a_description_is_made_one_line(ran, typed):
+    log(ran, desc=typed)
+    assert re.fullmatch(r"a b (\[31m)?c", ran.rows[1][5])
+    assert len(ran.rows) == 2
+
+
+def test_text_reaches_the_row_as_it_was_typed(ran):
+    typed = "costs $5 & `x` \"quoted\" 'single' #hash \\n 100% $(HOME) größer ∂ | a=b; rm"
+    ran.make("log-result", "STATUS=keep", f"DESC={typed}", f"FOUND={typed}", check=0)
+    assert ran.rows[1][5] == typed
+    assert f"- found: {typed}\n" in ran.journal
+
+
+@pytest.mark.parametrize("words", [["STATUS=good", "DESC=x"], ["DESC=x"], ["STATUS=keep"], ["STATUS=keep", "DESC= \t"]])
+def test_what_is_missing_or_wrong_is_said(ran, words):
+    done = ran.make("log-result", *words, check=2)
+    assert re.match("error: (STATUS=.* is none of keep, discard, crash|DESC is missing)", done.stderr)
+    assert len(ran.rows) == 1
+
+
+def test_a_valid_run_is_no_crash(ran):
+    assert "no crash" in log(ran, "crash", check=1).stderr
+
+
+def test_the_commit_logged_is_the_one_that_ran(ran):
+    head = ran.git("rev-parse", "HEAD")
+    ran.write_train("prepare.finish(9.9)", commit="already the next idea")
+    log(ran)
+    assert ran.rows[1][:2] == [head[:7], "1.400000"]
+
+
+def test_a_record_that_was_changed_by_hand_is_not_logged(ran):
+    for path in (ran.path / "data").glob("*run*.json"):
+        path.write_text(path.read_text().replace('"val_bpb": 1.4', '"val_bpb": 1.1'))
+    assert "changed" in log(ran, check=1).stderr
+    assert len(ran.rows) == 1
+
+
+def test_the_archive_serves_when_last_run_is_of_something_else(ran):
+    (ran.path / "data" / "last_run.json").unlink()
+    log(ran)
+    assert ran.rows[1][1] == "1.400000"
+
+
+# --- faults ----------------------------------------------------------------------------------------
+
+
+def test_a_lost_table_comes_back(ran):
+    before = table(ran)
+    (ran.path / "results.tsv").unlink()
+    assert "missing" in ran.script("results", check=0).stderr
+    assert ran.script("verdict", check=0).stdout.startswith("keep\nrule     val_bpb improved")
+    log(ran)
+    assert table(ran).startswith(before) and len(ran.rows) == 2
+
+
+def test_a_table_that_never_was(ran):
+    for name in ("results.tsv", "data/results_copy.tsv"):
+        (ran.path / name).unlink()
+    log(ran)
+    assert [row[5] for row in ran.rows] == ["warmer"]
+    assert "002" in ran.refs("t")  # the first experiment's ref is not taken
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text + "abc1234\t1.4",  # cut off in mid-row
+        lambda text: text[:-1],  # no newline at the end
+        lambda text: text + "a note by hand\n\n",
+        lambda text: text.replace("\n", "\r\n"),  # an editor on another system
+        lambda text: text + "abc1234\t1.4\t1.0\t5\tkeep\ttwo decimals\n",
+        lambda text: "\ufeff" + text,
+        lambda text: "",
+    ],
+    ids=["cut", "no-newline", "note", "crlf", "not-six-decimals", "bom", "empty"],
+)
+def test_a_table_edited_by_hand_or_cut_short_keeps_what_it_has(ran, damage):
+    path = ran.path / "results.tsv"
+    path.write_bytes(damage(path.read_text()).encode())
+    before = table(ran)
+    log(ran)
+    after = table(ran)
+    assert after.startswith(before)
+    assert after.splitlines()[-1].split(b"\t")[1:] == [b"1.400000", b"1.5", b"1100", b"keep", b"warmer"]
+    assert ran.script("results", check=0).stdout.count("warmer") == 1
+
+
+def test_a_line_that_is_no_row_is_named(ran):
+    with (ran.path / "results.tsv").open("a") as out:
+        out.write("abc1234\t1.4")
+    assert "results.tsv, line 3 is no row" in ran.script("results", check=0).stderr
+    assert "line 3 is no row" in ran.script("verdict", check=0).stdout
+
+
+def test_a_read_only_table_refuses_and_the_same_command_completes(ran):
+    path = ran.path / "results.tsv"
+    before = table(ran)
+    path.chmod(0o444)
+    done = log(ran, check=1)
+    assert "read-only" in done.stderr and "chmod u+w results.tsv" in done.stderr and done.stderr.count("\n") == 1
+    assert table(ran) == before
+    path.chmod(0o644)
+    log(ran)
+    assert len(ran.rows) == 2 and ran.journal.count("\n## ") == 2
+
+
+@pytest.mark.parametrize("full_at", ["results.tsv", "journal"])
+def test_a_full_disk_loses_nothing_and_the_same_command_completes(ran, full_at):
+    # a limit on file sizes fails as a full disk does: in the middle of a write
+    grown = ran.path / "results.tsv"
+    if full_at == "journal":
+        grown = next((ran.path / "internal" / "log").iterdir())
+    line = b"abc1234\t1.900000\t1.5\t1000\tdiscard\t" if full_at == "results.tsv" else b"prose "
+    with grown.open("ab") as out:
+        out.write(line + b"x" * (64 * 1024 - 20 - grown.stat().st_size - len(line)) + b"\n")
+    before, rows = grown.read_bytes(), len(ran.rows)
+    done = subprocess.run(
+        ["scripts/log-result.sh"],
+        cwd=ran.path,
+        env={**ran.env, "STATUS": "keep", "DESC": "warmer"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024,) * 2),
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert grown.read_bytes() == before
+    log(ran)
+    assert len(ran.rows) == rows + 1 and ran.rows[-1][5] == "warmer"
+    assert grown.read_bytes().startswith(before) and ran.journal.count(". keep: warmer") == 1
+
+
+def test_two_at_once_log_one_row(ran):
+    command = {"args": ["scripts/log-result.sh"], "cwd": ran.path, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(**command, env={**ran.env, "STATUS": "keep", "DESC": f"{n}"}) for n in range(4)]
+    errors = [p.communicate()[1] for p in both]
+    assert sorted(p.returncode for p in both) == [0, 1, 1, 1], errors
+    assert len(ran.rows) == 2 and ran.journal.count("\n## ") == 2
+
+
+def test_appends_from_many_processes_lose_no_row(checkout):
+    code = """
+import sys
+sys.path.insert(0, "scripts")
+import records
+for n in range(50):
+    records.append(records.RESULTS, f"{sys.argv[1]} {n}\\n", "head\\n")
+"""
+    (checkout.path / "results.tsv").write_text("head\n")
+    command = [checkout.env["PYTHON"], "-c", code]
+    writers = [subprocess.Popen([*command, str(n)], cwd=checkout.path, env=checkout.env) for n in range(4)]
+    assert [w.wait() for w in writers] == [0] * 4
+    lines = table(checkout).decode().splitlines()
+    assert lines[0] == "head" and sorted(lines[1:]) == sorted(f"{w} {n}" for w in range(4) for n in range(50))
+
+
+def test_log_result_that_was_killed_half_way_is_completed(ran):
+    """Whatever step it reached: the state on disk as after a kill just before the end."""
+    log(ran)
+    path = ran.path / "data" / "attempt.json"
+    state = json.loads(path.read_text())
+    whole = table(ran), ran.journal, ran.refs("t")
+    del state["log_complete"]
+    path.write_text(json.dumps(state))
+    log(ran, desc="said again")
+    assert (table(ran), ran.journal, ran.refs("t")) == whole
+    assert "logged already" in log(ran, check=1).stderr
+
+
+# --- the baseline and the table --------------------------------------------------------------------
+
+
+def test_a_baseline_with_another_budget_begins_a_new_table(checkout):
+    checkout.make("baseline", "BUDGET=30", check=0)
+    old = table(checkout)
+    done = checkout.make("baseline", check=0)
+    assert [row[5] for row in checkout.rows] == ["baseline"]
+    assert [p.read_bytes() for p in (checkout.path / "data").glob("results_2*.tsv")] == [old]
+    assert "results_2" in done.stdout
+
+
+def test_a_baseline_that_crashes_is_not_logged(checkout):
+    checkout.write_train("raise ValueError('no')")
+    assert checkout.script("baseline").returncode == 2
+    assert not (checkout.path / "results.tsv").exists()
+
+
+def test_results_are_aligned_and_the_best_is_marked(session):
+    session.experiment("prepare.finish(1.4)", "keep", "better")
+    session.experiment("prepare.finish(1.41, 1500)", "keep", "faster")
+    session.experiment("raise SystemExit(1)", "crash", "no luck")
+    lines = session.make("results", check=0).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "3", "4"]
+    assert [n for n, line in enumerate(lines[1:5], 1) if "*" in line] == [2]
+    words = ["baseline", "better", "faster", "no luck"]
+    assert len({line.index(word) for line, word in zip(lines[1:5], words, strict=True)}) == 1
+    assert lines[5] == "* best of 3 kept, 4 tried"

@@ -1,0 +1,294 @@
+"""One run, whatever train.py does: how it ends, what the agent reads, what is left behind."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+HANG = "import time\nwhile True: time.sleep(0.05)"
+
+
+def attempt(checkout):
+    return json.loads((checkout.path / "data" / "attempt.json").read_text())
+
+
+def wait_for(condition, what, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and was not yet collected does not."""
+    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(shown) and not shown.startswith("Z")
+
+
+def started(checkout, *words, **options):
+    """run.sh in the background, with a train.py that wrote its pids into `pids`."""
+    command = words or ("scripts/run.sh",)
+    process = subprocess.Popen(command, cwd=checkout.path, env=checkout.env, **options)
+    wait_for(lambda: (checkout.path / "pids").exists(), "train.py starts")
+    return process, [int(pid) for pid in (checkout.path / "pids").read_text().split()]
+
+
+FAMILY = f"""
+import os, subprocess, sys
+sleeper = [sys.executable, '-c', 'import time; time.sleep(99)']
+inner = [subprocess.Popen(sleeper, start_new_session=new) for new in (False, True)]
+open('pids.new', 'w').write(' '.join(str(p) for p in [os.getpid()] + [i.pid for i in inner]))
+os.replace('pids.new', 'pids')
+{HANG}
+"""  # train.py, a child in its group, and one that left the group
+
+
+def test_a_valid_run(session):
+    done = session.experiment("print('noise ' * 99)\nprepare.finish(1.4, 1100)")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) <= 15 and done.stderr == "" and "noise" not in done.stdout
+    for line in (
+        "val_bpb             1.400000  -0.100000",
+        "peak_memory_mb        1536.0  +0.0",
+        "avg_tok_sec             1100  +10.0 %",
+        "total_steps               10  +0",
+        "eval_seconds             0.5  +0.0",
+        "verdict  keep: val_bpb improved, throughput fell by at most 15 %",
+    ):
+        assert line in done.stdout.splitlines(), done.stdout
+    assert "noise" in (session.path / "run.log").read_text()
+    state = attempt(session)
+    assert (state["status"], state["commit"]) == ("valid", session.git("rev-parse", "HEAD"))
+
+
+ENDS = {  # what train.py does: the exit code, the status, a line of the summary
+    "raise ValueError('a bad idea')": (2, "crash", "ValueError: a bad idea"),
+    "x = = 1": (2, "crash", "SyntaxError"),
+    "import nonsense": (2, "crash", "No module named 'nonsense'"),
+    "raise SystemExit('error: the loss is nan at step 3')": (2, "crash", "the loss is nan at step 3"),
+    "import os; os.kill(os.getpid(), 11)": (2, "crash", "signal 11"),
+    "import os; os._exit(0)": (3, "stale", "of an earlier run"),
+    "import os; os.remove('data/last_run.json')": (3, "stale", "missing"),
+    "open('data/last_run.json', 'w').write('{\"run_id')": (3, "stale", "missing or damaged"),
+    "prepare.finish(1.4, pid=1, ppid=1)": (3, "stale", "of another process"),
+    "prepare.finish(0.1, seal='made by hand')": (3, "stale", "not written by the harness"),
+    "prepare.finish(1.4, train_blob='x')": (3, "stale", "train.py was changed"),
+    "prepare.finish(1.4); raise SystemExit(1)": (2, "crash", "exit 1"),
+    "prepare.finish(1.4, status='invalid', reason='causality: a leak.')": (2, "invalid", "causality: a leak."),
+    "prepare.START += 6; prepare.finish(1.4)": (2, "invalid", "clock stood still"),  # 5 s and 2 % are forgiven
+}
+
+
+@pytest.mark.parametrize("body", ENDS, ids=lambda body: body[:40])
+def test_every_other_end_is_told_apart(session, body):
+    code, status, shown = ENDS[body]
+    done = session.experiment(body)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert shown in done.stdout and f"{status} (exit {code})" in done.stdout
+    assert len(done.stdout.splitlines()) <= 15 and done.stderr == ""
+    assert attempt(session)["status"] == status
+    # it is no result: it can be logged as a crash, and as nothing else
+    assert "crash" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    session.script("log-result", STATUS="crash", DESC="x", check=0)
+    assert session.rows[-1][1:5] == ["0.000000", "0.0", "0", "crash"]
+
+
+def test_a_run_that_never_ends_is_killed_with_its_children(session):
+    session.write_train(FAMILY)
+    done = session.script("run", TIMEOUT="1", check=124)
+    assert "timeout (exit 124)" in done.stdout and "TIMEOUT=1 s" in done.stdout
+    pids = [int(pid) for pid in (session.path / "pids").read_text().split()]
+    assert len(pids) == 3 and not any(map(alive, pids))
+
+
+def test_a_run_that_ignores_polite_signals_is_killed_too(session):
+    session.write_train("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)" + FAMILY)
+    session.script("run", TIMEOUT="1", check=124)
+    assert not any(alive(int(pid)) for pid in (session.path / "pids").read_text().split())
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_run_and_marks_it(session, name):
+    session.write_train(FAMILY)
+    process, pids = started(session, stdout=subprocess.PIPE, text=True)
+    process.send_signal(name)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 128 + name and "interrupted" in output
+    wait_for(lambda: not any(map(alive, pids)), "children gone")
+    assert attempt(session)["status"] == "interrupted"
+    assert "interrupted" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    assert len(session.rows) == 1
+    session.write_train("prepare.finish(1.4)")
+    session.script("run", check=0)  # and the lock is free
+
+
+def test_ctrl_c_on_a_terminal(session):
+    """A person's Ctrl-C goes to everything in the foreground: make and run.sh, and the run ends."""
+    session.write_train("import sys\nprint('a terminal:', sys.stdout.isatty(), flush=True)" + FAMILY)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(session.path)
+        os.execvpe("make", ["make", "run"], session.env)
+    wait_for(lambda: (session.path / "pids").exists(), "train.py starts")
+    before = subprocess.run(["stty", "-a"], stdin=terminal, capture_output=True, text=True).stdout
+    os.write(terminal, b"\x03")
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+            after = subprocess.run(["stty", "-a"], stdin=terminal, capture_output=True, text=True).stdout
+    except OSError:
+        pass  # the far side is closed
+    os.waitpid(pid, 0)
+    assert b"a terminal: True" in shown and b"interrupted" in shown, shown
+    assert "a terminal: True" in (session.path / "run.log").read_text()
+    assert before == after
+    wait_for(lambda: not any(alive(int(p)) for p in (session.path / "pids").read_text().split()), "children gone")
+    assert attempt(session)["status"] == "interrupted"
+
+
+def test_on_a_terminal_the_log_keeps_the_last_state_of_a_progress_line(session):
+    session.write_train(
+        "for n in range(3): print(f'\\rstep {n}', end='', flush=True)\nprint()\nprepare.finish(1.4)"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(session.path)
+        os.execvpe("make", ["make", "run"], session.env)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    except OSError:
+        pass
+    assert os.waitpid(pid, 0)[1] == 0, shown
+    assert b"step 0" in shown and b"verdict  keep" in shown
+    log = (session.path / "run.log").read_text()
+    assert "step 2\n" in log and "step 0" not in log
+
+
+def test_when_run_sh_is_killed_the_run_ends_and_counts_as_interrupted(session):
+    session.write_train(FAMILY)
+    process, pids = started(session)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, pids)), "children gone")
+    assert "interrupted" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    session.script("run", TIMEOUT="1", check=124)  # the same train.py again: it never had its chance
+
+
+# --- one run at a time -----------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_or_waits(session):
+    session.write_train(
+        "import os, time\nopen('pids', 'w').write(str(os.getpid()))\n"
+        "while not os.path.exists('go'): time.sleep(0.05)\nprepare.finish(1.4)"
+    )
+    first, _ = started(session)
+    done = session.script("run", AGAIN="1", check=1)
+    assert re.search(rf"taken by another run: pid {first.pid}, for 0 min \d+ s", done.stderr)
+    assert "not ended" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    env = {**session.env, "WAIT": "1", "AGAIN": "1"}
+    waiting = subprocess.Popen(["scripts/run.sh"], cwd=session.path, env=env, stdout=subprocess.PIPE, text=True)
+    assert "waiting for another run: pid" in waiting.stdout.readline()
+    (session.path / "go").touch()
+    assert first.wait(timeout=30) == 0
+    assert "valid" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
+
+
+def test_a_lock_left_behind_is_taken_over(session):
+    holder = {"pid": os.getpid(), "clock": 0.0, "folder": "elsewhere"}  # a pid that lives, but is no run
+    open(session.env["AUTORESEARCH_LOCK"], "w").write(json.dumps(holder))
+    session.experiment("prepare.finish(1.4)")
+    assert attempt(session)["status"] == "valid"
+
+
+# --- refused before it starts ----------------------------------------------------------------------
+
+
+def test_what_could_not_be_reproduced_is_not_run(session):
+    session.write_train("prepare.finish(1.4)", commit="")
+    done = session.script("run", check=1)
+    assert "train.py is not committed" in done.stderr and "git commit" in done.stderr
+    session.git("add", "train.py")
+    assert "not committed" in session.script("run", check=1).stderr
+
+
+@pytest.mark.parametrize("file", ["prepare.py", "Makefile", "scripts/lib.sh", "requirements.lock", "pyproject.toml"])
+@pytest.mark.parametrize("committed", [False, True])
+def test_what_could_not_be_compared_is_not_run(session, file, committed):
+    with (session.path / file).open("a") as out:
+        out.write("# a shortcut\n")
+    if committed:
+        session.git("commit", "-q", "-m", "shortcut", file)
+    session.write_train("prepare.finish(1.4)")
+    done = session.script("run", check=1)
+    assert file in done.stderr and done.stderr.count("\n") == 1
+    mend = done.stderr.split("Put back: ")[1].strip()
+    session.run("sh", "-c", mend, check=0)  # the command it gives is the cure
+    session.script("run", check=0)
+
+
+def test_a_new_file_among_the_frozen_ones_is_named(session):
+    (session.path / "scripts" / "mine.sh").write_text("")
+    session.write_train("prepare.finish(1.4)")
+    assert "scripts/mine.sh" in session.script("run", check=1).stderr
+
+
+def test_the_same_train_is_not_run_twice_by_mistake(session):
+    done = session.script("run", check=1)
+    assert "was run before" in done.stderr and "1.500000" in done.stderr and "AGAIN=1" in done.stderr
+    session.experiment("raise SystemExit(1)", "crash")
+    session.write_train("prepare.finish(1.3)")
+    session.script("run", check=0)
+    assert "just run" in session.script("run", check=1).stderr
+    session.script("log-result", STATUS="keep", DESC="x", check=0)
+    session.write_train("raise SystemExit(1)", commit="that again")
+    assert "crash" in session.script("run", check=1).stderr
+    session.write_train("prepare.finish(1.5)", commit="back to the first")
+    assert "baseline" in session.script("run", check=1).stderr
+    session.script("run", AGAIN="1", check=0)
+    session.script("run", SEED="7", check=0)  # another seed is another experiment
+
+
+@pytest.mark.parametrize(
+    "setting", ["BUDGET=0", "BUDGET=-3", "BUDGET=ten", "BUDGET=1e3", "TIMEOUT=0", "TIMEOUT=x", "SEED=1.5", "BUDGET=0.0"]
+)
+def test_a_number_that_is_none_is_refused(session, setting):
+    session.write_train("prepare.finish(1.4)")
+    done = session.make("run", setting, check=2)
+    assert done.stderr.startswith(f"error: {setting} is not a ")
+
+
+def test_settings_reach_python(session):
+    session.write_train("import os\nprint(*[os.environ['AUTORESEARCH_' + n] for n in ('BUDGET', 'SEED', 'FILES')])")
+    session.make("run", "BUDGET=2.5", "SEED=0", "FILES=my $texts", check=2)
+    assert "2.5 0 my $texts" in (session.path / "run.log").read_text()
+
+
+def test_another_dataset_than_trains_is_refused(session):
+    assert "make setup" in session.script("run", DATASET="tinystories", check=1).stderr
+
+
+def test_a_python_that_does_not_run_is_named(session):
+    assert "PYTHON=/nowhere/python" in session.script("run", PYTHON="/nowhere/python", check=1).stderr
+
+
+def test_without_git_it_runs_and_is_logged(checkout):
+    (checkout.path / ".git").rename(checkout.path / "git-is-gone")
+    checkout.make("baseline", check=0)
+    assert checkout.rows[0][0] == "0000000"
+
+
+def test_freshness_does_not_hang_on_the_clock(session):
+    """A record from a day ahead, as after the clock was set back, does not make the next run stale."""
+    path = session.path / "data" / "last_run.json"
+    future = time.time() + 86400
+    os.utime(path, (future, future))
+    assert session.experiment("prepare.finish(1.4)").returncode == 0
