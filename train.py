@@ -417,7 +417,7 @@ class TrainStep:
     """
 
     def __init__(self, model, optimizer, streams, compiled=GPU):
-        self.model, self.optimizer, self.streams = model, optimizer, streams
+        self.model, self.optimizer, self.streams, self.compiled = model, optimizer, streams, compiled
         self.state = [model.state, [o.state for o in optimizer.optimizers]]
         self.zeros = (mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters()))
         mx.eval(self.state, self.zeros)
@@ -437,7 +437,8 @@ class TrainStep:
         self.optimizer.update(self.model, gradients)
         return loss
 
-    def __call__(self, micro_batches):
+    def gradients(self, micro_batches):
+        """Summed losses and gradients of the micro-batches, one sum for each stream at work."""
         totals = [self.zeros] * min(len(self.streams), len(micro_batches))
         for i, tokens in enumerate(micro_batches):
             lane = i % len(totals)
@@ -445,6 +446,10 @@ class TrainStep:
                 totals[lane] = self.accumulate(tokens, totals[lane])
             if lane == len(totals) - 1:
                 mx.async_eval(totals)
+        return totals
+
+    def __call__(self, micro_batches):
+        totals = self.gradients(micro_batches)
         loss = self.update(totals, mx.array(float(len(micro_batches))))
         mx.async_eval(loss, self.state)
         return loss
@@ -459,22 +464,30 @@ class TrainStep:
             optimizer.state.update(state)
 
 
+def micro_batches_a_step(rows, sequence_length):
+    """How many micro-batches of `rows` rows make TOTAL_BATCH_SIZE tokens."""
+    if TOTAL_BATCH_SIZE % (rows * sequence_length):
+        raise SystemExit(
+            f"error: TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of "
+            f"DEVICE_BATCH_SIZE x sequence length = {rows} x {sequence_length}"
+        )
+    return TOTAL_BATCH_SIZE // (rows * sequence_length)
+
+
+def build(vocab_size, sequence_length, compiled=GPU):
+    """What is trained and what trains it, all new: (GPTConfig, Schedule, TrainStep). bench.py uses it too."""
+    config = GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length)
+    model = GPT(config)
+    optimizer = build_optimizer(model, config.n_embd)
+    return config, Schedule(optimizer), TrainStep(model, optimizer, prepare.compute_streams(), compiled)
+
+
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    config = GPTConfig(vocab_size=run.tokenizer.vocab_size, sequence_length=run.dataset.sequence_length)
-    micro_tokens = DEVICE_BATCH_SIZE * config.sequence_length
-    if TOTAL_BATCH_SIZE % micro_tokens:
-        raise SystemExit(
-            f"error: TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of "
-            f"DEVICE_BATCH_SIZE x sequence length = {DEVICE_BATCH_SIZE} x {config.sequence_length}"
-        )
-    micro_batches = TOTAL_BATCH_SIZE // micro_tokens
+    micro_batches = micro_batches_a_step(DEVICE_BATCH_SIZE, run.dataset.sequence_length)
     batches = run.batches(DEVICE_BATCH_SIZE)
-    model = GPT(config)
-    optimizer = build_optimizer(model, config.n_embd)
-    schedule = Schedule(optimizer)
-    step = TrainStep(model, optimizer, prepare.compute_streams())
+    config, schedule, step = build(run.tokenizer.vocab_size, run.dataset.sequence_length)
     shape = (DEVICE_BATCH_SIZE, config.sequence_length + 1)
     step.warm_up([mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)])
 
@@ -484,7 +497,7 @@ def main():
         schedule.set(n, run.progress())
         run.log_step(step([next(batches) for _ in range(micro_batches)]))
         n += 1
-    run.finish(model, EVAL_BATCH_SIZE, {**asdict(config), "n_embd": config.n_embd})
+    run.finish(step.model, EVAL_BATCH_SIZE, {**asdict(config), "n_embd": config.n_embd})
 
 
 if __name__ == "__main__":
