@@ -137,3 +137,15 @@ def checkout(pristine_checkout, tmp_path):
 def session(pristine_session, tmp_path):
     """The same, with a session `t` open and its baseline (1.5, 1000 tok/s) logged."""
     return copied(pristine_session, tmp_path)
+
+
+# --- the Python core -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of this test's own."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    for name in ("AUTORESEARCH_FILES", "AUTORESEARCH_BUDGET", "AUTORESEARCH_SEED", "HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "cache"
