@@ -58,15 +58,22 @@ def harness_hash():
 HARNESS = harness_hash()  # of the files that this process loaded, whatever happens to them later
 
 
-def positive(name, text, kind=float):
+def positive(name, text):
     """`text` as a positive finite number, or the program ends with one line."""
     try:
-        value = kind(text)
+        value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
         sys.exit(f"error: {name}={text} is not a positive number")
     return value
+
+
+def whole(name, text):
+    """`text` as a whole number, 0 or more, or the program ends with one line."""
+    if not text.isdecimal():
+        sys.exit(f"error: {name}={text} is not a whole number")
+    return int(text)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------
@@ -573,7 +580,7 @@ class Run:
     def __init__(self, dataset_name):
         self.dataset = get_dataset(dataset_name)
         self.budget = positive("BUDGET", os.environ.get("AUTORESEARCH_BUDGET") or "300")
-        self.seed = int(positive("SEED", os.environ.get("AUTORESEARCH_SEED") or "42", int))
+        self.seed = whole("SEED", os.environ.get("AUTORESEARCH_SEED") or "42")
         self.tokenizer = Tokenizer.load(self.dataset)
         self.cache = TokenCache.load(self.dataset)
         self.train_blob = git_blob_hash(HERE / "train.py")
@@ -643,7 +650,7 @@ class Run:
         loss, tokens = self._pending
         self._pending = None
         loss, now, step = float(loss.item()), self.elapsed(), len(self._step_ends)
-        if not loss < EXPLODED:
+        if not abs(loss) < EXPLODED:
             sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
         rate = (tokens - self._tokens_logged) / max(now - (self._step_ends[-1] if step else 0.0), 1e-9)
         self._tokens_logged = tokens
@@ -746,13 +753,16 @@ def seal(record):
 
 def write_record(record):
     """Archive the record and make it data/last_run.json; a reader sees the old one or the new one, whole."""
-    DATA_DIR.mkdir(exist_ok=True)
     text = json.dumps(record, indent=1)
     name, number = f"run_{datetime.now():%Y%m%d_%H%M%S}", 1
-    while (archive := DATA_DIR / (name + (f"_{number}" if number > 1 else "") + ".json")).exists():
-        number += 1
-    write_atomically(archive, text)
-    write_atomically(DATA_DIR / "last_run.json", text)
+    try:
+        DATA_DIR.mkdir(exist_ok=True)
+        while (archive := DATA_DIR / (name + (f"_{number}" if number > 1 else "") + ".json")).exists():
+            number += 1
+        write_atomically(archive, text)
+        write_atomically(DATA_DIR / "last_run.json", text)
+    except OSError as error:
+        sys.exit(f"error: the record could not be written to {DATA_DIR}: {error.strerror or error}")
 
 
 def write_atomically(path, text):

@@ -364,7 +364,8 @@ def test_odd_text_is_taken_as_far_as_it_is_text(folder):
     (folder / "a.jsonl").write_bytes(
         b'\xef\xbb\xbf{"text": "a byte order mark"}\n\n'
         + b'{"text": "bad \xff byte"}\r\n'
-        + b'{"text": "half a pair \\ud800 and a whole \\ud83d\\ude00"}\n{"text": null}\n{"text": ["no"]}\n{"text": ""}\n'
+        + b'{"text": "half a pair \\ud800 and a whole \\ud83d\\ude00"}\n'
+        + b'{"text": null}\n{"text": ["no"]}\n{"text": ""}\n'
         + json.dumps({"text": huge}).encode()
     )
     (folder / "b.txt").write_bytes(b"\xef\xbb\xbfmark\r\n\r\nbad \xff byte")
