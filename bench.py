@@ -9,6 +9,7 @@ bench of this machine; archived in data/bench_*.json. Takes less than two minute
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -25,7 +26,6 @@ import prepare
 import train
 
 TIME_LIMIT = 105  # seconds; what is not measured by then is skipped
-MOVED = 0.05  # share by which a figure moves before a line says so
 
 FIGURES = {  # name: (what it is, unit)
     "import_seconds": ("start-up: interpreter and imports", "s"),
@@ -79,8 +79,7 @@ class Training:
         mx.synchronize()
         marks.append(time.perf_counter())
         self.figures = dict(zip(("data_seconds", "model_seconds", "warm_up_seconds"), np.diff(marks), strict=True))
-        # As training goes: the loss of a step is read while the next one is under way.
-        pending, ends, waited = None, [], self.batches.wait_seconds
+        pending, ends, waited = None, [], self.batches.wait_seconds  # a loss is read during the next step
         while len(ends) < 2 or (ends[-1] - ends[0] < seconds and len(ends) < 50):
             self.schedule.set(len(ends), 0.0)
             loss = self.step([next(self.batches) for _ in self.micro_batches])
@@ -140,9 +139,9 @@ class Training:
 def flops_per_token(config, parameters):
     """FLOPs of training on one token, as PaLM counts them (arXiv:2204.02311, appendix B).
 
-    6 N + Σ 12 · width · window. N: the parameters that take part in products, so all but embedding
+    6 N + Σ 12 · width · window. N: parameters that take part in products, so all but embedding
     tables, which are only looked up. Σ: over the layers, as if every query saw its whole window.
-    Of the 6 a forward pass takes 2, of the 12 it takes 4; work done a second time is not counted.
+    A forward pass takes 2 of the 6 and 4 of the 12; work done a second time is not counted.
     """
     in_products = sum(p.size for path, p in tree_flatten(parameters) if train.parameter_group(path, p) != "embeddings")
     return 6 * in_products + sum(12 * config.n_embd * config.window(layer) for layer in range(config.depth))
@@ -181,10 +180,10 @@ def shown(name, value):
 
 
 def moved(before, after):
-    """A line for each figure of two benches that moved by more than MOVED; a tenth of a millisecond is noise."""
+    """A line for each figure of two benches that moved by more than 5 %; a tenth of a millisecond is noise."""
     for name, (_, unit) in FIGURES.items():
         old, new = before.get(name), after.get(name)
-        if old and new is not None and abs(new - old) > max(MOVED * old, 0.1 if unit == "ms" else 0):
+        if old and new is not None and abs(new - old) > max(0.05 * old, 0.1 if unit == "ms" else 0):
             way, better = "up" if new > old else "down", (new > old) == (unit in ("tok/s", "TFLOP/s", "%"))
             yield f"{shown(name, new)}, {way} {100 * abs(new / old - 1):.1f} %, {'better' if better else 'worse'}"
 
@@ -222,14 +221,15 @@ def main():
     note(training.parts() | training.arithmetic())
     note(training.packing() | training.evaluation())
     del training  # the children need the memory
+    gc.collect()
     mx.clear_cache()
     names = ("uncompiled_step_ms", "compiled_step_ms")
     note({names[compiled]: present["step_ms"], names[not compiled]: in_child(rows, not compiled).get("step_ms")})
     print(f"  {'DEVICE_BATCH_SIZE':<20}{'tok/s':>12}{'peak MB':>12}")
     for size in sweep(present, compiled):
         sizes.append(size)
-        line = "{why}" if "why" in size else "{tok_sec:12,.0f}{train_peak_mb:12,.0f}"
-        print(f"  {size['rows']:<20}" + line.format(**size), flush=True)
+        told = size.get("why") or "{tok_sec:12,.0f}{train_peak_mb:12,.0f}".format(**size)
+        print(f"  {size['rows']:<20}{told}", flush=True)
     fastest = max(sizes, key=lambda size: size.get("tok_sec", 0))["rows"]
     print(f"fastest that fits: DEVICE_BATCH_SIZE = {fastest}")
     now, seconds = datetime.now().astimezone(), time.monotonic() - prepare.PROCESS_START
