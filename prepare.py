@@ -751,7 +751,7 @@ class Run:
             checks.budget(self.budget, seconds, self._step_ends)
             evaluation = evaluate_bpb(model, Tokenizer.load(self.dataset), batch_size)
             self._verifier.join()
-            checks.data(served, self.cache, asdict(self.dataset), self._changed_file, self._watch.opened)
+            checks.data(served, self.cache, self._changed_file, self._watch.opened)
             checks.harness(HARNESS, harness_hash(), DEFINED, checks.definitions(*HARNESS_MODULES))
         except checks.Refused as refused:
             reason = str(refused)
@@ -937,10 +937,6 @@ def dataset_of_train():
     return found.group(1)
 
 
-HARNESS_MODULES = (sys.modules[__name__], checks, data_sources)
-DEFINED = checks.definitions(*HARNESS_MODULES)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Fetch a dataset, train its tokenizer, write its token cache.")
     parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(data_sources.DATASETS)} (default: train.py's)")
@@ -951,6 +947,10 @@ def main():
         prepare(dataset)
     elif not is_prepared(dataset):
         sys.exit(not_prepared(dataset))
+
+
+HARNESS_MODULES = (sys.modules[__name__], checks, data_sources)
+DEFINED = checks.definitions(*HARNESS_MODULES)
 
 
 if __name__ == "__main__":
