@@ -160,6 +160,13 @@ class WholeRow(Mix):
         return mx.broadcast_to(x.mean(axis=1, keepdims=True), x.shape) @ self.wo
 
 
+class LastToken(Mix):
+    """All positions see the row's last token, so that whatever is exchanged, they move as much."""
+
+    def __call__(self, x, ids):
+        return mx.broadcast_to(x[:, -1:], x.shape) @ self.wo
+
+
 class ExpertsChoose(Mix):
     """Each expert takes the quarter of the row's tokens that it likes best."""
 
@@ -198,6 +205,7 @@ SEES_LATER = {
     "a convolution padded on both sides": [SamePadding],
     "a sum from behind": [gallery.Attention, BothWays],
     "the mean of the row": [WholeRow],
+    "the last token of the row": [LastToken],
     "experts that choose tokens": [gallery.Attention, ExpertsChoose],
     "pairs of tokens merged": [gallery.Attention, MergedTokens],
 }
@@ -966,6 +974,22 @@ def test_each_way_to_differ_is_judged_by_itself(reach):
     evidence[0][:], evidence[2] = 1e-9, checks.LEAK * BIT * (1 + 30 * chance)
     assert checks.judge(*evidence, BIT, checks.REACH) is None
     assert checks.judge(*nothing(), BIT, checks.REACH) is None
+
+
+def test_neither_a_few_pairs_nor_what_rounding_explains_decide():
+    evidence = nothing()
+    evidence[0][:3], evidence[1][:3] = 1.0, 10.0  # where rounding has flipped a choice
+    assert checks.judge(*evidence, BIT, checks.REACH) is None
+    evidence[0][:9], evidence[1][:9] = 1.0, 10.0
+    assert checks.judge(*evidence, BIT, checks.REACH)
+    for kind, limit in enumerate([checks.MOVED, checks.LEAK * BIT]):
+        evidence = nothing()
+        evidence[0][:] = 1e-9
+        evidence[kind][:] = 1.9 * limit
+        assert checks.judge(*evidence, BIT, checks.REACH)
+        assert checks.judge(*evidence, BIT, checks.REACH, floor=(checks.MOVED, checks.LEAK * BIT)) is None
+    evidence[0][:] = 2.1 * checks.MOVED  # no rounding moves by as much
+    assert checks.judge(*evidence, BIT, checks.REACH, floor=(checks.MOVED, checks.LEAK * BIT))
 
 
 def sides(favoured, share):
