@@ -77,13 +77,17 @@ def test_the_shortest_is_cropped_where_none_fits():
     assert used[:4] == [1, 0, 2, 3]  # 9, then of 6, 8, 7 the shortest; 8, then 7
 
 
-def test_each_epoch_has_every_document_once_in_another_order():
-    order = list(islice(prepare.shuffled_forever(50, seed=3), 150))
-    epochs = [order[:50], order[50:100], order[100:]]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+def test_an_epoch_has_every_start_once_and_later_pieces_in_turn():
+    pieces = np.array([0, 0, 1, 2, 3, 0, 1, *[0] * 43])  # document 1 has three later pieces, document 5 one
+    order = list(islice(prepare.training_order(pieces, seed=3), 48 * 3))
+    epochs = [order[i : i + 48] for i in range(0, len(order), 48)]
+    for epoch in epochs:
+        assert sorted(i for i in epoch if pieces[i] == 0) == np.flatnonzero(pieces == 0).tolist()
+        assert 6 in epoch and len({2, 3, 4} & set(epoch)) == 1
+    assert {2, 3, 4} <= set(order)  # three epochs have served the whole text
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert order == list(islice(prepare.shuffled_forever(50, seed=3), 150))
-    assert order != list(islice(prepare.shuffled_forever(50, seed=4), 150))
+    assert order == list(islice(prepare.training_order(pieces, seed=3), len(order)))
+    assert order != list(islice(prepare.training_order(pieces, seed=4), len(order)))
 
 
 # --- batches ---------------------------------------------------------------------------------------
