@@ -32,7 +32,7 @@ DATASET = "stdlib"  # one of data_sources.DATASETS
 DEPTH = 4 if GPU else 3  # layers
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64
-WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # per layer, repeated: S sees half the context, L all; the last is L
+WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: S sees half the context, L all
 
 TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
 DEVICE_BATCH_SIZE = 16 if GPU else 8  # rows at once; lower it where memory is short
