@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import sys
 import sysconfig
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def get_dataset(name):
 
 def cache_dir(dataset):
     """Where the dataset's shards, tokenizer and tokens live (AUTORESEARCH_CACHE moves it)."""
-    root = Path(os.environ.get("AUTORESEARCH_CACHE") or Path.home() / ".cache" / "autoresearch")
+    root = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
     return root if dataset.name == "climbmix" else root / dataset.name
 
 
@@ -111,6 +112,27 @@ def fingerprint(dataset):
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
+def remove_leftovers(folder):
+    """Delete the temporary `NAME.PID.part` files and folders of processes that were killed."""
+    for path in folder.glob("*.part"):
+        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
+        if pid.isdigit() and not is_alive(int(pid)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return True
+
+
 # --- splits and passages -----------------------------------------------------------------------
 
 
@@ -127,20 +149,24 @@ def split_by_content(groups, split, share):
             yield from texts
 
 
-def passages(text, limit):
-    """Cut `text` at blank lines into passages of about `limit` characters; nothing is dropped.
+def passages(text, limit, separators=("\n\n",)):
+    """Cut `text` at blank lines into passages of about `limit` characters; nothing but blanks is dropped.
 
     A document longer than a training row loses its tail to the packing's cropping rule, so long
-    files are cut beforehand, where a reader would cut them.
+    files are cut beforehand, where a reader would cut them. A passage that is still longer than
+    `limit` is cut at the next of `separators`, where there is one.
     """
+    separator, *finer = separators
     pieces, piece, size = [], [], 0
-    for block in text.split("\n\n"):
+    for block in text.split(separator):
         if piece and size + len(block) > limit:
-            pieces.append("\n\n".join(piece) + "\n\n")
+            pieces.append(separator.join(piece) + separator)
             piece, size = [], 0
         piece.append(block)
-        size += len(block) + 2
-    pieces.append("\n\n".join(piece))
+        size += len(block) + len(separator)
+    pieces.append(separator.join(piece))
+    if finer:
+        pieces = [p for long in pieces for p in (passages(long, limit, finer) if len(long) > limit else [long])]
     return [p for p in pieces if p.strip()]
 
 
@@ -185,27 +211,48 @@ def files_folder():
 
 
 def text_files(folder):
-    return sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".jsonl", ".txt") and p.is_file())
+    """The files that hold text, hidden ones aside: macOS leaves a `._name` beside each on foreign disks."""
+    kinds = (".parquet", ".jsonl", ".txt")
+    return sorted(p for p in folder.rglob("*") if p.suffix in kinds and p.name[0] != "." and p.is_file())
 
 
 def files_texts(folder):
     """Yield every text below `folder`: parquet and jsonl rows as they are, .txt in passages."""
     for path in text_files(folder):
-        if path.suffix == ".parquet":
-            yield from parquet_texts([path])
-        elif path.suffix == ".txt":
-            yield from passages(path.read_text("utf-8", errors="replace"), limit=8000)
-        else:
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for number, line in enumerate(lines, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        text = json.loads(line)["text"]
-                    except (ValueError, KeyError, TypeError):
-                        sys.exit(f"error: {path}, line {number}: not a JSON object with a 'text'")
-                    if isinstance(text, str):
-                        yield text
+        try:
+            if path.suffix == ".parquet":
+                yield from parquet_texts([path])
+            elif path.suffix == ".jsonl":
+                yield from jsonl_texts(path)
+            else:
+                yield from txt_texts(path)
+        except OSError as error:
+            sys.exit(f"error: {path} cannot be read: {error.strerror or error}")
+
+
+def jsonl_texts(path):
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                sys.exit(f"error: {path}, line {number}: not a JSON object with a 'text'")
+            if isinstance(text, str):
+                yield text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+
+
+def txt_texts(path, at_once=2**24):
+    """Passages of a text file, read `at_once` characters at a time."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        rest = ""
+        while block := file.read(at_once):
+            pieces = passages(rest + block, 8000, ("\n\n", "\n", " "))
+            yield from pieces[:-1]
+            rest = pieces[-1] if pieces else ""
+        if rest:
+            yield rest
 
 
 def files_documents(dataset, split):
@@ -239,14 +286,15 @@ def parquet_texts(paths):
     """Yield column `text` of parquet files, one row group in memory at a time."""
     for path in paths:
         try:
-            file = pq.ParquetFile(path)
-            if "text" not in file.schema_arrow.names:
-                sys.exit(f"error: {path} has no column 'text'")
-            for group in range(file.num_row_groups):
-                for text in file.read_row_group(group, columns=["text"])["text"].to_pylist():
-                    if text:
-                        yield text
-        except (OSError, pa.ArrowException) as error:
+            with pq.ParquetFile(path) as file:
+                if "text" not in file.schema_arrow.names:
+                    sys.exit(f"error: {path} has no column 'text'")
+                for group in range(file.num_row_groups):
+                    column = file.read_row_group(group, columns=["text"])["text"]
+                    for text in column.cast(pa.large_string()).to_pylist():
+                        if text:
+                            yield text
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             sys.exit(f"error: {path} cannot be read: {error}")
 
 
@@ -254,27 +302,36 @@ def fetch_tinystories(dataset):
     """Download what the hub lists, shuffle with a fixed seed, write 20 + 1 + 1 shards."""
     shards = shard_dir(dataset)
     targets = [shards / f"shard_{i:05d}.parquet" for i in range(dataset.train_shards + 2)]
-    if all(is_parquet(path) for path in targets):
-        return
-    listing = hub_get(f"{hub_endpoint()}/api/datasets/{dataset.repo}/parquet").json()
-    urls = [url for config in listing.values() for split in config.values() for url in split]
-    # The listing names the hub itself even where a mirror answered.
-    urls = [url.replace("https://huggingface.co/", f"{hub_endpoint()}/", 1) for url in urls]
-    if not urls:
-        sys.exit(f"error: the hub lists no parquet file for {dataset.repo}")
-    sources = [shards / f"source_{i:05d}.parquet" for i in range(len(urls))]
-    download_all(list(zip(urls, sources, strict=True)))
-    # Each story once: the hub's copies would otherwise stand in two splits.
-    texts = list(dict.fromkeys(parquet_texts(sources)))
-    random.Random(0).shuffle(texts)
-    n = len(targets)
-    for i, path in enumerate(targets):
-        part = texts[i * len(texts) // n : (i + 1) * len(texts) // n]
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        pq.write_table(pa.table({"text": part}), temporary, row_group_size=4096)
-        temporary.replace(path)
-    for path in sources:
+    if not all(is_parquet(path) for path in targets):
+        urls = hub_listing(dataset.repo)
+        sources = [shards / f"source_{i:05d}.parquet" for i in range(len(urls))]
+        download_all(list(zip(urls, sources, strict=True)))
+        # Each story once: the hub's copies would otherwise stand in two splits.
+        texts = list(dict.fromkeys(parquet_texts(sources)))
+        random.Random(0).shuffle(texts)
+        n = len(targets)
+        for i, path in enumerate(targets):
+            part = texts[i * len(texts) // n : (i + 1) * len(texts) // n]
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+            pq.write_table(pa.table({"text": pa.array(part, pa.string())}), temporary, row_group_size=4096)
+            temporary.replace(path)
+    for path in shards.glob("source_*.parquet"):
         path.unlink()
+
+
+def hub_listing(repo):
+    """The addresses of a dataset's parquet files, in the hub's order."""
+    url = f"{hub_endpoint()}/api/datasets/{repo}/parquet"
+    with hub_get(url) as response:
+        try:
+            urls = [file for config in response.json().values() for split in config.values() for file in split]
+            # The listing names the hub itself even where a mirror answered.
+            urls = [file.replace("https://huggingface.co/", f"{hub_endpoint()}/", 1) for file in urls]
+        except (ValueError, AttributeError, TypeError):
+            sys.exit(f"error: {url}: the answer is not a listing of parquet files")
+    if not urls:
+        sys.exit(f"error: the hub lists no parquet file for {repo}")
+    return urls
 
 
 # --- downloads -----------------------------------------------------------------------------------
@@ -282,35 +339,54 @@ def fetch_tinystories(dataset):
 WORKERS = 8  # files at once
 ATTEMPTS = 6  # tries a file
 BACK_OFF = 1.0  # seconds before the second try, doubled for each further one
+PIECE = 2**18  # bytes written at once; a broken transfer loses at most so many
+LONGEST_WAIT = 300.0  # seconds that a busy server may ask for
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of an answer
+NEVER = threading.Event()  # for downloads that nothing stops
 
 
 def hub_endpoint():
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def hub_get(url, **options):
+def hub_get(url, stop=NEVER, **options):
     """GET with retries and, towards the hub itself, the user's HF_TOKEN."""
     headers = dict(options.pop("headers", {}))
-    token = os.environ.get("HF_TOKEN")
+    token = os.environ.get("HF_TOKEN", "").strip()
     if token and url.startswith(hub_endpoint() + "/"):
         headers["Authorization"] = f"Bearer {token}"
     for attempt in range(ATTEMPTS):
+        wait = BACK_OFF * 2**attempt
         try:
             response = requests.get(url, headers=headers, timeout=TIMEOUT, **options)
+        except ValueError:  # how requests calls a malformed address
+            sys.exit(f"error: {url} is no address to fetch from; HF_ENDPOINT is the hub's, with https://")
         except requests.RequestException as error:
             reason = f"{type(error).__name__}: {error}"
         else:
-            if response.status_code in (401, 403):
-                sys.exit(f"error: {url}: access denied ({response.status_code}); set HF_TOKEN to a token that may read it")
-            if response.status_code in (404, 410):
-                sys.exit(f"error: {url}: not found ({response.status_code})")
-            if response.status_code == 416 or response.ok:
+            status = response.status_code
+            if response.ok or status == 416:
                 return response
-            reason = f"status {response.status_code}"
             response.close()
+            if status in (401, 403):
+                sys.exit(f"error: {url}: access denied ({status}); set HF_TOKEN to a token that may read it")
+            if status in (404, 410):
+                sys.exit(f"error: {url}: not found ({status})")
+            reason, asked = f"status {status}", response.headers.get("Retry-After", "")
+            if asked.isdecimal():
+                wait = max(wait, min(float(asked), LONGEST_WAIT))
         if attempt + 1 < ATTEMPTS:
-            time.sleep(BACK_OFF * 2**attempt)
+            pause(wait, stop)
+    give_up(url, reason)
+
+
+def pause(seconds, stop):
+    """Sleep; ends the thread where another one's failure stops the work."""
+    if stop.wait(seconds):
+        raise SystemExit
+
+
+def give_up(url, reason):
     sys.exit(f"error: {url}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")
 
 
@@ -323,7 +399,7 @@ def is_parquet(path):
         return False
 
 
-def download(url, path, progress=lambda n: None):
+def download(url, path, progress=lambda n: None, stop=NEVER):
     """Fetch one parquet file. `path` appears only once the length and the footer are right.
 
     A broken transfer goes on where it stopped if the server has the same file still (If-Range
@@ -338,26 +414,24 @@ def download(url, path, progress=lambda n: None):
         part.write_bytes(b"")
         for attempt in range(ATTEMPTS):
             if attempt:
-                time.sleep(BACK_OFF * 2 ** (attempt - 1))
-            have = part.stat().st_size
+                pause(BACK_OFF * 2 ** (attempt - 1), stop)
+            have = part.stat().st_size if etag else 0
             headers = {"Accept-Encoding": "identity"}  # a compressed answer has another length
-            if have and etag:
+            if have:
                 headers |= {"Range": f"bytes={have}-", "If-Range": etag}
             try:
-                with hub_get(url, headers=headers, stream=True) as response:
-                    resumed = response.status_code == 206
-                    if response.status_code == 416 or not resumed:
-                        have = 0
-                    if response.status_code == 416:
-                        part.write_bytes(b"")
-                        etag = None
+                with hub_get(url, stop, headers=headers, stream=True) as response:
+                    answered = response.headers
+                    if response.status_code != 200 and not continues(response, have, etag):
+                        reason, etag = f"status {response.status_code}, and not what was asked for", None
                         continue
-                    tag = response.headers.get("ETag", "")
+                    if response.status_code == 200:
+                        have = 0
+                    tag, length = answered.get("ETag", ""), answered.get("Content-Length", "")
                     etag = tag if tag and not tag.startswith("W/") else None
-                    length = response.headers.get("Content-Length")
-                    expected = have + int(length) if length else None
-                    with part.open("ab" if resumed else "wb") as out:
-                        for piece in response.iter_content(1 << 20):
+                    expected = have + int(length) if length.isdecimal() else None
+                    with part.open("ab" if have else "wb") as out:
+                        for piece in response.iter_content(PIECE):
                             out.write(piece)
                             progress(len(piece))
                         out.flush()
@@ -373,20 +447,32 @@ def download(url, path, progress=lambda n: None):
             else:
                 part.replace(path)
                 return
-        sys.exit(f"error: {url}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")
+        give_up(url, reason)
     finally:
         part.unlink(missing_ok=True)
 
 
+def continues(response, have, etag):
+    """Whether an answer holds the rest, from byte `have` on, of the very file that `etag` names."""
+    start = response.headers.get("Content-Range", "")
+    same = response.headers.get("ETag") == etag
+    return response.status_code == 206 and same and start.startswith(f"bytes {have}-")
+
+
 def download_all(jobs):
     """Fetch (url, path) pairs, several at once. The first failure ends the program; what is whole stays."""
+    for folder in {path.parent for _, path in jobs}:
+        remove_leftovers(folder)
     missing = [(url, path) for url, path in jobs if not is_parquet(path)]
     if not missing:
         return
-    lock, done, size, start, tty = threading.Lock(), 0, 0, time.monotonic(), sys.stderr.isatty()
+    lock, stop, done, size = threading.Lock(), threading.Event(), 0, 0
+    start, tty = time.monotonic(), sys.stderr.isatty()
 
     def progress(n):
         nonlocal size
+        if stop.is_set():
+            raise SystemExit
         with lock:
             size += n
             if tty:
@@ -395,7 +481,7 @@ def download_all(jobs):
 
     def job(pair):
         nonlocal done
-        download(*pair, progress)
+        download(*pair, progress, stop)
         with lock:
             done += 1
             if not tty:
@@ -404,9 +490,10 @@ def download_all(jobs):
     with ThreadPoolExecutor(WORKERS) as pool:
         futures = [pool.submit(job, pair) for pair in missing]
         try:
-            for future in futures:
+            for future in as_completed(futures):
                 future.result()
         except BaseException:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         finally:

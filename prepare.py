@@ -58,15 +58,22 @@ def harness_hash():
 HARNESS = harness_hash()  # of the files that this process loaded, whatever happens to them later
 
 
-def positive(name, text, kind=float):
+def positive(name, text):
     """`text` as a positive finite number, or the program ends with one line."""
     try:
-        value = kind(text)
+        value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
         sys.exit(f"error: {name}={text} is not a positive number")
     return value
+
+
+def whole(name, text):
+    """`text` as a whole number, 0 or more, or the program ends with one line."""
+    if not text.isdecimal():
+        sys.exit(f"error: {name}={text} is not a whole number")
+    return int(text)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------
@@ -137,17 +144,27 @@ class Tokenizer:
         path = path or cache_dir(dataset) / "tokenizer.json"
         try:
             saved = json.loads(Path(path).read_text())
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
+            tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
+            ranks = {token: rank for rank, token in enumerate(tokens)}
+            if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
+                raise ValueError("not the tokens of a byte-level tokenizer")
             return cls(dataset, ranks, saved["pattern"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             sys.exit(not_prepared(dataset))
-        except (ValueError, KeyError, TypeError):
-            sys.exit(f"error: {path} is damaged; delete it and run: make prepare DATASET={dataset.name}")
+        except (OSError, ValueError, KeyError, TypeError):
+            sys.exit(damaged(dataset, path))
+
+
+def prepare_command(dataset):
+    return f"make prepare DATASET={dataset.name}" + (" FILES=dir" if dataset.name == "files" else "")
 
 
 def not_prepared(dataset):
-    files = " FILES=dir" if dataset.name == "files" else ""
-    return f"error: dataset '{dataset.name}' is not prepared; run: make prepare DATASET={dataset.name}{files}"
+    return f"error: dataset '{dataset.name}' is not prepared; run: {prepare_command(dataset)}"
+
+
+def damaged(dataset, path):
+    return f"error: {path} is damaged; run: {prepare_command(dataset)}"
 
 
 # --- token cache -------------------------------------------------------------------------------
@@ -158,7 +175,8 @@ class TokenCache:
     """The prepared tokens of one dataset.
 
     `meta` names the hash of every file. A split is a flat memory-mapped uint16 array, its
-    document offsets int64 (documents + 1,) and their content hashes uint64 (documents,).
+    document offsets int64 (documents + 1,), their content hashes uint64 (documents,), and for each
+    which piece of its source it is, int32 (documents,), 0 for a whole one or a start.
     """
 
     folder: Path
@@ -166,14 +184,34 @@ class TokenCache:
 
     @classmethod
     def load(cls, dataset):
+        """The dataset's prepared tokens; where there are none, one line says how to make them."""
         folder = cache_dir(dataset) / "tokens"
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-        except FileNotFoundError:
+        if not os.path.exists(folder / "meta.json"):
             sys.exit(not_prepared(dataset))
-        except ValueError:
-            sys.exit(f"error: {folder}/meta.json is damaged; delete {folder} and run: make prepare DATASET={dataset.name}")
-        return cls(folder, meta)
+        cache = cls.read(folder)
+        if cache is None:
+            sys.exit(damaged(dataset, folder))
+        if cache.meta["dataset"] != asdict(dataset):
+            sys.exit(not_prepared(dataset))  # it was, with other sizes
+        return cache
+
+    @classmethod
+    def read(cls, folder):
+        """The cache in `folder`, or None where files are missing or do not fit each other.
+
+        The tokens themselves are not read: see `changed_file`.
+        """
+        try:
+            cache = cls(folder, json.loads((folder / "meta.json").read_text()))
+            for split in SPLITS:
+                tokens, offsets, hashes = (cache._array(split, kind) for kind in ("tokens", "offsets", "hashes"))
+                sizes, meta = {"documents": len(hashes), "tokens": len(tokens)}, cache.meta[split]
+                if sizes != meta or len(offsets) != meta["documents"] + 1 or offsets[-1] != meta["tokens"]:
+                    return None
+            tokenizer = folder.parent / "tokenizer.json"
+            return cache if file_hash(tokenizer) == cache.meta["sha256"]["tokenizer.json"] else None
+        except (OSError, EOFError, ValueError, LookupError, TypeError):
+            return None
 
     @property
     def hash(self):
@@ -181,13 +219,19 @@ class TokenCache:
         return hashlib.sha256(json.dumps(self.meta["sha256"], sort_keys=True).encode()).hexdigest()
 
     def tokens(self, split):
-        return np.load(self.folder / f"{split}_tokens.npy", mmap_mode="r")
+        return self._array(split, "tokens")
 
     def offsets(self, split):
-        return np.load(self.folder / f"{split}_offsets.npy")
+        return np.array(self._array(split, "offsets"))
 
     def hashes(self, split):
-        return np.load(self.folder / f"{split}_hashes.npy")
+        return np.array(self._array(split, "hashes"))
+
+    def _array(self, split, kind):
+        return np.load(self.folder / f"{split}_{kind}.npy", mmap_mode="r")
+
+    def pieces(self, split):
+        return np.load(self.folder / f"{split}_pieces.npy")
 
     def changed_file(self):
         """The first file that is not as it was prepared, or None. Reads all of it."""
@@ -209,45 +253,32 @@ def file_hash(path):
 
 
 def is_prepared(dataset):
-    """Whether the cache is whole and made from today's definition of the dataset."""
-    try:
-        meta = json.loads((cache_dir(dataset) / "tokens" / "meta.json").read_text())
-    except (FileNotFoundError, ValueError):
+    """Whether the cache is whole and made from today's definition and source of the dataset."""
+    cache = TokenCache.read(cache_dir(dataset) / "tokens")
+    if cache is None or cache.meta["dataset"] != asdict(dataset):
         return False
-    source = data_sources.fingerprint(dataset)
-    same_source = source is None or source == meta["source"]
-    return same_source and meta["dataset"] == asdict(dataset) and (cache_dir(dataset) / "tokenizer.json").exists()
+    return data_sources.fingerprint(dataset) in (None, cache.meta["source"])
 
 
 def prepare(dataset):
     """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there."""
-    if is_prepared(dataset):
-        print(f"{dataset.name}: prepared in {cache_dir(dataset)}")
-        return
     start, root = time.monotonic(), cache_dir(dataset)
+    if is_prepared(dataset):
+        print(f"{dataset.name}: prepared in {root}")
+        return
     try:
         root.mkdir(parents=True, exist_ok=True)
+        data_sources.remove_leftovers(root)
         data_sources.fetch(dataset)
-        print(f"{dataset.name}: training the tokenizer", flush=True)
-        tokenizer = Tokenizer.train(dataset, data_sources.documents(dataset, "train"))
         temporary = root / f"tokens.{os.getpid()}.part"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            meta = {"dataset": asdict(dataset), "source": data_sources.fingerprint(dataset), "sha256": {}}
-            held_out = set()
-            for split in ("val", "test", "train"):  # held-out first: train gives way to them
-                print(f"{dataset.name}: tokenizing {split}", flush=True)
-                meta[split] = write_split(tokenizer, data_sources.documents(dataset, split), temporary, split, held_out)
-                if not meta[split]["documents"]:
-                    sys.exit(f"error: dataset '{dataset.name}' has too little text: nothing was left for {split}")
-            tokenizer.save(root / "tokenizer.json")
-            for path in sorted(temporary.glob("*.npy")):
-                meta["sha256"][path.name] = file_hash(path)
-            meta["sha256"]["tokenizer.json"] = file_hash(root / "tokenizer.json")
-            write_atomically(temporary / "meta.json", json.dumps(meta, indent=1))
-            shutil.rmtree(root / "tokens", ignore_errors=True)
-            temporary.rename(root / "tokens")
+            meta = write_token_cache(dataset, temporary)
+            # First the old cache goes, whole: at no time does one stand beside a tokenizer that is not its own.
+            if (root / "tokens").exists():
+                (root / "tokens").rename(temporary / "old")
+            (temporary / "tokenizer.json").replace(root / "tokenizer.json")
+            (temporary / "tokens").rename(root / "tokens")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -257,32 +288,66 @@ def prepare(dataset):
     print(f"{dataset.name}: prepared in {time.monotonic() - start:.0f} s in {root}")
 
 
+def write_token_cache(dataset, folder):
+    """Write `tokenizer.json` and `tokens/` of the fetched dataset into `folder`; returns the cache's meta."""
+    print(f"{dataset.name}: training the tokenizer", flush=True)
+    tokenizer = Tokenizer.train(dataset, data_sources.documents(dataset, "train"))
+    tokenizer.save(folder / "tokenizer.json")
+    tokens, held_out = folder / "tokens", set()
+    tokens.mkdir()
+    meta = {"dataset": asdict(dataset), "source": data_sources.fingerprint(dataset), "sha256": {}}
+    for split in ("val", "test", "train"):  # held-out first: train gives way to them
+        print(f"{dataset.name}: tokenizing {split}", flush=True)
+        meta[split] = write_split(tokenizer, data_sources.documents(dataset, split), tokens, split, held_out)
+        needed = 0 if split == "train" else dataset.sequence_length  # training rows may repeat a document
+        if meta[split]["tokens"] <= needed:
+            sys.exit(
+                f"error: dataset '{dataset.name}' has too little text: "
+                f"{meta[split]['tokens']} tokens for {split}, which needs more than {needed}"
+            )
+    for path in [*sorted(tokens.glob("*.npy")), folder / "tokenizer.json"]:
+        meta["sha256"][path.name] = file_hash(path)
+    write_atomically(tokens / "meta.json", json.dumps(meta, indent=1))
+    return meta
+
+
 def write_split(tokenizer, texts, folder, split, held_out):
     """Tokenize one split. Documents whose hash is in `held_out` are left out; val and test add theirs.
 
     A training document that is longer than a row is stored as pieces that fill one each: whole, it
-    would lose all that the packing crops. Held-out documents stay whole.
+    would lose all that the packing crops. A piece gives way to a held-out document as well.
+    Held-out documents stay whole.
     """
-    lengths, hashes, raw = [], [], folder / f"{split}.raw"
+    lengths, hashes, numbers, raw = [], [], [], folder / f"{split}.raw"
+
+    def stored(ids):
+        document = np.array([tokenizer.bos, *ids], np.uint16)
+        return document, document_hash(document)
+
     with raw.open("wb") as out:
         for texts_of_chunk in chunks(texts, 1024):
             for ids in tokenizer.encoding.encode_ordinary_batch(texts_of_chunk, num_threads=os.cpu_count() or 1):
-                name = document_hash(np.array(ids, np.uint16))
+                whole, name = stored(ids)
                 if name in held_out or len(ids) == 0:
                     continue
+                pieces, size = [(whole, name)], tokenizer.dataset.sequence_length
                 if split != "train":
                     held_out.add(name)
-                size = tokenizer.dataset.sequence_length if split == "train" else len(ids)
-                for first in range(0, len(ids), size):
-                    document = np.array([tokenizer.bos, *ids[first : first + size]], np.uint16)
+                elif len(ids) > size:
+                    pieces = [stored(ids[first : first + size]) for first in range(0, len(ids), size)]
+                if split == "train":
+                    pieces = [piece for piece in pieces if piece[1] not in held_out]
+                for number, (document, name) in enumerate(pieces):
                     out.write(document.tobytes())
                     lengths.append(len(document))
-                    hashes.append(document_hash(document))
+                    hashes.append(name)
+                    numbers.append(number)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     tokens = np.memmap(raw, np.uint16, "r") if lengths else np.empty(0, np.uint16)
     np.save(folder / f"{split}_tokens.npy", tokens)
     np.save(folder / f"{split}_offsets.npy", offsets)
     np.save(folder / f"{split}_hashes.npy", np.array(hashes, np.uint64))
+    np.save(folder / f"{split}_pieces.npy", np.array(numbers, np.int32))
     raw.unlink()
     return {"documents": len(lengths), "tokens": int(offsets[-1])}
 
@@ -332,11 +397,20 @@ def packed_rows(tokens, offsets, order, length, on_document=None):
         yield row
 
 
-def shuffled_forever(count, seed):
-    """Document numbers 0 … count-1, each epoch in a new order that `seed` determines."""
+def training_order(pieces, seed):
+    """Yield document numbers without end, each epoch in a new order that `seed` determines.
+
+    An epoch holds every document's start, and of a document in several pieces one later piece, in
+    turn: evaluation reads documents from their start, so training sees starts as often as all the
+    rest together. pieces: int (documents,), see `TokenCache`.
+    """
+    starts = np.flatnonzero(pieces == 0)
+    later = np.diff(np.append(starts, len(pieces))) - 1
+    starts_of_long, later = starts[later > 0], later[later > 0]
     epoch = 0
     while True:
-        yield from np.random.default_rng((seed, epoch)).permutation(count).tolist()
+        turn = starts_of_long + 1 + (starts_of_long + epoch) % later
+        yield from np.random.default_rng((seed, epoch)).permutation(np.concatenate([starts, turn])).tolist()
         epoch += 1
 
 
@@ -354,7 +428,7 @@ class Batches:
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.wait_seconds, self.tokens = 0.0, 0
         self._cache, self._seed = cache, seed
-        self._documents, self._served, self._total = 0, set(), cache.meta["train"]["documents"]
+        self._documents, self._served, self._pieces = 0, set(), cache.pieces("train")
         self._queue = queue.Queue(self.AHEAD)
         self._failure = None
         threading.Thread(target=self._fill, daemon=True, name="batches").start()
@@ -367,7 +441,7 @@ class Batches:
             def note(document):
                 served.append(document_hash(tokens[offsets[document] : offsets[document + 1]]))
 
-            order = shuffled_forever(len(offsets) - 1, self._seed)
+            order = training_order(self._pieces, self._seed)
             rows = packed_rows(tokens, offsets, order, self.sequence_length + 1, note)
             while True:
                 batch = np.stack([next(rows) for _ in range(self.batch_size)]).astype(np.int32)
@@ -385,6 +459,7 @@ class Batches:
         item = self._queue.get()
         self.wait_seconds += time.monotonic() - start
         if item is None:
+            self._queue.put(None)  # for whoever asks again
             raise RuntimeError("the batch thread failed") from self._failure
         batch, served = item
         self._documents += len(served)
@@ -394,7 +469,8 @@ class Batches:
 
     @property
     def epochs(self):
-        return self._documents / self._total
+        """How often the training split was gone through, in the sense of `training_order`."""
+        return self._documents / np.isin(self._pieces, (0, 1)).sum()
 
     def served(self):
         """Content hashes, uint64 (n,), sorted, of the documents handed out so far."""
@@ -412,7 +488,7 @@ def evaluation_rows(cache, dataset, split="val"):
         if len(rows) == wanted:
             break
     if not rows:
-        sys.exit(f"error: the {split} split of '{dataset.name}' does not fill one row of {dataset.sequence_length} tokens")
+        sys.exit(f"error: split '{split}' of '{dataset.name}' does not fill a row of {dataset.sequence_length} tokens")
     return np.stack(rows)
 
 
@@ -520,12 +596,13 @@ class Run:
     def __init__(self, dataset_name):
         self.dataset = get_dataset(dataset_name)
         self.budget = positive("BUDGET", os.environ.get("AUTORESEARCH_BUDGET") or "300")
-        self.seed = int(positive("SEED", os.environ.get("AUTORESEARCH_SEED") or "42", int))
+        self.seed = whole("SEED", os.environ.get("AUTORESEARCH_SEED") or "42")
         self.tokenizer = Tokenizer.load(self.dataset)
         self.cache = TokenCache.load(self.dataset)
         self.train_blob = git_blob_hash(HERE / "train.py")
         self._stream = self._start = self._pending = None
         self._curve, self._step_ends, self._tokens_logged = [], [], 0
+        self.warm_up_seconds = 0.0
         self._changed_file = None
         self._verifier = threading.Thread(target=self._verify_cache, daemon=True)
         self._verifier.start()
@@ -545,6 +622,17 @@ class Run:
         length = sequence_length or self.dataset.sequence_length
         self._stream = Batches(self.cache, batch_size, length, self.seed)
         return self._stream
+
+    def warm_up(self, action, state):
+        """Run `action`, which compiles on throw-away state. Its time does not count as start-up.
+
+        state: tree of arrays, which must be the same afterwards, bit for bit: nothing is learnt here.
+        """
+        before, start = tree_digest(state), time.monotonic()
+        action()
+        self.warm_up_seconds += time.monotonic() - start
+        if tree_digest(state) != before:
+            sys.exit("error: the warm-up changed weights or optimizer state; put them back before the clock starts")
 
     def start_clock(self):
         """Begin the budget. Everything before was start-up: loading, building, compiling."""
@@ -590,15 +678,17 @@ class Run:
         loss, tokens = self._pending
         self._pending = None
         loss, now, step = float(loss.item()), self.elapsed(), len(self._step_ends)
-        if not loss < EXPLODED:
-            sys.exit(f"error: the loss is {loss} at step {step}: it diverged; lower the learning rates or mend the change")
+        if not abs(loss) < EXPLODED:
+            sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
         rate = (tokens - self._tokens_logged) / max(now - (self._step_ends[-1] if step else 0.0), 1e-9)
         self._tokens_logged = tokens
         self._step_ends.append(now)
         self._curve.append((step, now, loss, rate, mx.get_peak_memory() / 2**20))
         if sys.stdout.isatty():
             left = max(0.0, self.budget - now)
-            print(f"\rstep {step}  {100 * now / self.budget:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  ", end="", flush=True)
+            share = 100 * now / self.budget
+            line = f"\rstep {step}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
+            print(line, end="", flush=True)
 
     def finish(self, model, batch_size, config):
         """Evaluate, write the record, print the summary. Exits with 2 where a check refuses the run.
@@ -620,7 +710,7 @@ class Run:
         mx.reset_peak_memory()
         evaluation, reason = None, None
         try:
-            checks.budget(self.budget, seconds, self._step_ends, self.startup_seconds)
+            checks.budget(self.budget, seconds, self._step_ends, self.startup_seconds - self.warm_up_seconds)
             evaluation = evaluate_bpb(model, self.tokenizer, batch_size)
             self._verifier.join()
             checks.data(self._stream, self.cache, self._changed_file)
@@ -651,6 +741,7 @@ class Run:
                 "seconds": seconds,
                 "total_seconds": time.monotonic() - PROCESS_START,
                 "startup_seconds": self.startup_seconds,
+                "warm_up_seconds": self.warm_up_seconds,
                 "total_steps": steps,
                 "total_tokens": tokens,
                 "avg_tok_sec": tokens / seconds,
@@ -675,6 +766,14 @@ class Run:
             sys.exit(2)
 
 
+def tree_digest(tree):
+    """SHA-256 over every array of a tree."""
+    digest = hashlib.sha256()
+    for path, array in tree_flatten(tree):
+        digest.update(path.encode() + bytes(memoryview(mx.view(mx.contiguous(mx.atleast_1d(array)), mx.uint8))))
+    return digest.hexdigest()
+
+
 def sampled(curve, points=200):
     """At most `points` + 1 of the curve's samples, evenly spaced, the last one always."""
     stride = max(1, math.ceil(len(curve) / points))
@@ -691,13 +790,16 @@ def seal(record):
 
 def write_record(record):
     """Archive the record and make it data/last_run.json; a reader sees the old one or the new one, whole."""
-    DATA_DIR.mkdir(exist_ok=True)
     text = json.dumps(record, indent=1)
     name, number = f"run_{datetime.now():%Y%m%d_%H%M%S}", 1
-    while (archive := DATA_DIR / (name + (f"_{number}" if number > 1 else "") + ".json")).exists():
-        number += 1
-    write_atomically(archive, text)
-    write_atomically(DATA_DIR / "last_run.json", text)
+    try:
+        DATA_DIR.mkdir(exist_ok=True)
+        while (archive := DATA_DIR / (name + (f"_{number}" if number > 1 else "") + ".json")).exists():
+            number += 1
+        write_atomically(archive, text)
+        write_atomically(DATA_DIR / "last_run.json", text)
+    except OSError as error:
+        sys.exit(f"error: the record could not be written to {DATA_DIR}: {error.strerror or error}")
 
 
 def write_atomically(path, text):
@@ -786,7 +888,11 @@ def git_blob_hash(path):
 
 def dataset_of_train():
     """The constant DATASET of train.py, read without running it."""
-    found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", (HERE / "train.py").read_text(), re.MULTILINE)
+    try:
+        text = (HERE / "train.py").read_text("utf-8", "replace")
+    except OSError as error:
+        sys.exit(f"error: train.py cannot be read: {error.strerror}")
+    found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
     if not found:
         sys.exit('error: train.py has no line of the form DATASET = "name"')
     return found.group(1)
@@ -795,7 +901,13 @@ def dataset_of_train():
 def main():
     parser = argparse.ArgumentParser(description="Fetch a dataset, train its tokenizer, write its token cache.")
     parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(data_sources.DATASETS)} (default: train.py's)")
-    prepare(get_dataset(parser.parse_args().dataset or dataset_of_train()))
+    parser.add_argument("--check", action="store_true", help="only say whether it is prepared (exit 0) or not (exit 1)")
+    arguments = parser.parse_args()
+    dataset = get_dataset(arguments.dataset or dataset_of_train())
+    if not arguments.check:
+        prepare(dataset)
+    elif not is_prepared(dataset):
+        sys.exit(not_prepared(dataset))
 
 
 if __name__ == "__main__":

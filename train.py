@@ -7,15 +7,19 @@ every experiment. The model follows karpathy/nanochat's GPT; the sources of sing
 named where they stand.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import prepare  # first, so that start-up is timed from the beginning
+# MLX hands work to the GPU in pieces, and what a piece used is free again when all of it is done.
+# With its own setting the step that takes 3 GB on an H200 takes 12.
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "50")
 
+import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
@@ -28,7 +32,7 @@ DATASET = "stdlib"  # one of data_sources.DATASETS
 DEPTH = 4 if GPU else 3  # layers
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64
-WINDOW_PATTERN = "L" if CUDA else "SSSL"  # per layer, repeated: S sees half the context, L all; the last is L
+WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: S sees half the context, L all
 
 TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
 DEVICE_BATCH_SIZE = 16 if GPU else 8  # rows at once; lower it where memory is short
@@ -208,8 +212,23 @@ class GPT(nn.Module):
         return softcap(self.head(self.hidden(tokens)).astype(mx.float32))
 
 
+def exp(x):
+    """e^x for |x| < 80. MLX's own takes four times as long on a CPU, where it decides the speed of the
+    head; this one (2^i times a polynomial for 2^f, i + f = x / ln 2) has a relative error of 4e-6.
+    """
+    if GPU:
+        return mx.exp(x)
+    x = x * 1.4426950408889634
+    i = mx.round(x)
+    f = x - i
+    power = 1 + f * (0.6931472 + f * (0.2402265 + f * (0.0555041 + f * (0.0096181 + f * 0.0013333))))
+    return power * mx.view((i.astype(mx.int32) + 127) << 23, mx.float32)
+
+
 def softcap(logits):
-    return SOFTCAP * mx.tanh(logits / SOFTCAP)
+    if GPU:
+        return SOFTCAP * mx.tanh(logits / SOFTCAP)
+    return SOFTCAP - 2 * SOFTCAP / (exp(mx.clip(logits, -8 * SOFTCAP, 8 * SOFTCAP) * (2 / SOFTCAP)) + 1)
 
 
 def loss_fn(model, tokens):
@@ -222,7 +241,8 @@ def head_loss(hidden, weight, targets):
     """Mean cross-entropy of the soft-capped logits hidden @ weight.T against targets.
 
     The logits are made, used and dropped a chunk at a time, and their gradient is taken at once,
-    so they never stand whole in memory and are never computed twice.
+    so they never stand whole in memory and are never computed twice. The soft cap bounds them, so
+    no maximum needs to be subtracted before the exponential.
     hidden: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,).
     """
     n, vocab = len(targets), weight.shape[0]
@@ -237,9 +257,10 @@ def head_loss(hidden, weight, targets):
             h, target = hidden[start : start + rows], targets[start : start + rows, None]
             h = mx.depends(h, weight_gradient)  # one chunk after the other
             logits = softcap((h @ w.T).astype(mx.float32))
-            log_sum = mx.logsumexp(logits, axis=-1, keepdims=True)
-            total = total + (log_sum - mx.take_along_axis(logits, target, axis=-1)).sum()
-            gradient = mx.exp(logits - log_sum) - (mx.arange(vocab) == target)
+            exps = exp(logits)
+            sums = exps.sum(axis=-1, keepdims=True)
+            total = total + (mx.log(sums) - mx.take_along_axis(logits, target, axis=-1)).sum()
+            gradient = exps / sums - (mx.arange(vocab) == target)
             gradient = (gradient * (1 - mx.square(logits / SOFTCAP))).astype(hidden.dtype)
             hidden_gradients.append(gradient @ w)
             weight_gradient = weight_gradient + (gradient.T @ h)
@@ -282,11 +303,13 @@ class Muon(optim.Optimizer):
 
     Muon (kellerjordan.github.io/posts/muon), a second moment for each row or column after
     orthogonalisation (NorMuon, arXiv:2510.05491), decoupled decay where update and weight agree
-    in sign (arXiv:2510.12402). Matrices of one shape are updated as one stack.
+    in sign (arXiv:2510.12402). Matrices of one shape are updated as one stack, the stacks spread
+    over `streams`.
     """
 
-    def __init__(self, learning_rate, weight_decay, momentum=0.95, beta2=0.95):
+    def __init__(self, learning_rate, weight_decay, momentum=0.95, beta2=0.95, streams=None):
         super().__init__()
+        self.streams = streams or [mx.default_stream(mx.default_device())]
         self.state["learning_rate"] = mx.array(learning_rate)
         self.state["weight_decay"] = mx.array(weight_decay)
         self.state["momentum"] = mx.array(momentum)
@@ -314,12 +337,13 @@ class Muon(optim.Optimizer):
             self.init(gradients)
         self.state["step"] = self.step + 1
         weights, updated = dict(tree_flatten(parameters)), []
-        for name, stack in self._stacks(gradients).items():
-            gradient = mx.stack([g for _, g in stack])
-            weight = mx.stack([weights[path] for path, _ in stack])
-            new = self._update(gradient, weight, self.state[name])
-            updated += [(path, new[i]) for i, (path, _) in enumerate(stack)]
-        return optim.optimizers.tree_unflatten(updated)
+        for i, (name, stack) in enumerate(self._stacks(gradients).items()):
+            with mx.stream(self.streams[i % len(self.streams)]):
+                gradient = mx.stack([g for _, g in stack])
+                weight = mx.stack([weights[path] for path, _ in stack])
+                new = self._update(gradient, weight, self.state[name])
+                updated += [(path, new[j]) for j, (path, _) in enumerate(stack)]
+        return tree_unflatten(updated)
 
     def _update(self, gradient, weight, state):
         momentum, rows, columns = self.state["momentum"], *gradient.shape[1:]
@@ -352,7 +376,7 @@ def parameter_group(path, parameter):
     raise ValueError(f"parameter {path} {parameter.shape} is in no optimizer group: see parameter_group in train.py")
 
 
-def build_optimizer(model, n_embd):
+def build_optimizer(model, n_embd, streams):
     """One optimizer a group, in the order of GROUPS, joined in a MultiOptimizer."""
     for path, parameter in tree_flatten(model.trainable_parameters()):
         parameter_group(path, parameter)
@@ -360,7 +384,7 @@ def build_optimizer(model, n_embd):
     adam = partial(optim.AdamW, eps=1e-10, weight_decay=0.0, bias_correction=True)
     optimizer = optim.MultiOptimizer(
         [
-            Muon(MATRIX_LR, WEIGHT_DECAY),
+            Muon(MATRIX_LR, WEIGHT_DECAY, streams=streams),
             adam(EMBEDDING_LR * width, betas=(0.8, 0.95)),
             adam(HEAD_LR * width, betas=(0.8, 0.95)),
             adam(X0_LR, betas=(0.96, 0.95)),
@@ -400,7 +424,7 @@ class TrainStep:
     """
 
     def __init__(self, model, optimizer, streams, compiled=GPU):
-        self.model, self.optimizer, self.streams = model, optimizer, streams
+        self.model, self.optimizer, self.streams, self.compiled = model, optimizer, streams, compiled
         self.state = [model.state, [o.state for o in optimizer.optimizers]]
         self.zeros = (mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters()))
         mx.eval(self.state, self.zeros)
@@ -420,7 +444,8 @@ class TrainStep:
         self.optimizer.update(self.model, gradients)
         return loss
 
-    def __call__(self, micro_batches):
+    def gradients(self, micro_batches):
+        """Summed losses and gradients of the micro-batches, one sum for each stream at work."""
         totals = [self.zeros] * min(len(self.streams), len(micro_batches))
         for i, tokens in enumerate(micro_batches):
             lane = i % len(totals)
@@ -428,6 +453,10 @@ class TrainStep:
                 totals[lane] = self.accumulate(tokens, totals[lane])
             if lane == len(totals) - 1:
                 mx.async_eval(totals)
+        return totals
+
+    def __call__(self, micro_batches):
+        totals = self.gradients(micro_batches)
         loss = self.update(totals, mx.array(float(len(micro_batches))))
         mx.async_eval(loss, self.state)
         return loss
@@ -442,24 +471,33 @@ class TrainStep:
             optimizer.state.update(state)
 
 
+def micro_batches_a_step(rows, sequence_length):
+    """How many micro-batches of `rows` rows make TOTAL_BATCH_SIZE tokens."""
+    if TOTAL_BATCH_SIZE % (rows * sequence_length):
+        raise SystemExit(
+            f"error: TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of "
+            f"DEVICE_BATCH_SIZE x sequence length = {rows} x {sequence_length}"
+        )
+    return TOTAL_BATCH_SIZE // (rows * sequence_length)
+
+
+def build(vocab_size, sequence_length, compiled=GPU):
+    """What is trained and what trains it, all new: (GPTConfig, Schedule, TrainStep). bench.py uses it too."""
+    config = GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length)
+    model, streams = GPT(config), prepare.compute_streams()
+    optimizer = build_optimizer(model, config.n_embd, streams)
+    return config, Schedule(optimizer), TrainStep(model, optimizer, streams, compiled)
+
+
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    config = GPTConfig(vocab_size=run.tokenizer.vocab_size, sequence_length=run.dataset.sequence_length)
-    micro_tokens = DEVICE_BATCH_SIZE * config.sequence_length
-    if TOTAL_BATCH_SIZE % micro_tokens:
-        raise SystemExit(
-            f"error: TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of "
-            f"DEVICE_BATCH_SIZE x sequence length = {DEVICE_BATCH_SIZE} x {config.sequence_length}"
-        )
-    micro_batches = TOTAL_BATCH_SIZE // micro_tokens
+    micro_batches = micro_batches_a_step(DEVICE_BATCH_SIZE, run.dataset.sequence_length)
     batches = run.batches(DEVICE_BATCH_SIZE)
-    model = GPT(config)
-    optimizer = build_optimizer(model, config.n_embd)
-    schedule = Schedule(optimizer)
-    step = TrainStep(model, optimizer, prepare.compute_streams())
+    config, schedule, step = build(run.tokenizer.vocab_size, run.dataset.sequence_length)
     shape = (DEVICE_BATCH_SIZE, config.sequence_length + 1)
-    step.warm_up([mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)])
+    example = [mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)]
+    run.warm_up(partial(step.warm_up, example), step.state)
 
     run.start_clock()
     n = 0
@@ -467,7 +505,7 @@ def main():
         schedule.set(n, run.progress())
         run.log_step(step([next(batches) for _ in range(micro_batches)]))
         n += 1
-    run.finish(model, EVAL_BATCH_SIZE, {**asdict(config), "n_embd": config.n_embd})
+    run.finish(step.model, EVAL_BATCH_SIZE, {**asdict(config), "n_embd": config.n_embd})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
 """Checkouts to work in, as a person would: through make, in a folder whose name has spaces and accents."""
 
+import dataclasses
+import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+
+mx.set_default_device(mx.cpu)  # the tests of the Python core give the same everywhere
+
+import data_sources  # noqa: E402
+import prepare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ["Makefile", "scripts", "pyproject.toml", "requirements.lock", "requirements-cuda.lock", ".gitignore"]
@@ -137,3 +146,52 @@ def checkout(pristine_checkout, tmp_path):
 def session(pristine_session, tmp_path):
     """The same, with a session `t` open and its baseline (1.5, 1000 tok/s) logged."""
     return copied(pristine_session, tmp_path)
+
+
+# --- the Python core -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of this test's own."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    for name in ("AUTORESEARCH_FILES", "AUTORESEARCH_BUDGET", "AUTORESEARCH_SEED", "HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def small_files(tmp_path_factory):
+    """The dataset `files` in small sizes, prepared once: (dataset, its cache's root, its FILES)."""
+    folder, root = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("small")
+    texts = [text for _, part in itertools.islice(data_sources.stdlib_documents(), 60) for text in part]
+    texts += texts[::9] + ["Füße, 東京, 🙂 \u2028 and so on: " + text for text in texts[::30]]  # copies, other scripts
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    dataset = dataclasses.replace(
+        data_sources.DATASETS["files"], vocab_size=512, sequence_length=64, eval_tokens=64 * 100
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(root))
+        patch.setenv("AUTORESEARCH_FILES", str(folder))
+        prepare.prepare(dataset)
+    return dataset, root, folder
+
+
+@pytest.fixture
+def small(small_files, cache, monkeypatch):
+    """`files` in small sizes, prepared; its cache is this test's own copy."""
+    dataset, root, _ = small_files
+    shutil.copytree(root, cache)
+    monkeypatch.setitem(data_sources.DATASETS, "files", dataset)
+    return dataset
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 300 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here (it takes root on Linux)")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,186 @@
+"""A hub on this machine: real HTTP and real parquet, and every fault that a network has."""
+
+import json
+import socket
+import struct
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def parquet(texts, column="text"):
+    """The bytes of a parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({column: texts}), sink, compression="none", row_group_size=200)
+    return sink.getvalue().to_pybytes()
+
+
+class Hub:
+    """What the server holds and what it has seen.
+
+    `files`: path -> bytes. `faults`: path -> list of faults, one for each request until there are no
+    more; a fault is a function of the handler that answers in place of `send_file`, a status, or None.
+    `seen`: (path, headers, status) of each request.
+    """
+
+    def __init__(self):
+        self.files, self.faults, self.seen, self.at_once, self.most_at_once = {}, {}, [], 0, 0
+        self.barrier = None  # where set, a request waits there, to show how many come together
+        self.lock = threading.Lock()
+
+    def requests(self, path):
+        return [(headers, status) for seen, headers, status in self.seen if seen == path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        hub = self.server.hub
+        with hub.lock:
+            hub.at_once += 1
+            hub.most_at_once = max(hub.most_at_once, hub.at_once)
+            queue = hub.faults.get(self.path, [])
+            fault = queue.pop(0) if queue else None
+        try:
+            if hub.barrier:
+                hub.barrier.wait(5)
+            if callable(fault):
+                fault(self)
+            elif fault:
+                self.send(fault, b"no")
+            elif self.path in hub.files:
+                self.send_file(hub.files[self.path])
+            else:
+                self.send(404, b"no")
+        finally:
+            with hub.lock:
+                hub.at_once -= 1
+
+    def send(self, status, body, length=None, close=False, **headers):
+        self.server.hub.seen.append((self.path, dict(self.headers), status))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+        self.close_connection = self.close_connection or close
+
+    def send_file(self, body, etag=None, upto=None):
+        """All of it, or the rest that Range asks for; `upto` closes the connection after so many bytes."""
+        etag = etag or f'"{hash(body)}"'
+        asked, condition = self.headers.get("Range"), self.headers.get("If-Range")
+        if asked and condition in (None, etag):
+            first = int(asked.removeprefix("bytes=").rstrip("-"))
+            if first >= len(body):
+                return self.send(416, b"", Content_Range=f"bytes */{len(body)}")
+            rest, where = body[first:], f"bytes {first}-{len(body) - 1}/{len(body)}"
+            return self.send(206, rest[:upto], len(rest), upto is not None, ETag=etag, Content_Range=where)
+        self.send(200, body[:upto], len(body), upto is not None, ETag=etag)
+
+    def reset(self):
+        """End the connection as a crash does, with no farewell."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+        self.wfile = self.rfile = open("/dev/null", "rb+", buffering=0)  # what the base class still flushes
+
+
+@contextmanager
+def serving(hub):
+    """Run `hub` on a free port; gives its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub, server.daemon_threads = hub, True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# --- faults: what a request meets in place of its file ---------------------------------------------
+
+
+def reset(handler):
+    handler.server.hub.seen.append((handler.path, dict(handler.headers), None))
+    handler.reset()
+
+
+def reset_midway(handler):
+    cut(handler)
+    handler.reset()
+
+
+def cut(handler):
+    """A third of the file, then the connection ends."""
+    body = handler.server.hub.files[handler.path]
+    handler.send_file(body, upto=len(body) // 3)
+
+
+def claims_more(handler):
+    body = handler.server.hub.files[handler.path]
+    handler.send(200, body, len(body) + 100, close=True)
+
+
+def claims_less(handler):
+    """The length says less than the file is: what arrives looks complete."""
+    body = handler.server.hub.files[handler.path]
+    handler.send(200, body[:-200], close=True)
+
+
+def no_length_cut(handler):
+    """No length at all, as HTTP/1.0 does it, and half of the file."""
+    body = handler.server.hub.files[handler.path]
+    handler.server.hub.seen.append((handler.path, dict(handler.headers), 200))
+    handler.send_response(200)
+    handler.send_header("Connection", "close")
+    handler.end_headers()
+    handler.wfile.write(body[: len(body) // 2])
+    handler.close_connection = True
+
+
+def range_ignored(handler):
+    body = handler.server.hub.files[handler.path]
+    handler.send(200, body, ETag=f'"{hash(body)}"')
+
+
+def wrong_range(handler):
+    """A 206 that starts elsewhere than it was asked to."""
+    body = handler.server.hub.files[handler.path]
+    where = f"bytes 0-{len(body) - 1}/{len(body)}"
+    handler.send(206, body, ETag=f'"{hash(body)}"', Content_Range=where)
+
+
+def other_file(new, obeys_condition):
+    """The file has changed meanwhile; a careless server sends the rest of the new one all the same."""
+
+    def fault(handler):
+        handler.server.hub.files[handler.path] = new
+        if not obeys_condition and "If-Range" in handler.headers:
+            del handler.headers["If-Range"]
+        handler.send_file(new)
+
+    return fault
+
+
+def to(address):
+    return lambda handler: handler.send(302, b"", Location=address + handler.path)
+
+
+def busy(seconds):
+    return lambda handler: handler.send(429, b"slow down", Retry_After=str(seconds))
+
+
+def listing(*urls):
+    return json.dumps({"default": {"train": list(urls)}}).encode()

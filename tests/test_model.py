@@ -1,0 +1,337 @@
+"""The baseline model and its training step: causal, exact, and the same however the work is divided."""
+
+import inspect
+import math
+import shutil
+from itertools import product
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+import train
+
+VOCAB, T = 61, 24
+
+
+def tiny(pattern="SL", sequence_length=T, depth=2, seed=0, **config):
+    """A model whose every weight matters: none is zero, as the real start has it."""
+    mx.random.seed(seed)
+    config = train.GPTConfig(
+        vocab_size=VOCAB, sequence_length=sequence_length, depth=depth, window_pattern=pattern,
+        **{"n_head": 2, "head_dim": 16, **config},
+    )  # fmt: skip
+    model = train.GPT(config)
+    model.update(tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.parameters()))
+    return model
+
+
+def optimizer_of(model):
+    more = [[mx.default_stream(mx.cpu)]] if len(inspect.signature(train.build_optimizer).parameters) > 2 else []
+    return train.build_optimizer(model, model.token_embedding.weight.shape[1], *more)
+
+
+def step_of(model, streams=1, compiled=False):
+    lanes = [mx.default_stream(mx.cpu)] if streams == 1 else [mx.new_stream(mx.cpu) for _ in range(streams)]
+    return train.TrainStep(model, optimizer_of(model), lanes, compiled=compiled)
+
+
+def tokens_of(rows, columns=T + 1, seed=0):
+    return mx.array(np.random.default_rng(seed).integers(0, VOCAB, (rows, columns)), mx.int32)
+
+
+def weights(model):
+    return {path: np.array(p, np.float64) for path, p in tree_flatten(model.parameters())}
+
+
+def assert_same(a, b, rtol):
+    """Every array of two flat trees agrees to `rtol` of its largest element."""
+    assert a.keys() == b.keys()
+    for path in a:
+        assert np.abs(a[path] - b[path]).max() <= rtol * max(np.abs(b[path]).max(), 1e-30), path
+
+
+# --- attention -------------------------------------------------------------------------------------
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def attention_by_hand(q, k, v, window):
+    """In float64, one query at a time, from nothing but the definition."""
+    q, k, v = (np.array(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for t in range(q.shape[2]):
+        first = max(0, t - window + 1)
+        scores = np.einsum("bhd,bhkd->bhk", q[:, :, t], k[:, :, first : t + 1]) * q.shape[3] ** -0.5
+        out[:, :, t] = np.einsum("bhk,bhkd->bhd", softmax(scores), v[:, :, first : t + 1])
+    return out
+
+
+def qkv(length, seed=0):
+    mx.random.seed(seed)
+    return [mx.random.normal((2, 2, length, 8)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("block", [None, 1, 3, 8, 16, 64])
+def test_attention_is_what_its_definition_says(monkeypatch, block):
+    """Any length (of a multiple of the block, and not), any window, any division of the queries."""
+    monkeypatch.setattr(train, "ATTENTION_BLOCK", block)
+    for length, window in product([1, 2, 7, 16, 19], [1, 2, 5, 8, 16, 19, 40]):
+        q, k, v = qkv(length)
+        found = np.array(train.attention(q, k, v, window))
+        assert np.abs(found - attention_by_hand(q, k, v, window)).max() < 1e-5, (length, window)
+
+
+@pytest.mark.parametrize("block", [None, 3, 8])
+def test_a_query_sees_exactly_its_window(monkeypatch, block):
+    monkeypatch.setattr(train, "ATTENTION_BLOCK", block)
+    length = 19
+    q, k, v = qkv(length)
+    for window, j in product([1, 4, 8, 19], [0, 6, 18]):
+        changed = mx.array(np.where(np.arange(length)[:, None] == j, 9.0, 0.0)) + v
+        moved = np.array(train.attention(q, k, changed, window) - train.attention(q, k, v, window))
+        moved = np.abs(moved).max(axis=(0, 1, 3)) > 0
+        assert np.flatnonzero(moved).tolist() == list(range(j, min(length, j + window)))
+
+
+@pytest.mark.parametrize("block", [None, 3, 8])
+def test_the_gradients_of_attention_do_not_depend_on_the_block(monkeypatch, block):
+    def plain(q, k, v, window):
+        t = mx.arange(q.shape[2])
+        mask = (t[:, None] >= t) & (t[:, None] < t + window)
+        scores = q @ k.swapaxes(2, 3) * q.shape[3] ** -0.5
+        return mx.softmax(mx.where(mask, scores, -1e9), axis=-1) @ v
+
+    monkeypatch.setattr(train, "ATTENTION_BLOCK", block)
+    weight = mx.random.normal((2, 2, 19, 8))
+    for window in (1, 5, 19):
+        found, expected = (
+            mx.grad(lambda *x, f=f, w=window: (weight * f(*x, w)).sum(), argnums=(0, 1, 2))(*qkv(19))
+            for f in (train.attention, plain)
+        )
+        assert all(mx.abs(a - b).max().item() < 1e-5 for a, b in zip(found, expected, strict=True))
+
+
+def test_windows_are_as_the_pattern_says():
+    def windows(pattern, depth, length=T):
+        config = train.GPTConfig(vocab_size=VOCAB, sequence_length=length, depth=depth, window_pattern=pattern)
+        return [config.window(layer) for layer in range(depth)]
+
+    assert windows("SSSL", 8) == [T // 2] * 3 + [T] + [T // 2] * 3 + [T]
+    assert windows("SSSL", 6) == [T // 2] * 3 + [T] + [T // 2] + [T]  # the last is full whatever the pattern says
+    assert windows("S", 3) == [T // 2] * 2 + [T]
+    assert windows("L", 3) == [T] * 3
+
+
+@pytest.mark.parametrize("pattern", ["S", "L"])
+def test_a_layer_looks_back_as_far_as_its_window(pattern):
+    config = train.GPTConfig(
+        vocab_size=VOCAB, sequence_length=T, depth=2, n_head=2, head_dim=16, window_pattern=pattern
+    )
+    mx.random.seed(0)
+    layer = train.Attention(config, 0)
+    layer.out.weight = mx.random.normal(layer.out.weight.shape)
+    x, tokens = mx.random.normal((1, T, 32)), tokens_of(1, T)
+    changed = x + mx.array(np.where(np.arange(T)[:, None] == 3, 1.0, 0.0))
+    moved = mx.abs(layer(changed, tokens) - layer(x, tokens)).max(axis=(0, 2))
+    window = T // 2 if pattern == "S" else T
+    assert np.flatnonzero(np.array(moved)).tolist() == list(range(3, min(T, 3 + window)))
+
+
+@pytest.mark.parametrize("block", [None, 7, 8])
+@pytest.mark.parametrize("pattern", ["L", "S", "SL", "SSSL"])
+def test_the_future_does_not_move_the_past(monkeypatch, pattern, block):
+    monkeypatch.setattr(train, "ATTENTION_BLOCK", block)
+    model = tiny(pattern, depth=3)
+    for length in (1, 2, T // 2 + 1, T - 1, T):
+        tokens = tokens_of(2, length)
+        logits = model(tokens)
+        assert logits.shape == (2, length, VOCAB) and logits.dtype == mx.float32
+        for cut in {1, length // 2, length - 1} - {0, length}:
+            other = mx.concatenate([tokens[:, :cut], (tokens[:, cut:] + 1) % VOCAB], axis=1)
+            moved = mx.abs(model(other) - logits).max(axis=(0, 2))
+            assert moved[:cut].max().item() < 1e-5
+            assert moved[cut:].min().item() > 1e-3
+
+
+def test_rows_do_not_move_each_other():
+    model, tokens = tiny(), tokens_of(3)
+    alone = mx.concatenate([model(tokens[i : i + 1]) for i in range(3)])
+    assert mx.abs(model(tokens) - alone).max().item() < 1e-4
+
+
+def test_value_embeddings_stand_on_alternate_layers_and_on_the_last():
+    for depth in (1, 2, 3, 6):
+        config = train.GPTConfig(vocab_size=VOCAB, sequence_length=T, depth=depth)
+        have = [layer for layer in range(depth) if config.has_value_embedding(layer)]
+        assert have == list(range(depth - 1, -1, -2))[::-1]
+
+
+# --- the loss --------------------------------------------------------------------------------------
+
+
+def plain_loss(hidden, weight, targets):
+    logits = train.SOFTCAP * mx.tanh(hidden @ weight.T / train.SOFTCAP)
+    return nn.losses.cross_entropy(logits, targets, reduction="mean")
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 50, 1000])  # of 50: several chunks, a ragged last one, one alone
+def test_the_head_s_loss_and_gradients_are_those_of_a_plain_cross_entropy(monkeypatch, rows):
+    monkeypatch.setattr(train, "LOGITS_AT_ONCE", rows * VOCAB)
+    mx.random.seed(1)
+    hidden, weight = mx.random.normal((50, 16)), 3 * mx.random.normal((VOCAB, 16))
+    targets = mx.random.randint(0, VOCAB, (50,))
+
+    def found(hidden, weight):  # what follows the loss scales its gradient
+        return 3 * train.head_loss(hidden, weight, targets)
+
+    def expected(hidden, weight):
+        return 3 * plain_loss(hidden, weight, targets)
+
+    a, b = (mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight) for loss in (found, expected))
+    assert a[0].item() == pytest.approx(b[0].item(), rel=1e-5)
+    for x, y in zip(a[1], b[1], strict=True):
+        assert mx.abs(x - y).max().item() < 1e-5 * mx.abs(y).max().item()
+
+
+def test_the_loss_is_the_mean_of_what_the_logits_say():
+    model, tokens = tiny(), tokens_of(3)
+    logits = np.array(model(tokens[:, :-1]), np.float64)
+    picked = np.take_along_axis(softmax(logits), np.array(tokens[:, 1:])[..., None], -1)
+    assert train.loss_fn(model, tokens).item() == pytest.approx(-np.log(picked).mean(), rel=1e-5)
+    assert np.abs(logits).max() < train.SOFTCAP
+
+
+def test_the_cap_is_soft_and_exact():
+    x = mx.linspace(-300, 300, 100_001)
+    expected = 15 * np.tanh(np.array(x, np.float64) / 15)
+    assert np.abs(np.array(train.softcap(x)) - expected).max() < 1e-4
+    y = mx.linspace(-79, 79, 100_001)
+    assert np.abs(np.array(train.exp(y), np.float64) / np.exp(np.array(y, np.float64)) - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+def test_a_nan_reaches_the_loss(where):
+    arrays = {"hidden": mx.ones((4, 16)), "weight": mx.ones((VOCAB, 16))}
+    arrays[where][2, 3] = math.nan
+    assert math.isnan(train.head_loss(**arrays, targets=mx.array([0, 1, 2, 3])).item())
+
+
+def test_the_gradient_of_relu_squared():
+    x = mx.array([-3.0, -1e-3, 0.0, 1e-3, 0.5, 2.0, 100.0])
+    assert np.array(train.relu_squared(x)) == pytest.approx([0, 0, 0, 1e-6, 0.25, 4, 1e4])
+    gradient = mx.grad(lambda x: (train.relu_squared(x) * mx.arange(1, 8)).sum())(x)
+    assert np.array(gradient) == pytest.approx([0, 0, 0, 8e-3, 5, 24, 1400], rel=1e-5)
+
+
+def test_the_gradients_are_those_of_finite_differences():
+    """The whole model, every kind of parameter: a step along the gradient changes the loss as it promises."""
+    model, tokens = tiny(), tokens_of(4)
+    _, gradients = nn.value_and_grad(model, train.loss_fn)(model, tokens)
+    parameters = dict(tree_flatten(model.parameters()))
+    for path, gradient in tree_flatten(gradients):
+        norm = mx.sqrt(mx.square(gradient).sum()).item()
+        step = 2e-3 * mx.sqrt(mx.square(parameters[path]).sum()).item()
+        losses = []
+        for sign in (1, -1):
+            moved = {**parameters, path: parameters[path] + sign * step / norm * gradient}
+            other = tiny()
+            other.load_weights(list(moved.items()))
+            losses.append(train.loss_fn(other, tokens).item())
+        slope = (losses[0] - losses[1]) / (2 * step)
+        assert slope == pytest.approx(norm, rel=0.03, abs=3e-4), path
+
+
+def test_in_half_precision_the_residual_stream_stays_so_and_the_weights_do_not(monkeypatch):
+    tokens = tokens_of(2)
+    full = train.loss_fn(tiny(), tokens).item()
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", mx.bfloat16)
+    model = tiny()
+    seen, call = [], train.Linear.__call__
+    monkeypatch.setattr(train.Linear, "__call__", lambda self, x: seen.append(x.dtype) or call(self, x))
+    assert model.hidden(tokens[:, :-1]).dtype == mx.bfloat16
+    assert set(seen) == {mx.bfloat16}
+    assert model(tokens[:, :-1]).dtype == mx.float32
+    assert train.loss_fn(model, tokens).item() == pytest.approx(full, rel=0.02)
+    step = step_of(model)
+    step([tokens])
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {mx.float32}
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_when_it_overfits_one_batch():
+    mx.random.seed(0)
+    config = train.GPTConfig(vocab_size=VOCAB, sequence_length=T, depth=2, n_head=2, head_dim=16, window_pattern="SL")
+    model = train.GPT(config)
+    step, tokens = step_of(model), tokens_of(2)
+    schedule = train.Schedule(step.optimizer)
+    losses = []
+    for n in range(40):
+        schedule.set(n, 0.0)
+        losses.append(step([tokens]).item())
+    assert losses[0] == pytest.approx(math.log(VOCAB), rel=0.01)  # it starts knowing nothing
+    assert losses[-1] < 0.2
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_accumulated_gradients_are_those_of_one_large_batch(streams):
+    tokens = tokens_of(8)
+    large, parts = step_of(tiny()), step_of(tiny(), streams)
+    micro_batches = [tokens[i : i + 2] for i in range(0, 8, 2)]
+    totals = [np.array(sum(lane[0] for lane in parts.gradients(micro_batches))) / 4]
+    assert totals[0] == pytest.approx(large.gradients([tokens])[0][0].item(), rel=1e-5)
+    mean = [dict(tree_flatten(lane[1])) for lane in parts.gradients(micro_batches)]
+    mean = {path: sum(np.array(lane[path], np.float64) for lane in mean) / 4 for path in mean[0]}
+    whole = dict(tree_flatten(large.gradients([tokens])[0][1]))
+    assert_same(mean, {path: np.array(g, np.float64) for path, g in whole.items()}, 1e-5)
+    for _ in range(3):
+        assert parts(micro_batches).item() == pytest.approx(large([tokens]).item(), rel=1e-4)
+    assert_same(weights(parts.model), weights(large.model), 1e-3)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU, MLX compiles with g++, which is not here")
+def test_a_compiled_step_is_the_uncompiled_one():
+    plain, compiled = step_of(tiny(depth=1)), step_of(tiny(depth=1), compiled=True)
+    schedules = [train.Schedule(step.optimizer) for step in (plain, compiled)]
+    batches = [[tokens_of(2, seed=n), tokens_of(2, seed=10 + n)] for n in range(4)]
+    for n, batch in enumerate(batches):
+        for schedule in schedules:
+            schedule.set(n, n / 4)  # rates that change need no new compilation, and take effect
+        assert compiled(batch).item() == pytest.approx(plain(batch).item(), rel=1e-4)
+    assert_same(weights(compiled.model), weights(plain.model), 1e-3)
+
+
+def states(step):
+    trees = [step.model.parameters(), *(o.state for o in step.optimizer.optimizers)]
+    return [(path, np.array(array)) for tree in trees for path, array in tree_flatten(tree)]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_warming_up_leaves_no_trace(steps_before):
+    warm, cold = step_of(tiny(), 2), step_of(tiny(), 2)
+    for step in (warm, cold):
+        for n in range(steps_before):
+            step([tokens_of(2, seed=n)])
+    before = states(warm)
+    warm.warm_up([tokens_of(2, seed=9), tokens_of(2, seed=8)])
+    after = states(warm)
+    assert [path for path, _ in before] == [path for path, _ in after]
+    assert all((a == b).all() for (_, a), (_, b) in zip(before, after, strict=True))
+    assert warm([tokens_of(2)]).item() == cold([tokens_of(2)]).item()
+    assert all((a == b).all() for (_, a), (_, b) in zip(states(warm), states(cold), strict=True))
+
+
+@pytest.mark.parametrize(("rows", "length", "total"), [(8, 64, 8 * 64 + 1), (8, 64, 8 * 32), (3, 10, 100)])
+def test_a_total_batch_that_does_not_divide_is_refused(monkeypatch, rows, length, total):
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
+    with pytest.raises(SystemExit, match=f"error: .*{total} is not a multiple of .*{rows} x {length}"):
+        train.micro_batches_a_step(rows, length)
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 6 * rows * length)
+    assert train.micro_batches_a_step(rows, length) == 6

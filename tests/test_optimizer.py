@@ -1,0 +1,266 @@
+"""Five optimizer groups and their schedules, against a reference in float64 that shares no code with them."""
+
+import inspect
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+import train
+
+# --- the reference: one matrix, one step, in float64 -------------------------------------------------
+
+# The Polar Express for five steps, from arXiv:2505.16932 with a safety factor of 1.02, as published.
+COEFFICIENTS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def orthogonalized(matrix):
+    """By singular values: each goes through the five polynomials, the directions stay."""
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    s = s / (1.02 * np.sqrt((s**2).sum()) + 1e-6)
+    for a, b, c in COEFFICIENTS:
+        s = a * s + b * s**3 + c * s**5
+    return u @ np.diag(s) @ v
+
+
+class MuonReference:
+    def __init__(self, weight, rate, beta2=0.95):
+        self.weight, self.rate, self.beta2 = weight, rate, beta2
+        self.momentum = np.zeros_like(weight)
+        self.axis = 1 if weight.shape[0] >= weight.shape[1] else 0
+        self.second = np.zeros_like(weight.sum(self.axis, keepdims=True))
+
+    def step(self, gradient, factor, momentum, decay):
+        self.momentum += (1 - momentum) * (gradient - self.momentum)
+        update = orthogonalized(gradient + momentum * (self.momentum - gradient))
+        norm = np.linalg.norm(update)
+        self.second += (1 - self.beta2) * ((update**2).mean(self.axis, keepdims=True) - self.second)
+        update = update / np.sqrt(self.second)
+        update *= norm / np.linalg.norm(update)
+        rows, columns = update.shape
+        rate = self.rate * factor * math.sqrt(max(1, rows / columns))
+        agrees = np.sign(update) * np.sign(self.weight) >= 0
+        self.weight = self.weight - rate * update - rate * decay * np.where(agrees, self.weight, 0)
+
+
+class AdamReference:
+    def __init__(self, weight, rate, beta1, beta2):
+        self.weight, self.rate, self.betas = weight, rate, (beta1, beta2)
+        self.moments, self.steps = [np.zeros_like(weight)] * 2, 0
+
+    def step(self, gradient, factor, momentum, decay):
+        self.steps += 1
+        powers = gradient, gradient**2
+        self.moments = [b * m + (1 - b) * g for b, m, g in zip(self.betas, self.moments, powers, strict=True)]
+        mean, square = (m / (1 - b**self.steps) for b, m in zip(self.betas, self.moments, strict=True))
+        self.weight = self.weight - self.rate * factor * mean / (np.sqrt(square) + 1e-10)
+
+
+def reference_of(path, weight, n_embd):
+    """Which rule and which rates a parameter has, told once more."""
+    width = math.sqrt(768 / n_embd)
+    if "embedding" in path:
+        return AdamReference(weight, train.EMBEDDING_LR * width, 0.8, 0.95)
+    if path == "head.weight" or "value_gate" in path:
+        return AdamReference(weight, train.HEAD_LR * width, 0.8, 0.95)
+    if path == "x0_lambdas":
+        return AdamReference(weight, train.X0_LR, 0.96, 0.95)
+    if path == "resid_lambdas":
+        return AdamReference(weight, train.RESID_LR, 0.8, 0.95)
+    return MuonReference(weight, train.MATRIX_LR)
+
+
+def scheduled(step, progress):
+    """(factor of the learning rates, momentum, weight decay)"""
+    left = 1 - progress
+    factor = 1.0 if progress <= 1 - train.WARMDOWN else left / train.WARMDOWN
+    factor = train.FINAL_LR + (1 - train.FINAL_LR) * factor
+    return factor, 0.85 + 0.1 * min(step, 300) / 300, train.WEIGHT_DECAY * left
+
+
+# --- what is compared ------------------------------------------------------------------------------
+
+
+def streams():
+    return [mx.default_stream(mx.cpu)]
+
+
+def build(seed=0, depth=2):
+    mx.random.seed(seed)
+    config = train.GPTConfig(vocab_size=61, sequence_length=16, depth=depth, n_head=2, head_dim=16)
+    model = train.GPT(config)
+    return model, optimizer_of(model)
+
+
+def optimizer_of(model):
+    more = [streams()] if len(inspect.signature(train.build_optimizer).parameters) > 2 else []
+    return train.build_optimizer(model, 32, *more)
+
+
+def float64(tree):
+    return {path: np.array(array, np.float64) for path, array in tree_flatten(tree)}
+
+
+def random_gradients(model, seed):
+    """Gradients of very different sizes, some exactly zero, as unseen tokens have them."""
+    generator, gradients = np.random.default_rng(seed), []
+    for path, p in tree_flatten(model.parameters()):
+        gradient = generator.normal(size=p.shape) * 10.0 ** generator.uniform(-4, 1)
+        if "embedding" in path:
+            gradient[generator.uniform(size=len(gradient)) < 0.5] = 0
+        gradients.append((path, mx.array(gradient.astype(np.float32))))
+    return tree_unflatten(gradients)
+
+
+def assert_close(found, expected, path, rtol=1e-4):
+    assert np.abs(found - expected).max() <= rtol * np.abs(expected).max(), path
+
+
+def test_every_group_follows_its_reference_through_a_whole_schedule():
+    model, optimizer = build()
+    schedule = train.Schedule(optimizer)
+    references = {path: reference_of(path, weight, 32) for path, weight in float64(model.parameters()).items()}
+    shapes = {r.weight.shape for r in references.values() if isinstance(r, MuonReference)}
+    assert shapes == {(32, 32), (128, 32), (32, 128)}  # square, tall, wide
+    at = [(0, 0.0), (1, 0.2), (2, 0.49), (150, 0.51), (299, 0.7), (300, 0.9), (5000, 0.99)]
+    for step, progress in at:
+        gradients = random_gradients(model, step)
+        schedule.set(step, progress)
+        optimizer.update(model, gradients)
+        for path, gradient in float64(gradients).items():
+            references[path].step(gradient, *scheduled(step, progress))
+        for path, weight in float64(model.parameters()).items():
+            assert_close(weight, references[path].weight, (step, path))
+    start = float64(build()[0].parameters())
+    assert all(np.abs(r.weight - start[path]).max() > 1e-3 for path, r in references.items())
+
+
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48), (24, 24), (40, 39), (1, 20), (20, 1)])
+def test_muon_follows_its_reference_for_any_shape(shape):
+    """Three matrices of one shape, one stack; strong decay, and rows of very different sizes."""
+    mx.random.seed(0)
+    muon = train.Muon(0.05, 0.5)
+    matrices = [mx.random.normal(shape) for _ in range(3)]
+    references = [MuonReference(np.array(m, np.float64), 0.05) for m in matrices]
+    sizes = mx.array(10.0 ** np.random.default_rng(1).uniform(-1, 1, (shape[0], 1)))
+    for step in range(6):
+        muon.state["momentum"] = mx.array(0.85 + 0.02 * step)
+        gradients = [mx.random.normal(shape) * sizes for _ in range(3)]
+        tree = muon.apply_gradients({"w": gradients}, {"w": matrices})
+        matrices = [tree["w"][i] for i in range(3)]
+        for reference, gradient, matrix in zip(references, gradients, matrices, strict=True):
+            reference.step(np.array(gradient, np.float64), 1.0, 0.85 + 0.02 * step, 0.5)
+            assert_close(np.array(matrix, np.float64), reference.weight, (shape, step))
+
+
+@pytest.mark.parametrize("shape", [(30, 10), (10, 30), (20, 20)])
+def test_orthogonalising_brings_every_singular_value_near_one(shape):
+    generator = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(generator.normal(size=shape), full_matrices=False)
+    for smallest in (1.0, 0.1, 0.01):
+        s = np.geomspace(1, smallest, min(shape))
+        stack = mx.array(np.stack([u @ np.diag(s) @ v * scale for scale in (1e-3, 1, 1e3)]).astype(np.float32))
+        for found in np.array(train.orthogonalize(stack), np.float64):
+            assert np.allclose(np.linalg.svd(found)[1], 1, atol=0.15)
+            # the directions stay: on them, what is found is diagonal
+            core = u.T @ found @ v.T
+            assert np.abs(core - np.diag(np.diag(core))).max() < 1e-3
+
+
+def test_a_zero_gradient_moves_nothing_and_gives_no_nan():
+    model, optimizer = build()
+    before = float64(model.parameters())
+    for o in optimizer.optimizers[:1]:
+        o.state["weight_decay"] = mx.array(0.0)
+    optimizer.update(model, tree_map(mx.zeros_like, model.parameters()))
+    after = float64(model.parameters())
+    assert all((after[path] == before[path]).all() for path in before)
+
+
+def test_decay_takes_hold_only_where_update_and_weight_agree():
+    weight = mx.array([[2.0, -2.0], [2.0, 2.0]])
+    gradient = mx.array([[0.8, 0.6], [-0.6, 0.8]])  # orthogonal already: the update has its signs
+
+    def new(decay):
+        muon = train.Muon(0.1, decay)
+        return muon.apply_gradients({"w": gradient}, {"w": weight})["w"]
+
+    assert np.array(new(0.0) - new(0.5)) == pytest.approx(np.array([[0.1, 0], [0, 0.1]]), abs=1e-6)
+
+
+# --- groups ----------------------------------------------------------------------------------------
+
+EXPECTED = {
+    "matrices": ["attention.q.", "attention.k.", "attention.v.", "attention.out.", "mlp.up.", "mlp.down."],
+    "embeddings": ["token_embedding.", "attention.value_embedding."],
+    "head": ["head.", "attention.value_gate."],
+    "x0": ["x0_lambdas"],
+    "resid": ["resid_lambdas"],
+}
+
+
+def test_five_groups_move_every_parameter_exactly_once():
+    """One group at a time learns: what moves is that group's, and every parameter is in one."""
+    moved = {}
+    for i, group in enumerate(train.GROUPS):
+        model, optimizer = build(depth=3)
+        for j, o in enumerate(optimizer.optimizers):
+            o.learning_rate = 0.1 if i == j else 0.0
+        before = float64(model.parameters())
+        optimizer.update(model, random_gradients(model, 0))
+        after = float64(model.parameters())
+        moved[group] = {path for path in before if (before[path] != after[path]).any()}
+        assert all(any(name in path for name in EXPECTED[group]) for path in moved[group])
+    paths = [path for group in moved.values() for path in group]
+    assert sorted(paths) == sorted(float64(model.parameters()))
+    assert list(moved) == list(EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "parameter"),
+    [
+        (lambda model: model, "extra", (3,)),
+        (lambda model: model, "extra", (8, 8)),
+        (lambda model: model.blocks[0], "scale", (32,)),
+        (lambda model: model.blocks[1].mlp, "experts", (4, 8, 8)),
+        (lambda model: model, "x0_lambdas_2", (2,)),
+    ],
+)
+def test_a_parameter_of_no_group_is_an_error_that_names_it(place, name, parameter):
+    model, _ = build()
+    place(model)[name] = mx.zeros(parameter)
+    with pytest.raises(ValueError, match=f"{name}.*no optimizer group"):
+        optimizer_of(model)
+
+
+def test_a_new_matrix_in_a_block_goes_to_muon():
+    model, _ = build()
+    model.blocks[0].mlp.gate = train.Linear(32, 16)
+    assert train.parameter_group("blocks.0.mlp.gate.weight", model.blocks[0].mlp.gate.weight) == "matrices"
+
+
+# --- schedules -------------------------------------------------------------------------------------
+
+
+def test_the_schedules_are_what_the_constants_say():
+    _, optimizer = build()
+    width = math.sqrt(768 / 32)
+    start = [train.MATRIX_LR, train.EMBEDDING_LR * width, train.HEAD_LR * width, train.X0_LR, train.RESID_LR]
+    schedule = train.Schedule(optimizer)
+    for step, progress in [(0, 0.0), (10, 0.3), (30, 0.5), (100, 0.6), (299, 0.75), (300, 0.9), (999, 1.0)]:
+        schedule.set(step, progress)
+        factor, momentum, decay = scheduled(step, progress)
+        rates = [o.learning_rate.item() for o in optimizer.optimizers]
+        assert rates == pytest.approx([rate * factor for rate in start], rel=1e-5)
+        muon = optimizer.optimizers[0].state
+        assert muon["momentum"].item() == pytest.approx(momentum, rel=1e-6)
+        assert muon["weight_decay"].item() == pytest.approx(decay, rel=1e-5, abs=1e-9)
+    assert [scheduled(0, 0)[0], scheduled(0, 1)[0]] == [1, train.FINAL_LR]

@@ -1,0 +1,195 @@
+"""Rows and batches: full, best-fit, the same for the same seed, and of training documents alone."""
+
+import dataclasses
+from collections import Counter
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+from prepare import Batches, TokenCache, Tokenizer, packed_rows
+
+START = 9999  # the document start of the made-up documents here
+
+
+def made_up(sizes):
+    """Documents of these sizes: a start, then tokens that name the document. (tokens, offsets)"""
+    documents = [np.array([START] + [i] * (size - 1), np.uint16) for i, size in enumerate(sizes)]
+    return np.concatenate(documents), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def pieces(row):
+    """The pieces of a row, each from a document start on."""
+    starts = [*np.flatnonzero(row == START).tolist(), len(row)]
+    return [row[a:b].tolist() for a, b in pairwise(starts)]
+
+
+def naive_sizes(sizes, order, length, buffered):
+    """Best-fit by scanning every buffered document each time: the size of each piece, row by row."""
+    buffer, order, row = [], iter(order), []
+    while True:
+        buffer += [sizes[document] for document in islice(order, buffered - len(buffer))]
+        if not buffer:
+            return
+        space = length - sum(row)
+        fitting = [size for size in buffer if size <= space]
+        size = max(fitting) if fitting else min(buffer)
+        buffer.remove(size)
+        row.append(min(size, space))
+        if sum(row) == length:
+            yield row
+            row = []
+
+
+document_sizes = st.lists(st.integers(2, 40), min_size=1, max_size=80)
+
+
+@settings(max_examples=50, deadline=None)
+@given(document_sizes, st.integers(2, 30), st.sampled_from([1, 2, 7, 1000]), st.randoms(use_true_random=False))
+def test_rows_are_full_best_fit_and_lose_nothing_but_what_is_cropped(sizes, length, buffered, random):
+    tokens, offsets = made_up(sizes)
+    order = list(range(len(sizes)))
+    random.shuffle(order)
+    used = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PACKING_BUFFER", buffered)
+        rows = list(packed_rows(tokens, offsets, order, length, used.append))
+    found = [pieces(row) for row in rows]
+    assert all(len(row) == length and row[0] == START and row.dtype == np.uint16 for row in rows)
+    assert [[len(piece) for piece in row] for row in found] == list(naive_sizes(sizes, order, length, buffered))
+    assert Counter(used) == Counter(order)  # each once; what fills no last row is dropped
+    flat = [piece for row in found for piece in row]
+    for piece, document in zip(flat, used, strict=False):
+        whole = tokens[offsets[document] : offsets[document + 1]].tolist()
+        assert piece == whole[: len(piece)]
+    for row in found:  # only the last document of a row is ever cropped
+        assert all(len(piece) == sizes[piece[1]] for piece in row[:-1])
+
+
+def test_the_shortest_is_cropped_where_none_fits():
+    tokens, offsets = made_up([6, 9, 8, 7])
+    assert [[len(p) for p in pieces(row)] for row in packed_rows(tokens, offsets, range(4), 10)] == [[9, 1], [8, 2]]
+    used = []
+    list(packed_rows(tokens, offsets, range(4), 10, used.append))
+    assert used[:4] == [1, 0, 2, 3]  # 9, then of 6, 8, 7 the shortest; 8, then 7
+
+
+def test_an_epoch_has_every_start_once_and_later_pieces_in_turn():
+    pieces = np.array([0, 0, 1, 2, 3, 0, 1, *[0] * 43])  # document 1 has three later pieces, document 5 one
+    order = list(islice(prepare.training_order(pieces, seed=3), 48 * 3))
+    epochs = [order[i : i + 48] for i in range(0, len(order), 48)]
+    for epoch in epochs:
+        assert sorted(i for i in epoch if pieces[i] == 0) == np.flatnonzero(pieces == 0).tolist()
+        assert 6 in epoch and len({2, 3, 4} & set(epoch)) == 1
+    assert {2, 3, 4} <= set(order)  # three epochs have served the whole text
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert order == list(islice(prepare.training_order(pieces, seed=3), len(order)))
+    assert order != list(islice(prepare.training_order(pieces, seed=4), len(order)))
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+def numbers(stream, count):
+    return [np.array(batch) for batch in islice(stream, count)]
+
+
+def test_a_batch_is_rows_of_the_training_split(small):
+    cache, bos = TokenCache.load(small), Tokenizer.load(small).bos
+    stream = Batches(cache, 8, 64, seed=1)
+    tokens, offsets = cache.tokens("train"), cache.offsets("train")
+    documents = {tokens[a:b].tobytes() for a, b in pairwise(offsets)}
+    for batch in numbers(stream, 5):
+        assert batch.shape == (8, 65) and batch.dtype == np.int32
+        assert (batch[:, 0] == bos).all()
+        for row in batch.astype(np.uint16):
+            starts = [*np.flatnonzero(row == bos).tolist(), 65]
+            whole = [row[a:b].tobytes() for a, b in pairwise(starts)]
+            assert all(document in documents for document in whole[:-1])
+            assert any(document.startswith(whole[-1]) for document in documents)
+    assert stream.tokens == 5 * 8 * 64
+
+
+def test_the_same_seed_gives_the_same_batches(small):
+    cache = TokenCache.load(small)
+    first, again, other = (numbers(Batches(cache, 4, 64, seed), 30) for seed in (7, 7, 8))
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert not all((a == b).all() for a, b in zip(first, other, strict=True))
+
+
+def test_the_batch_size_does_not_change_the_rows(small):
+    cache = TokenCache.load(small)
+    wide, narrow = (np.concatenate(numbers(Batches(cache, size, 64, 7), 24 // size)) for size in (8, 3))
+    assert (wide == narrow).all()
+
+
+def epoch_size(cache):
+    """Documents an epoch: every start, and one later piece of each that has any."""
+    return int(np.isin(cache.pieces("train"), (0, 1)).sum())
+
+
+def test_the_stream_knows_what_it_served_and_it_is_nothing_held_out(small):
+    cache = TokenCache.load(small)
+    stream = Batches(cache, 8, 64, seed=5)
+    assert len(stream.served()) == 0 and stream.epochs == 0
+    train, held_out = cache.hashes("train"), np.concatenate([cache.hashes("val"), cache.hashes("test")])
+    epoch = epoch_size(cache)
+    batches = 3 * epoch * cache.meta["train"]["tokens"] // len(train) // (8 * 65)
+    rows = np.concatenate(numbers(stream, batches))
+    served = stream.served()
+    assert served.dtype == np.uint64 and (np.diff(served.astype(object)) > 0).all()
+    assert set(served.tolist()) < set(train.tolist())  # some wait in the buffer for a row that they fit
+    assert not set(served.tolist()) & set(held_out.tolist())
+    assert 2 < stream.epochs < 5
+    assert (rows == Tokenizer.load(small).bos).sum() == round(stream.epochs * epoch)
+
+
+def test_served_is_what_was_handed_out_not_what_was_packed_ahead(small):
+    cache = TokenCache.load(small)
+    stream = Batches(cache, 2, 64, seed=5)
+    rows = np.concatenate(numbers(stream, 3)).astype(np.uint16)
+    bos, tokens, offsets = Tokenizer.load(small).bos, cache.tokens("train"), cache.offsets("train")
+    assert stream.epochs * epoch_size(cache) == pytest.approx((rows == bos).sum())
+    by_hash = {h: tokens[a:b] for h, (a, b) in zip(cache.hashes("train").tolist(), pairwise(offsets), strict=True)}
+    text = rows.tobytes()
+    assert all(by_hash[h][:20].tobytes() in text or len(by_hash[h]) < 40 for h in stream.served().tolist())
+
+
+def test_a_corpus_smaller_than_a_row_is_repeated(small, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    tokenizer = Tokenizer.load(small)
+    found = prepare.write_split(tokenizer, ["a short one", "and another"], tmp_path / "tokens", "train", set())
+    cache = TokenCache(tmp_path / "tokens", {"train": found})
+    (batch,) = numbers(Batches(cache, 2, 64, seed=0), 1)
+    assert batch.shape == (2, 65) and (batch[:, 0] == tokenizer.bos).all()
+
+
+def test_a_failure_while_packing_reaches_the_training_loop(small):
+    cache = TokenCache.load(small)
+    (cache.folder / "train_tokens.npy").unlink()
+    stream = Batches(cache, 2, 64, seed=0)
+    for _ in range(2):  # whoever asks again does not wait for ever
+        with pytest.raises(RuntimeError, match="batch thread"):
+            next(stream)
+
+
+# --- the rows that a run is scored on --------------------------------------------------------------
+
+
+def test_the_evaluation_rows_are_always_the_same_and_as_many_as_agreed(small):
+    cache, bos = TokenCache.load(small), Tokenizer.load(small).bos
+    rows = prepare.evaluation_rows(cache, small)
+    assert (rows[:, 0] == bos).all() and rows.shape[1] == 65
+    assert (rows == prepare.evaluation_rows(cache, small)).all()
+    most = prepare.evaluation_rows(cache, dataclasses.replace(small, eval_tokens=10**9, eval_fraction=1.0))
+    assert len(rows) <= len(most) <= cache.meta["val"]["tokens"] // 65
+    for wanted in (1, 64 * 3, 64 * 7 + 63):
+        fewer = prepare.evaluation_rows(cache, dataclasses.replace(small, eval_tokens=wanted))
+        assert len(fewer) == max(1, wanted // 64) and (fewer == rows[: len(fewer)]).all()
+    corpus = sum(cache.meta[split]["tokens"] for split in ("train", "val", "test"))
+    share = prepare.evaluation_rows(cache, dataclasses.replace(small, eval_fraction=0.002))
+    assert len(share) == int(0.002 * corpus) // 64
+    assert not (prepare.evaluation_rows(cache, small, "test")[0] == rows[0]).all()

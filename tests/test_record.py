@@ -1,0 +1,177 @@
+"""The record of a run: whole at any moment, sealed, and never lost; and what ends a run before it has one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import prepare
+
+ROOT = Path(prepare.__file__).parent
+
+
+def refusal(work, *arguments):
+    """The one line that `work` ends the program with."""
+    with pytest.raises(SystemExit) as ended:
+        work(*arguments)
+    line = ended.value.code
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A data/ of this test's own."""
+    monkeypatch.setattr(prepare, "DATA_DIR", tmp_path / "data")
+    return tmp_path / "data"
+
+
+def sealed(**content):
+    return {**content, "seal": prepare.seal(content)}
+
+
+# A process that forks: each child writes records until it is killed, at a moment that a seed decides.
+# Meanwhile, and afterwards, whatever stands under the record's name is read.
+KILLED = """
+import json, os, pathlib, random, signal, sys, time
+import prepare
+
+prepare.DATA_DIR = pathlib.Path(sys.argv[1])
+last, chance, seen, rounds = prepare.DATA_DIR / "last_run.json", random.Random(0), [], 40
+curve = {"step": list(range(200)), "loss": [chance.random() for _ in range(200)]}
+
+def read():
+    record = json.loads(last.read_text())
+    assert record["seal"] == prepare.seal(record) and len(record["curve"]["loss"]) == 200
+    return record["number"]
+
+for i in range(rounds):
+    child = os.fork()
+    if not child:
+        for number in range(i * 10**6, (i + 1) * 10**6):
+            record = {"number": number, "curve": curve}
+            record["seal"] = prepare.seal(record)
+            prepare.write_record(record)
+    end = time.monotonic() + chance.uniform(0.005, 0.04)
+    while time.monotonic() < end:
+        if last.exists():
+            seen.append(read())
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if last.exists():
+        seen.append(read())
+assert seen == sorted(seen)  # the old one or the new one: never an older one
+for archive in prepare.DATA_DIR.glob("run_*.json"):
+    record = json.loads(archive.read_text())
+    assert record["seal"] == prepare.seal(record)
+print(len({number // 10**6 for number in seen}), len(set(seen)))
+"""
+
+
+def test_a_record_is_whole_whenever_the_run_is_killed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "data"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rounds, records = map(int, done.stdout.split())
+    assert rounds > 20 and records > 30  # kills in the middle of many different writes
+
+
+def test_a_record_has_a_twin_and_none_is_overwritten(data):
+    for number in range(4):  # within the same second, mostly
+        prepare.write_record(sealed(number=number))
+        assert json.loads((data / "last_run.json").read_text())["number"] == number
+    archives = [json.loads(path.read_text())["number"] for path in data.glob("run_*.json")]
+    assert sorted(archives) == [0, 1, 2, 3]
+    assert len(list(data.iterdir())) == 5  # and nothing temporary
+
+
+def test_the_seal_fits_this_record_alone():
+    record = sealed(val_bpb=1.25, curve={"loss": [3.0, 2.0]}, dataset="stdlib")
+    assert prepare.seal(record) == record["seal"]
+    read = json.loads(json.dumps(record, indent=1))
+    assert prepare.seal(read) == record["seal"]
+    assert prepare.seal({**record, "val_bpb": 1.24}) != record["seal"]
+    assert prepare.seal({**record, "more": None}) != record["seal"]
+
+
+def test_a_full_disk_leaves_the_old_record(full_disk, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA_DIR", full_disk / "data")
+    prepare.write_record(sealed(number=1))
+    (full_disk / "filler").write_bytes(bytes(250_000))
+    assert "No space left on device" in refusal(prepare.write_record, sealed(number=2, text="x" * 100_000))
+    assert json.loads((full_disk / "data" / "last_run.json").read_text())["number"] == 1
+    assert len(list((full_disk / "data").iterdir())) == 2
+
+
+def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_record(data, tmp_path, monkeypatch):
+    prepare.write_record(sealed(number=1))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left on device" in refusal(prepare.write_record, sealed(number=2))
+    assert json.loads((data / "last_run.json").read_text())["number"] == 1
+    assert len(list(data.iterdir())) == 2
+
+
+def test_a_file_in_the_place_of_data_is_said(data):
+    data.write_text("in the way")
+    assert "data" in refusal(prepare.write_record, sealed(number=1))
+    assert data.read_text() == "in the way"
+
+
+# --- what ends a run -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["abc", "nan", "inf", "-inf", "0", "-1", "1,5", "300s", "1e999"])
+def test_a_budget_that_is_no_positive_number_is_refused(cache, monkeypatch, budget):
+    monkeypatch.setenv("AUTORESEARCH_BUDGET", budget)
+    assert refusal(prepare.Run, "stdlib") == f"error: BUDGET={budget} is not a positive number"
+
+
+@pytest.mark.parametrize("seed", ["abc", "-1", "1.5", "nan"])
+def test_a_seed_that_is_no_whole_number_is_refused(cache, monkeypatch, seed):
+    monkeypatch.setenv("AUTORESEARCH_SEED", seed)
+    assert refusal(prepare.Run, "stdlib").startswith(f"error: SEED={seed} is not a ")
+
+
+def test_budget_and_seed_are_taken_as_they_are_given(small, monkeypatch):
+    run = prepare.Run("files")
+    assert (run.budget, run.seed) == (300, 42)
+    monkeypatch.setenv("AUTORESEARCH_BUDGET", "0.5")
+    monkeypatch.setenv("AUTORESEARCH_SEED", "0")
+    run = prepare.Run("files")
+    assert (run.budget, run.seed) == (0.5, 0)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf"), 1e4])
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_no_record(small, data, loss):
+    run = prepare.Run("files")
+    run.start_clock()
+    run.log_step(mx.array(3.0))
+    run.log_step(mx.array(loss))
+    line = refusal(run.log_step, mx.array(3.0))  # a step later, so that the device never waits
+    assert f"the loss is {loss}" in line and "step 1" in line
+    assert not data.exists()
+
+
+def test_a_last_loss_that_is_no_number_is_noticed_too(small, data):
+    run = prepare.Run("files")
+    run.start_clock()
+    run.log_step(mx.array(float("nan")))
+    assert "the loss is nan" in refusal(run.finish, lambda tokens: tokens, 1, {"depth": 1, "n_embd": 64})
+    assert not data.exists()
+
+
+def test_a_batch_size_that_does_not_divide_is_refused_before_anything_is_trained(small, data, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "DATASET", "files")
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 8)
+    for total in (8 * 64 + 1, 8 * 32, 8 * 64 * 3 - 64):
+        monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
+        line = refusal(train.main)
+        assert str(total) in line and "not a multiple of" in line and "8 x 64" in line
+    assert not data.exists()

@@ -1,0 +1,443 @@
+"""The tokenizer and the token cache: text goes in and comes out, and what is prepared stays as it was."""
+
+import base64
+import dataclasses
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+from hub import Hub, listing, parquet, serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_sources
+import prepare
+from data_sources import DATASETS, SPLITS, documents
+from prepare import TokenCache, Tokenizer
+
+ROOT = Path(prepare.__file__).parent
+
+
+def refusal(work, *arguments):
+    """The one line that `work` ends the program with."""
+    with pytest.raises(SystemExit) as ended:
+        work(*arguments)
+    line = ended.value.code
+    assert line.startswith("error: ") and "\n" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_files):
+    dataset, root, _ = small_files
+    return Tokenizer.load(dataset, root / "files" / "tokenizer.json")
+
+
+# --- text in, text out -----------------------------------------------------------------------------
+
+any_text = st.text(max_size=200) | st.text(alphabet=" \n\r\t09aZß東🙂\u0301'<|>document", max_size=200)
+
+
+@settings(max_examples=50, deadline=None)
+@given(any_text)
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert max(ids, default=0) < tokenizer.bos  # no special token, whatever is written
+
+
+def own_bpe(ranks, pattern, text):
+    """Byte-pair encoding as the papers tell it: always the pair of the lowest rank, the leftmost first."""
+    ids = []
+    for word in regex.findall(pattern, text):
+        parts = [bytes([byte]) for byte in word.encode()]
+        while len(parts) > 1:
+            rank, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts)))
+            if rank == len(ranks):
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        ids += [ranks[part] for part in parts]
+    return ids
+
+
+@settings(max_examples=50, deadline=None)
+@given(any_text | st.sampled_from(["def f(self):\n        return self._x['a'] + 12345\n", "  \n\n  don't DON'T\r\n"]))
+def test_the_saved_ranks_mean_what_tiktoken_makes_of_them(small_files, tokenizer, text):
+    saved = json.loads((small_files[1] / "files" / "tokenizer.json").read_text())
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
+    encoding = tiktoken.Encoding("own", pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens={})
+    assert tokenizer.encode(text) == encoding.encode_ordinary(text) == own_bpe(ranks, saved["pattern"], text)
+
+
+def test_digits_go_in_ones_and_twos(tokenizer):
+    assert regex.findall(tokenizer.pattern, "in 1984567 days") == ["in", " ", "19", "84", "56", "7", " days"]
+    assert not any(regex.search(rb"\d{3}", token) for token in tokenizer.ranks)
+
+
+def test_the_special_tokens_come_last_and_have_no_bytes(small_files, tokenizer):
+    dataset = small_files[0]
+    assert tokenizer.vocab_size == dataset.vocab_size == len(tokenizer.ranks) + 4
+    assert tokenizer.bos == dataset.vocab_size - 4
+    assert tokenizer.token_bytes[-4:].tolist() == [0, 0, 0, 0]
+    assert tokenizer.token_bytes[:-4].min() == 1
+    for name in prepare.SPECIAL_TOKENS:
+        assert tokenizer.decode(tokenizer.encode(name)) == name
+        assert len(tokenizer.encode(name)) > 1
+
+
+def test_it_learns_from_the_training_split_alone_and_always_the_same(small_files, tokenizer, cache, monkeypatch):
+    dataset, _, folder = small_files
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
+    again = Tokenizer.train(dataset, documents(dataset, "train"))
+    assert again.ranks == tokenizer.ranks
+
+
+def test_a_long_document_does_not_dominate(small_files, monkeypatch):
+    monkeypatch.setattr(prepare, "DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(prepare, "TRAINING_CHARACTERS", 300)
+    texts = iter(["ab" * 50 + "xyz" * 1000, "cd" * 50, "ef" * 50, "gh" * 50, "never asked for"])
+    tokens = Tokenizer.train(small_files[0], texts).ranks
+    assert b"ab" in tokens and b"ef" in tokens and b"xyz" not in tokens and b"gh" not in tokens
+    assert next(texts) == "gh" * 50
+
+
+# --- the file --------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_what_is_loaded(small_files, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t.json")
+    loaded = Tokenizer.load(small_files[0], tmp_path / "t.json")
+    assert (loaded.ranks, loaded.pattern, loaded.bos) == (tokenizer.ranks, tokenizer.pattern, tokenizer.bos)
+    assert (loaded.token_bytes == tokenizer.token_bytes).all()
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def altered(saved, **changes):
+    return json.dumps({**json.loads(saved), **changes}).encode()
+
+
+DAMAGE = {
+    "empty": lambda saved: b"",
+    "cut short": lambda saved: saved[: len(saved) // 2],
+    "not JSON": lambda saved: b"\x80\x04 tokens",
+    "a pickle": lambda saved: pickle.dumps(Trap()),
+    "a list": lambda saved: b"[1, 2]",
+    "no pattern": lambda saved: json.dumps({"tokens": json.loads(saved)["tokens"]}).encode(),
+    "not base64": lambda saved: altered(saved, tokens=["!?"] + json.loads(saved)["tokens"][1:]),
+    "numbers": lambda saved: altered(saved, tokens=list(range(512))),
+    "a token twice": lambda saved: altered(saved, tokens=json.loads(saved)["tokens"][:-1] + ["YQ=="]),
+    "bytes missing": lambda saved: altered(saved, tokens=json.loads(saved)["tokens"][100:]),
+    "no tokens": lambda saved: altered(saved, tokens=[]),
+    "no regular expression": lambda saved: altered(saved, pattern="(((" ),
+    "a number for a pattern": lambda saved: altered(saved, pattern=7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_tokenizer_is_said_in_a_line_and_runs_nothing(small, cache, tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("TRAP", str(tmp_path / "trapped"))
+    path = cache / "files" / "tokenizer.json"
+    path.write_bytes(damage(path.read_bytes()))
+    line = refusal(Tokenizer.load, small)
+    assert f"{path} is damaged" in line and "make prepare DATASET=files FILES=dir" in line
+    assert not (tmp_path / "trapped").exists()
+    assert not prepare.is_prepared(small)
+
+
+# --- the token cache -------------------------------------------------------------------------------
+
+
+def stored_texts(small, split):
+    tokens, offsets, tokenizer = *arrays(small, split), Tokenizer.load(small)
+    return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)]
+
+
+def arrays(small, split):
+    cache = TokenCache.load(small)
+    return cache.tokens(split), cache.offsets(split)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_text_is_stored_whole_with_a_document_start(small, small_files, monkeypatch, split):
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    tokens, offsets = arrays(small, split)
+    assert tokens.dtype == np.uint16 and offsets[0] == 0 and offsets[-1] == len(tokens)
+    tokenizer = Tokenizer.load(small)
+    assert np.flatnonzero(tokens == tokenizer.bos).tolist() == offsets[:-1].tolist()
+    if split != "train":
+        assert stored_texts(small, split) == list(documents(small, split))
+        assert np.diff(offsets).max() > small.sequence_length + 1  # long ones stay whole
+    else:  # pieces may cut a letter in two
+        source = [len(tokenizer.encode(text)) for text in documents(small, split)]
+        assert len(tokens) - (len(offsets) - 1) == sum(source)
+        assert np.diff(offsets).max() == small.sequence_length + 1
+
+
+def test_the_splits_share_no_document_and_no_piece(small):
+    cache = TokenCache.load(small)
+    train, val, test = (set(cache.hashes(split).tolist()) for split in SPLITS)
+    assert len(val) > 20 and len(test) > 20 and len(train) > 1000
+    assert not train & val and not train & test and not val & test
+    texts = {split: set(stored_texts(small, split)) for split in SPLITS}
+    assert not texts["val"] & texts["test"] and not texts["train"] & (texts["val"] | texts["test"])
+
+
+def bytewise(dataset):
+    """A tokenizer of the 256 bytes: a letter is a token."""
+    return Tokenizer(dataset, {bytes([byte]): byte for byte in range(256)})
+
+
+def split_texts(tokenizer, folder, split, texts, held_out):
+    found = prepare.write_split(tokenizer, texts, folder, split, held_out)
+    tokens, offsets = np.load(folder / f"{split}_tokens.npy"), np.load(folder / f"{split}_offsets.npy")
+    assert found == {"documents": len(offsets) - 1, "tokens": len(tokens)}
+    return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)]
+
+
+def test_training_gives_way_to_what_is_held_out_whole_or_in_pieces(small_files, tmp_path):
+    tokenizer, held_out = bytewise(dataclasses.replace(small_files[0], sequence_length=8)), set()
+    assert split_texts(tokenizer, tmp_path, "val", ["abcdefgh", "a long one held out", "x", "x", ""], held_out) == [
+        "abcdefgh", "a long one held out", "x",
+    ]  # fmt: skip
+    assert split_texts(tokenizer, tmp_path, "test", ["x", "testtest", "abcdefgh"], held_out) == ["testtest"]
+    train = ["x", "short", "12345678abcdefgh123", "a long one held out", "testtest", "testtest!", "short"]
+    assert split_texts(tokenizer, tmp_path, "train", train, held_out) == ["short", "12345678", "123", "!", "short"]
+
+
+def test_copies_in_the_source_never_reach_two_splits(cache, monkeypatch, tmp_path):
+    """climbmix takes its splits from the hub's shards, which may hold anything."""
+    dataset = dataclasses.replace(DATASETS["climbmix"], vocab_size=300, sequence_length=16, train_shards=2)
+    shared = [f"text number {i} that stands in every shard, whatever it is for" for i in range(20)]
+    (cache / "shards").mkdir(parents=True)
+    for i in (0, 1, 6541, 6542):
+        own = [f"a text of shard {i} alone, number {j}" for j in range(20)]
+        (cache / "shards" / f"shard_{i:05d}.parquet").write_bytes(parquet(own + shared + own))
+    prepare.prepare(dataset)
+    tokens = TokenCache.load(dataset)
+    hashes = {split: set(tokens.hashes(split).tolist()) for split in SPLITS}
+    assert tokens.meta["val"]["documents"] == 40 and tokens.meta["test"]["documents"] == 20
+    assert not hashes["train"] & (hashes["val"] | hashes["test"]) and not hashes["val"] & hashes["test"]
+
+
+def test_preparing_again_does_nothing(small, cache, capsys):
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    prepare.prepare(small)
+    assert capsys.readouterr().out == f"files: prepared in {cache / 'files'}\n"
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+
+
+def test_preparing_from_nothing_gives_the_same(small, small_files, cache, monkeypatch):
+    before = TokenCache.load(small).hash
+    shutil.rmtree(cache)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    prepare.prepare(small)
+    assert TokenCache.load(small).hash == before
+    assert TokenCache.load(small).changed_file() is None
+    assert sorted(path.name for path in (cache / "files").iterdir()) == ["tokenizer.json", "tokens"]
+
+
+def cut_file(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("name", ["val_tokens.npy", "train_tokens.npy", "train_offsets.npy", "test_hashes.npy"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut_file, lambda path: path.write_bytes(b"")])
+def test_a_damaged_cache_is_said_and_prepared_anew(small, small_files, cache, monkeypatch, name, damage):
+    before = TokenCache.load(small).hash
+    damage(cache / "files" / "tokens" / name)
+    line = refusal(TokenCache.load, small)
+    assert "tokens is damaged" in line and "make prepare DATASET=files" in line
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    if damage is Path.unlink:  # once is enough
+        prepare.prepare(small)
+        assert TokenCache.load(small).hash == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"val": 1}', b"\xff"])
+def test_a_damaged_meta_file_is_said(small, cache, content):
+    (cache / "files" / "tokens" / "meta.json").write_bytes(content)
+    assert "is damaged" in refusal(TokenCache.load, small)
+    assert not prepare.is_prepared(small)
+
+
+def test_a_changed_byte_is_found(small, cache):
+    tokens = TokenCache.load(small)
+    assert tokens.changed_file() is None
+    for name in ("train_tokens.npy", "../tokenizer.json"):
+        path = cache / "files" / "tokens" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert tokens.changed_file() == path.resolve()
+        path.write_bytes(whole)
+    (cache / "files" / "tokens" / "val_hashes.npy").unlink()
+    assert tokens.changed_file().name == "val_hashes.npy"
+
+
+def test_a_tokenizer_of_another_corpus_is_not_taken(small, cache):
+    bytewise(small).save(cache / "files" / "tokenizer.json")
+    assert "is damaged" in refusal(TokenCache.load, small)
+
+
+def test_another_folder_or_other_sizes_are_prepared_anew(small, small_files, cache, tmp_path, monkeypatch):
+    assert prepare.is_prepared(small)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    assert prepare.is_prepared(small)
+    larger = dataclasses.replace(small, vocab_size=600)
+    assert not prepare.is_prepared(larger)
+    assert "is not prepared; run: make prepare" in refusal(TokenCache.load, larger)
+    shutil.copytree(small_files[2], tmp_path / "other")
+    with (tmp_path / "other" / "texts.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(tmp_path / "other"))
+    assert not prepare.is_prepared(small)
+    before = TokenCache.load(small).hash
+    prepare.prepare(small)
+    assert TokenCache.load(small).hash != before
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+
+def test_what_is_not_prepared_names_the_command(cache):
+    for name, command in [("stdlib", "make prepare DATASET=stdlib"), ("files", "make prepare DATASET=files FILES=dir")]:
+        for load in (Tokenizer.load, TokenCache.load, prepare.Run):
+            line = refusal(load, name if load is prepare.Run else DATASETS[name])
+            assert line == f"error: dataset '{name}' is not prepared; run: {command}"
+
+
+@pytest.mark.parametrize("content", ["", "one line\n", "word " * 200])
+def test_too_little_text_is_said_and_leaves_nothing(cache, tmp_path, monkeypatch, content):
+    (tmp_path / "a.txt").write_text(content)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(tmp_path))
+    assert "too little text" in refusal(prepare.prepare, DATASETS["files"])
+    assert list((cache / "files").iterdir()) == []
+
+
+def test_a_split_that_fills_no_row_is_noticed_before_training(small, small_files, cache, monkeypatch):
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    needed = TokenCache.load(small).meta["test"]["tokens"]
+    line = refusal(prepare.prepare, dataclasses.replace(small, sequence_length=needed))
+    assert "too little text" in line and str(needed) in line
+    assert prepare.is_prepared(small)  # what was there is there still
+
+
+@pytest.mark.parametrize("blocked", ["cache", "cache/files", "cache/files/tokens.part"])
+def test_a_cache_that_cannot_be_written_is_said(small_files, cache, monkeypatch, blocked):
+    dataset, _, folder = small_files
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
+    path = cache.parent / blocked.replace("tokens.part", f"tokens.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("in the way")
+    line = refusal(prepare.prepare, dataset)
+    assert str(cache) in line and "AUTORESEARCH_CACHE moves the cache" in line
+    assert path.read_text() == "in the way"
+    assert "is not prepared" in refusal(Tokenizer.load, dataset)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half(small_files, full_disk, cache, monkeypatch):
+    dataset, _, folder = small_files
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(full_disk))
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
+    assert "No space left" in refusal(prepare.prepare, dataset)
+    assert list((full_disk / "files").iterdir()) == []
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+def command(*words, **env):
+    return subprocess.run(
+        [sys.executable, "prepare.py", *words], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def real_texts(count, size):
+    """`count` lists of real texts, of about `size` characters each."""
+    lists, texts = [], (text for _, part in data_sources.stdlib_documents() for text in part)
+    for _ in range(count):
+        part = []
+        while sum(map(len, part)) < size:
+            part.append(next(texts))
+        lists.append(part)
+    return lists
+
+
+@pytest.mark.parametrize("name", ["climbmix", "tinystories"])
+def test_the_hub_s_datasets_are_prepared_by_one_command(cache, name):
+    dataset, hub = DATASETS[name], Hub()
+    if name == "climbmix":
+        numbers = [*range(10), 6541, 6542]
+        base = f"/datasets/{dataset.repo}/resolve/main/shard_"
+        for i, part in zip(numbers, real_texts(12, 60_000), strict=True):
+            hub.files[f"{base}{i:05d}.parquet"] = parquet(part)
+    else:
+        base = f"/api/datasets/{dataset.repo}/parquet"
+        for i, part in enumerate(real_texts(2, 300_000)):
+            hub.files[f"{base}/default/train/{i}.parquet"] = parquet(part)
+        hub.files[base] = listing(*("https://huggingface.co" + path for path in hub.files))
+    with serving(hub) as address:
+        done = command("--dataset", name, HF_ENDPOINT=address, HF_TOKEN="secret")
+    assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
+    assert all(headers["Authorization"] == "Bearer secret" for _, headers, _ in hub.seen)
+    tokenizer, tokens = Tokenizer.load(dataset), TokenCache.load(dataset)
+    assert (tokenizer.vocab_size, tokens.changed_file()) == (dataset.vocab_size, None)
+    assert prepare.evaluation_rows(tokens, dataset).shape[1] == dataset.sequence_length + 1
+    again = command("--dataset", name)  # the hub is gone, and not needed
+    assert (again.returncode, again.stdout) == (0, f"{name}: prepared in {data_sources.cache_dir(dataset)}\n")
+    assert command("--check", "--dataset", name).returncode == 0
+
+
+def test_check_says_whether_it_is_prepared_and_changes_nothing(cache):
+    done = command("--check", "--dataset", "tinystories")
+    line = "error: dataset 'tinystories' is not prepared; run: make prepare DATASET=tinystories\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    assert not cache.exists()
+
+
+def test_an_unknown_dataset_lists_the_known_ones(cache):
+    done = command("--dataset", "nope")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: unknown dataset 'nope'; known: stdlib, climbmix, tinystories, files\n"
+
+
+KILLED = """
+import dataclasses, prepare, data_sources
+small = dataclasses.replace(data_sources.DATASETS["files"], vocab_size=512, sequence_length=64, eval_tokens=6400)
+print("ready", flush=True)
+prepare.prepare(small)
+"""
+
+
+def test_killed_at_any_moment_it_is_prepared_whole_or_not_at_all(small, small_files, cache, monkeypatch):
+    expected = TokenCache.load(small).hash
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    moments = random.Random(0)
+    for _ in range(4):
+        shutil.rmtree(cache)
+        child = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(moments.uniform(0, 0.8))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        if prepare.is_prepared(small):
+            assert TokenCache.load(small).changed_file() is None
+    prepare.prepare(small)
+    assert TokenCache.load(small).hash == expected
+    assert sorted(path.name for path in (cache / "files").iterdir()) == ["tokenizer.json", "tokens"]
