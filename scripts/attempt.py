@@ -102,7 +102,8 @@ def outcome(args, attempt, wall):
         return "invalid", record["reason"], record
     if args.exit_code:
         how = f"signal {args.exit_code - 128}" if args.exit_code > 128 else f"exit {args.exit_code}"
-        return "crash", f"train.py ended with {how} after {wall:.0f} s", None
+        last = "".join(f": {line}" for line in last_lines(ROOT / "run.log", 1))
+        return "crash", f"train.py ended with {how} after {wall:.0f} s{last}", None
     if not fresh:
         return "stale", f"train.py ended without a record of its own: {stale}", None
     if record["status"] != "valid":
@@ -129,7 +130,7 @@ def summary(attempt, record):
     status = attempt["status"]
     commit = (attempt["commit"] or "0" * 7)[:7]
     if status != "valid":
-        lines = [f"{status} (exit {EXIT[status]}) {commit}: {attempt['reason']}"]
+        lines = [f"{status} (exit {EXIT[status]}) {commit}: {records.one_line(attempt['reason'])}"]
         if status in ("crash", "stale", "timeout"):
             lines += [f"  | {line}" for line in last_lines(ROOT / "run.log", SHOWN)]
         if status == "interrupted":
@@ -173,6 +174,8 @@ def value_of(record, key):
 
 def last_lines(path, count):
     """The end of a log, without what a progress line has overwritten."""
+    if not path.exists():
+        return []
     text = path.read_bytes()[-20000:].decode("utf-8", "replace")
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
     return [line[:160] for line in lines if line][-count:]

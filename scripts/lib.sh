@@ -35,11 +35,7 @@ export_settings() {
   positive BUDGET "$budget"
   whole SEED "$seed"
   export AUTORESEARCH_BUDGET=$budget AUTORESEARCH_SEED=$seed
-  if [ -n "${FILES:-}" ]; then
-    # shellcheck disable=SC2088  # make passes the tilde on as it stands
-    case $FILES in "~/"*) FILES=$HOME/${FILES#??} ;; esac
-    export AUTORESEARCH_FILES=$FILES
-  fi
+  [ -z "${FILES:-}" ] || export AUTORESEARCH_FILES=$FILES
 }
 
 dataset_of_train() { # the constant DATASET of train.py

@@ -1,0 +1,250 @@
+"""Profile of the present train.py on the present machine: where the time of a step goes, and what fits.
+
+    python bench.py        (or `make bench`)
+
+Model, optimizer, schedule and step are those that train.py builds, batches and evaluation those of
+prepare.py. Prints a table, and a line for each figure that moved by more than 5 % since the last
+bench of this machine; archived in data/bench_*.json. Takes less than two minutes.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import datetime
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+import prepare
+import train
+
+TIME_LIMIT = 105  # seconds; what is not measured by then is skipped
+
+FIGURES = {  # name: (what it is, unit)
+    "import_seconds": ("start-up: interpreter and imports", "s"),
+    "data_seconds": ("start-up: tokenizer, token cache, first batches", "s"),
+    "model_seconds": ("start-up: model and optimizer", "s"),
+    "warm_up_seconds": ("start-up: compilation, one step on throw-away state", "s"),
+    "step_ms": ("one step, as in training", "ms"),
+    "data_ms": ("  of it waiting for batches", "ms"),
+    "tok_sec": ("training", "tok/s"),
+    "train_peak_mb": ("peak memory of training", "MB"),
+    "forward_ms": ("part of a step: forward (loss_fn)", "ms"),
+    "forward_backward_ms": ("part of a step: forward and backward", "ms"),
+    "update_ms": ("part of a step: update", "ms"),
+    "model_tflops": ("arithmetic of the model in training", "TFLOP/s"),
+    "peak_tflops": ("matrix-product peak of this machine, measured", "TFLOP/s"),
+    "peak_share": ("share of that peak", "%"),
+    "packing_tok_sec": ("batches packed ahead, nothing else at work", "tok/s"),
+    "eval_seconds": ("evaluation projected to full size, without checks", "s"),
+    "eval_peak_mb": ("peak memory of evaluation", "MB"),
+    "compiled_step_ms": ("one step, compiled", "ms"),
+    "uncompiled_step_ms": ("one step, not compiled", "ms"),
+}
+DIGITS = {"s": 2, "ms": 2, "MB": 0, "tok/s": 0, "TFLOP/s": 3, "%": 1}
+
+
+def seconds_of(work, seconds=2.0):
+    """Median seconds of `work`, which evaluates all that it makes; called once before, to warm up."""
+    work()
+    marks = [time.perf_counter()]
+    while len(marks) < 2 or (marks[-1] - marks[0] < seconds and len(marks) < 20):
+        work()
+        marks.append(time.perf_counter())
+    return np.median(np.diff(marks))
+
+
+class Training:
+    """What train.py builds for `rows` rows at once, and the `figures` of its start and of steps for `seconds`."""
+
+    def __init__(self, rows, seconds, **options):
+        marks = [time.perf_counter()]
+        self.dataset = prepare.get_dataset(train.DATASET)
+        length = self.dataset.sequence_length
+        self.tokenizer, self.cache = prepare.Tokenizer.load(self.dataset), prepare.TokenCache.load(self.dataset)
+        self.batches = prepare.Batches(self.cache, rows, length, seed=42)
+        self.micro_batches = [next(self.batches) for _ in range(train.micro_batches_a_step(rows, length))]
+        marks.append(time.perf_counter())
+        mx.random.seed(42)
+        self.config, self.schedule, self.step = train.build(self.tokenizer.vocab_size, length, **options)
+        marks.append(time.perf_counter())
+        self.step.warm_up(self.micro_batches)
+        mx.synchronize()
+        marks.append(time.perf_counter())
+        self.figures = dict(zip(("data_seconds", "model_seconds", "warm_up_seconds"), np.diff(marks), strict=True))
+        pending, ends, waited = None, [], self.batches.wait_seconds  # a loss is read during the next step
+        while len(ends) < 2 or (ends[-1] - ends[0] < seconds and len(ends) < 50):
+            self.schedule.set(len(ends), 0.0)
+            loss = self.step([next(self.batches) for _ in self.micro_batches])
+            if pending is not None:
+                pending.item()
+                ends.append(time.perf_counter())
+            pending = loss
+        mx.eval(pending, self.step.state)
+        median, waited = np.median(np.diff(ends)), (self.batches.wait_seconds - waited) / (len(ends) + 1)
+        self.figures |= {"step_ms": 1e3 * median, "data_ms": 1e3 * waited}
+        self.figures |= {"tok_sec": train.TOTAL_BATCH_SIZE / median, "train_peak_mb": mx.get_peak_memory() / 2**20}
+
+    def parts(self):
+        """A step taken apart. Forward holds the head's gradient, which loss_fn takes along with the loss."""
+        step, micro_batches, loss = self.step, self.micro_batches, partial(train.loss_fn, self.step.model)
+        loss = mx.compile(loss, inputs=step.model.state) if step.compiled else loss
+
+        def forward():
+            losses = []
+            for i, tokens in enumerate(micro_batches):
+                with mx.stream(step.streams[i % len(step.streams)]):
+                    losses.append(loss(tokens))
+            mx.eval(losses)
+
+        gradients, count = step.gradients(micro_batches), mx.array(float(len(micro_batches)))
+        return {
+            "forward_ms": 1e3 * seconds_of(forward),
+            "forward_backward_ms": 1e3 * seconds_of(lambda: mx.eval(step.gradients(micro_batches))),
+            "update_ms": 1e3 * seconds_of(lambda: mx.eval(step.update(gradients, count), step.state)),
+        }
+
+    def packing(self, count=256):
+        """Tokens a second that the batch thread packs when nothing else is at work."""
+        taken = seconds_of(lambda: [next(self.batches) for _ in range(count)], 1.0)
+        return {"packing_tok_sec": count * self.batches.batch_size * self.batches.sequence_length / taken}
+
+    def evaluation(self, batches=4):
+        """The evaluation, projected from some batches a stream; the checks of prepare.py come on top of it."""
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        rows, at_once = prepare.evaluation_rows(self.cache, self.dataset), train.EVAL_BATCH_SIZE
+        packed, part = time.perf_counter() - start, rows[: batches * at_once * len(self.step.streams)]
+        taken = seconds_of(lambda: prepare.score_rows(self.step.model, part, self.tokenizer, at_once))
+        return {"eval_seconds": packed + taken * len(rows) / len(part), "eval_peak_mb": mx.get_peak_memory() / 2**20}
+
+    def arithmetic(self):
+        """The model's FLOP/s in training, and what large square products reach, all streams at work."""
+        n = 8192 if train.CUDA else 4096 if train.GPU else 1024
+        lanes = self.step.streams * max(2, 8 // len(self.step.streams))
+        a = mx.random.normal((n, n)).astype(train.COMPUTE_DTYPE)
+        taken = seconds_of(lambda: mx.eval([mx.matmul(a, a, stream=stream) for stream in lanes]), 1.0)
+        peak = len(lanes) * 2 * n**3 / taken / 1e12
+        model = self.figures["tok_sec"] * flops_per_token(self.config, self.step.model.parameters()) / 1e12
+        return {"model_tflops": model, "peak_tflops": peak, "peak_share": 100 * model / peak}
+
+
+def flops_per_token(config, parameters):
+    """FLOPs of training on one token, as PaLM counts them (arXiv:2204.02311, appendix B).
+
+    6 N + Σ 12 · width · window. N: parameters that take part in products, so all but embedding
+    tables, which are only looked up. Σ: over the layers, as if every query saw its whole window.
+    A forward pass takes 2 of the 6 and 4 of the 12; work done a second time is not counted.
+    """
+    in_products = sum(p.size for path, p in tree_flatten(parameters) if train.parameter_group(path, p) != "embeddings")
+    return 6 * in_products + sum(12 * config.n_embd * config.window(layer) for layer in range(config.depth))
+
+
+def in_child(rows, compiled):
+    """The figures of `Training` from a process that may run out of memory or of time: then {"why": …}."""
+    command = [sys.executable, __file__, "--only", str(rows), str(int(compiled))]
+    left = max(0.01, TIME_LIMIT - (time.monotonic() - prepare.PROCESS_START))
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return {"why": "skipped: no time left"}
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])
+    return {"why": (child.stderr.splitlines() or [f"ended by signal {-child.returncode}, as when memory is short"])[-1]}
+
+
+def sweep(figures, compiled):
+    """DEVICE_BATCH_SIZE in powers of two around the present one: yields {"rows": n, **figures or "why": …}."""
+    present, length = train.DEVICE_BATCH_SIZE, prepare.get_dataset(train.DATASET).sequence_length
+    memory_mb, largest = 1024 * (prepare.describe_device()["memory_gb"] or 2**20), {"rows": present, **figures}
+    yield largest
+    powers = [n for i in (1, 2, 3) for n in (present * 2**i, present // 2**i)]  # the nearest first
+    for n in [n for n in powers if n and train.TOTAL_BATCH_SIZE % (n * length) == 0]:
+        needed = largest["train_peak_mb"] * n / largest["rows"]
+        swaps = {"why": f"does not fit: would take about {needed:,.0f} MB"}  # where a GPU would refuse
+        found = {"rows": n, **(swaps if needed > memory_mb else in_child(n, compiled))}
+        largest = max(largest, found, key=lambda size: 0 if "why" in size else size["rows"])
+        yield found
+
+
+def shown(name, value):
+    label, unit = FIGURES[name]
+    return f"  {label:<52}{'-':>12}" if value is None else f"  {label:<52}{value:12,.{DIGITS[unit]}f} {unit}"
+
+
+def moved(before, after):
+    """A line for each figure of two benches that moved by more than 5 %; a tenth of a millisecond is noise."""
+    for name, (_, unit) in FIGURES.items():
+        old, new = before.get(name), after.get(name)
+        if old and new is not None and abs(new - old) > max(0.05 * old, 0.1 if unit == "ms" else 0):
+            way, better = "up" if new > old else "down", (new > old) == (unit in ("tok/s", "TFLOP/s", "%"))
+            yield f"{shown(name, new)}, {way} {100 * abs(new / old - 1):.1f} %, {'better' if better else 'worse'}"
+
+
+def last_bench(record):
+    """The newest archived bench of the same machine and dataset, or None."""
+    for path in sorted(prepare.DATA_DIR.glob("bench_*.json"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or not ours
+            old = json.loads(path.read_text())
+            same = [old["device"][key] == record["device"][key] for key in ("name", "backend")]
+            if all(same) and old["dataset"] == record["dataset"] and isinstance(old["figures"], dict):
+                return old
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Profile the present train.py on this machine.")
+    parser.add_argument("--only", type=int, nargs=2, metavar=("ROWS", "COMPILED"), help="steps alone, as JSON")
+    if only := parser.parse_args().only:
+        print(json.dumps(Training(only[0], 3.0, compiled=bool(only[1])).figures))
+        return
+    figures, sizes, rows = {}, [], train.DEVICE_BATCH_SIZE
+
+    def note(found):
+        figures.update(found)
+        print(*(shown(name, value) for name, value in found.items()), sep="\n", flush=True)
+
+    dataset, device, load = prepare.get_dataset(train.DATASET), prepare.describe_device(), os.getloadavg()[0]
+    prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
+    print("train.py on {name} ({backend}, BLAS: {blas}, mlx {mlx}), load {load:.1f}".format(**device, load=load))
+    training = Training(rows, 5.0)
+    present, compiled = training.figures, training.step.compiled
+    start = [sys.executable, "-c", "import train"]
+    note({"import_seconds": seconds_of(lambda: subprocess.run(start, cwd=prepare.HERE, check=True), 0.0)} | present)
+    note(training.parts() | training.arithmetic())
+    note(training.packing() | training.evaluation())
+    del training  # the children need the memory
+    gc.collect()
+    mx.clear_cache()
+    names = ("uncompiled_step_ms", "compiled_step_ms")
+    note({names[compiled]: present["step_ms"], names[not compiled]: in_child(rows, not compiled).get("step_ms")})
+    print(f"  {'DEVICE_BATCH_SIZE':<20}{'tok/s':>12}{'peak MB':>12}")
+    for size in sweep(present, compiled):
+        sizes.append(size)
+        told = size.get("why") or "{tok_sec:12,.0f}{train_peak_mb:12,.0f}".format(**size)
+        print(f"  {size['rows']:<20}{told}", flush=True)
+    fastest = max(sizes, key=lambda size: size.get("tok_sec", 0))["rows"]
+    print(f"fastest that fits: DEVICE_BATCH_SIZE = {fastest}")
+    now, seconds = datetime.now().astimezone(), time.monotonic() - prepare.PROCESS_START
+    record = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "seconds": seconds}
+    record |= {"commit": prepare.git_commit(), "train_blob": prepare.git_blob_hash(prepare.HERE / "train.py")}
+    record |= {"device": device, "load": load, "dataset": dataset.name, "total_batch_size": train.TOTAL_BATCH_SIZE}
+    record |= {"device_batch_size": rows, "fastest": fastest, "figures": figures, "sweep": sizes}
+    if before := last_bench(record):
+        print(f"since the bench of {before.get('timestamp')} (machines are noisy: identical runs differ by 3 to 5 %)")
+        print(*(list(moved(before["figures"], figures)) or ["  nothing moved by more than 5 %"]), sep="\n")
+    archive = prepare.DATA_DIR / f"bench_{now:%Y%m%d_%H%M%S}.json"
+    prepare.DATA_DIR.mkdir(exist_ok=True)
+    prepare.write_atomically(archive, json.dumps(record, indent=1))
+    print(f"archived in data/{archive.name} after {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

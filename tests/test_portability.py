@@ -1,0 +1,152 @@
+"""The night runs on a stock Mac: bash 3.2, GNU Make 3.81, BSD tools. Here is what Linux can prove of it."""
+
+import os
+import platform
+import re
+import shutil
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
+
+NEWER_THAN_BASH_32 = {
+    r"\b(declare|local|typeset)\s+-\w*[An]": "declare -A m",
+    r"\b(mapfile|readarray|coproc)\b": "mapfile -t lines",
+    r"\$\{!?\w+(\[[^]]*\])?(,|\^)": "echo ${x,,}",
+    r"\$\{\w+@": "echo ${x@Q}",
+    r"\$\{\w+: +-|\$\{\w+\[-": "echo ${a[-1]}",
+    r"\bwait\s+-n": "wait -n",
+    r"printf\s+(-v \w+ )?['\"]?%\(": "printf '%(%F)T'",
+    r"\bEPOCH(SECONDS|REALTIME)\b|\bBASHPID\b|\bBASH_ARGV0\b": "echo $EPOCHSECONDS",
+    r"&>>|\|&": "make |& tee log",
+    r";;?&": "a) ;;& b) ;;",
+    r"(\[\[|\btest|\[)\s+-v\b": "[[ -v x ]]",
+    r"\bexec\s+\{\w+\}": "exec {fd}>file",
+    r"\bread\s+-\w*[Ni]": "read -N 1",
+    r"\bshopt\s+-s\s+(globstar|lastpipe|inherit_errexit)": "shopt -s globstar",
+    r"\{\d+\.\.\d+\.\.": "{1..9..2}",
+    r"\{0\d*\.\.": "{01..10}",
+}
+NOT_ON_A_MAC = {
+    r"(^|[|;&({]\s*|\b(?:then|do|else|if|!|exec|env|command)\s+)"
+    r"(timeout|flock|setsid|nproc|sha\d+sum|md5sum|jq|realpath|tac|shuf|gawk|stdbuf|free)\b(?!=)": "x | timeout 5 y",
+    r"\breadlink\s+-[fem]": "readlink -f x",
+    r"\bsed\s+(-\w+\s+)*(-i|-r|--\w|-z|-s)": "sed -i s/a/b/ x",
+    r"\bsed\b.*\\[+?|]": r"sed 's/a\|b/c/'",
+    r"\bdate\s+(-d|--|-I|\+\S*%N)": "date -d yesterday",
+    r"\bstat\s+(-c|--)": "stat -c %s x",
+    r"\bmktemp\b(?!.*X{6})": "mktemp -d",
+    r"\bmktemp\s+(-\w+\s+)*(-p|--)": "mktemp -p /tmp XXXXXX",
+    r"\bgrep\s+(-\w+\s+)*(-\w*P|--)": "grep -P x",
+    r"\b(head|tail)\s+-n\s*-": "head -n -1",
+    r"\b(xargs\s+-\w*[rd]|sort\s+-\w*[Vh]|cp\s+-\w*[tT]|ln\s+-\w*[rT]|ls\s+--|rm\s+--\w|ps\s+--)": "xargs -r x",
+    r"\bfind\b.*-printf": "find . -printf x",
+    r"\becho\s+-[en]": "echo -e x",
+}
+NEWER_THAN_MAKE_381 = {
+    r"^\s*\.ONESHELL|^\s*\.EXTRA_PREREQS|^\s*\.NOTINTERMEDIATE": ".ONESHELL:",
+    r"^\s*\w+\s*(!=|::=|:::=|\?::?=)": "X != date",
+    r"\$[({](file|guile|intcmp|let)\s": "$(file >x,y)",
+    r"&:": "a b &: c",
+    r"^\s*(define\s+\w+\s*[:+?]?=|undefine\b|private\b|load\b|-load\b)": "define X =",
+    r"^\s*export\s+\w+\s*!=": "export X != y",
+    r"^[^#]*:\s.*\|\|": "x: || y",
+}
+
+
+def code_lines(path):
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        yield number, re.sub(r"(^|\s)#.*", r"\1", line)
+
+
+@pytest.mark.parametrize("rules", [NEWER_THAN_BASH_32, NOT_ON_A_MAC, NEWER_THAN_MAKE_381], ids=["bash", "mac", "make"])
+def test_each_rule_finds_its_example(rules):
+    for pattern, example in rules.items():
+        assert re.search(pattern, example), (pattern, example)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_use_nothing_newer_than_bash_32_and_macos(path):
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for number, line in code_lines(path)
+        for pattern in (*NEWER_THAN_BASH_32, *NOT_ON_A_MAC)
+        if re.search(pattern, line)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_no_array_can_be_empty_where_it_is_expanded(path):
+    """With `set -u`, bash 3.2 stops at an empty array. LAUNCH holds at least the interpreter."""
+    arrays = {name for _, line in code_lines(path) for name in re.findall(r"\$\{(\w+)\[[@*]\]", line)}
+    assert arrays <= {"LAUNCH"}
+
+
+def test_the_makefile_is_for_make_381_and_calls_one_script_a_target():
+    for number, line in code_lines(ROOT / "Makefile"):
+        assert not any(re.search(pattern, line) for pattern in NEWER_THAN_MAKE_381), (number, line)
+        if line.startswith("\t"):
+            assert re.fullmatch(r"\t@scripts/[a-z-]+\.sh", line), (number, line)
+
+
+# The commands that macOS ships and that the scripts may use; busybox's applets stand in for a userland
+# that is not GNU's. bash, git and make are themselves; a Mac has them too.
+MACOS = """awk basename cat chmod cksum cp cut date dirname echo env expr false find grep head id kill ln ls mkdir
+mktemp mv printf ps pwd rm rmdir sed sh sleep sort tail tee test touch tr true uname uniq wc xargs""".split()
+
+
+@pytest.fixture
+def stock(session, tmp_path):
+    """The session under a PATH of those commands alone."""
+    folder = tmp_path / "stock"
+    folder.mkdir()
+    busybox = shutil.which("busybox")
+    if platform.system() == "Darwin":
+        for name in [*MACOS, "bash", "git", "make", "caffeinate"]:
+            path = shutil.which(name, path="/usr/bin:/bin")
+            (folder / name).symlink_to(path) if path else None
+    elif busybox:
+        for name in MACOS:
+            (folder / name).symlink_to(busybox)
+        for name in ("bash", "git", "make"):
+            (folder / name).symlink_to(shutil.which(name))
+    else:
+        pytest.skip("neither macOS nor busybox, so there is no other userland to try")
+    session.env["PATH"] = str(folder)
+    return session
+
+
+def test_a_session_on_stock_tools(stock):
+    assert stock.run("sh", "-c", "command -v timeout flock setsid jq realpath").stdout == ""
+    stock.git("checkout", "-q", "main")
+    stock.make("setup", "TAG=stock", check=0)
+    stock.make("baseline", check=0)
+    assert "discard" in stock.experiment("prepare.finish(1.6)").stdout
+    stock.make("log-result", "STATUS=discard", "DESC=größer", check=0)
+    stock.make("discard", check=0)
+    stock.write_train("import time\nwhile True: time.sleep(0.1)")
+    assert "timeout (exit 124)" in stock.make("run", "TIMEOUT=1").stdout
+    stock.make("log-result", "STATUS=crash", "DESC=never ends", check=0)
+    stock.make("discard", check=0)
+    stock.experiment("prepare.finish(1.4)", "keep")
+    with (stock.path / "prepare.py").open("a") as out:
+        out.write("#")
+    assert "prepare.py" in stock.script("run", check=1).stderr
+    assert [row[4] for row in stock.rows] == ["keep", "discard", "crash", "keep"]
+    for verb in ("results", "verdict", "help", "clean"):
+        stock.make(verb, check=0)
+
+
+def test_the_machine_is_kept_awake_for_as_long_as_train_py_runs(session, tmp_path):
+    """A stand-in for caffeinate notes how it was called: -i -w PID, and it is macOS that ends it then."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "caffeinate").write_text(f'#!/bin/sh\necho "$*" >"{tmp_path}/awake"\n')
+    (folder / "caffeinate").chmod(0o755)
+    session.env["PATH"] = f"{folder}{os.pathsep}{session.env['PATH']}"
+    session.write_train("import os, time\nprint('pid', os.getpid())\ntime.sleep(0.5)\nprepare.finish(1.4)")
+    session.script("run", check=0)
+    pid = re.search(r"pid (\d+)", (session.path / "run.log").read_text())[1]
+    assert (tmp_path / "awake").read_text() == f"-i -w {pid}\n"

@@ -1,0 +1,431 @@
+"""What program.md, README.md, CLAUDE.md, AGENTS.md and the plugin say is so.
+
+Whatever stands in backticks or in an indented block must resolve: a target, a variable with its default, a
+file, a field of a real run's record, a column, a constant, a name in the code. What resolves to nothing fails.
+"""
+
+import ast
+import importlib
+import json
+import keyword
+import re
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, new_checkout
+
+PLUGIN = ROOT / "experiment-plugin"
+SKILL = PLUGIN / "skills" / "model" / "SKILL.md"
+PAGES = {name: ROOT / name for name in ("program.md", "README.md", "CLAUDE.md", "AGENTS.md")} | {"SKILL.md": SKILL}
+SOURCES = "\n".join(p.read_text() for folder in ("scripts", ".") for p in sorted((ROOT / folder).glob("*"))
+                    if p.suffix in (".py", ".sh", "") and p.is_file() and p.name != "LICENSE")  # fmt: skip
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
+VARIABLES = set(re.search(r"^export (.*)", MAKEFILE, re.MULTILINE).group(1).split())
+ENVIRONMENT = set(re.findall(r"\b(?:AUTORESEARCH|HF)_[A-Z]+", SOURCES))
+COMMANDS = {"make", "git", "tail", "sed", "python3", "uv", "claude"}
+EXAMPLES = {"nov24", "COMMIT"}  # a session's tag; a commit to be filled in
+CLAUDE_CODE = {"$ARGUMENTS", "run_in_background"}  # what the skill says to Claude Code alone
+
+
+def names_in(module):
+    """Classes, functions, methods and constants of a file, by their bare names."""
+    tree = ast.parse((ROOT / module).read_text())
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    constants = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    return defined | constants
+
+
+def method_names(module, cls):
+    tree = ast.parse((ROOT / module).read_text())
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls).body
+    return {n.name for n in body if isinstance(n, ast.FunctionDef)}
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of scripts/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("attempt", "records", "verdict")})
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A real session, small: its baseline logged, and a second run whose summary is `lab.summary`."""
+    folder = tmp_path_factory.mktemp("prose")
+    harness = [ROOT / name for name in ("prepare.py", "checks.py", "data_sources.py", "train.py")]
+    checkout = new_checkout(folder / "clone", folder / "home", harness)
+    with (checkout.path / "data_sources.py").open("a") as out:
+        out.write('DATASETS["files"] = Dataset("files", "", 400, 128, 4096, 1 / 20)\n')
+    small = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "DEVICE_BATCH_SIZE": 4}
+    train, text = checkout.path / "train.py", (ROOT / "train.py").read_text()
+    for name, value in {**small, "TOTAL_BATCH_SIZE": 512}.items():
+        text, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.MULTILINE)
+        assert count == 1, name
+    train.write_text(text)
+    checkout.git("add", "-A")
+    checkout.git("commit", "-q", "-m", "start")
+    (folder / "texts").mkdir()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
+        (folder / "texts" / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    checkout.env["AUTORESEARCH_CACHE"] = str(folder / "cache")
+    checkout.make("prepare", f"FILES={folder / 'texts'}", check=0)
+    checkout.make("setup", "TAG=nov24", check=0)
+    checkout.make("baseline", "BUDGET=0.5", check=0)
+    train.write_text(text + "# a change\n")
+    checkout.git("commit", "-q", "-m", "a change", "train.py")
+    checkout.summary = checkout.make("run", "BUDGET=0.5", check=0).stdout.splitlines()
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def fields(lab):
+    """The dotted names of all fields of a real record."""
+
+    def walk(value, prefix=""):
+        for key, inner in value.items():
+            yield prefix + key
+            if isinstance(inner, dict):
+                yield from walk(inner, f"{prefix}{key}.")
+
+    return set(walk(json.loads((lab.path / "data" / "last_run.json").read_text())))
+
+
+@pytest.fixture(scope="module")
+def resolve(scripts, fields):
+    """resolve(text) says what is wrong with a piece of code in the prose; nothing where it resolves."""
+    import mlx.core as mx
+
+    import data_sources
+
+    train, harness = names_in("train.py"), names_in("prepare.py")
+    run = method_names("prepare.py", "Run")
+    columns = set(scripts.records.HEADER.split("\t"))
+    statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.records.ROW.pattern).group(1).split("|"))
+    verdicts = {verdict_of(scripts, change, speed) for change in EDGES_BPB for speed in EDGES_SPEED} | {"rerun"}
+    datasets = set(data_sources.DATASETS)
+    words = columns | statuses | verdicts | set(scripts.attempt.EXIT) | datasets | EXAMPLES | CLAUDE_CODE
+    values = {"STATUS": statuses, "DATASET": datasets}
+
+    def assignment(text):
+        name, _, value = text.partition("=")
+        if name not in VARIABLES:
+            return f"make has no variable {name}"
+        if name in values and not {*value.split("|")} <= values[name]:
+            return f"{name} cannot be {value}"
+
+    def command(text):
+        words = shlex.split(text.split("  #")[0].replace("[", "").replace("]", ""))
+        if words[:1] == ["make"]:
+            targets = [word for word in words[1:] if "=" not in word]
+            wrong = [f"make has no target {word}" for word in targets if word not in TARGETS]
+            return "; ".join(filter(None, wrong + [assignment(word) for word in words[1:] if "=" in word]))
+        if words[:2] == ["uv", "run"]:
+            return path(words[2])
+        files = [word for word in words[1:] if re.search(r"\.(md|py|log|json|tsv)$|^\./", word)]
+        return "; ".join(filter(None, [path(word) for word in files if not word.startswith("import ")]))
+
+    def path(text):
+        if text.startswith("~/"):
+            folder = str(data_sources.Path.home() / text.strip("~/"))
+            return None if '".cache" / "autoresearch"' in SOURCES else f"{folder}: not the cache's folder"
+        name = text.removeprefix("./")
+        if not ignored(name):
+            return None if any(ROOT.glob(name)) else f"no file {text}"
+        # written at run time: its name, up to what varies, stands in the code
+        stem = re.split(r"YYYY|\*", name.rstrip("/").rsplit("/", 1)[-1])[0]
+        return None if re.search(rf"[\"'/ ]{re.escape(stem)}", SOURCES) else f"nothing writes {text}"
+
+    def python(text):
+        text = re.sub(r"\(.*\)$", "", text)
+        owner, _, name = text.rpartition(".")
+        if owner == "run":
+            return None if name in run else f"prepare.Run has no {name}"
+        if text.startswith("mx.") or owner == "":
+            found = mx
+            for part in text.removeprefix("mx.").split("."):
+                found = getattr(found, part, None)
+            if found is not None:
+                return
+        if text.startswith("."):
+            return None if hasattr(mx.array, name) else f"arrays have no {text}"
+        if text in train | harness or text in {"data_sources", "prepare", "train", "bench"} or keyword.iskeyword(text):
+            return
+        return f"{text} is nothing that the code knows"
+
+    def resolve(text):
+        if text in words or text in fields or text in ENVIRONMENT:
+            return
+        if text.split()[0] in COMMANDS:
+            return command(text)
+        if text.startswith("/") and ":" in text:
+            plugin, skill = re.match(r"/([\w-]+):([\w-]+)", text).groups()
+            known = json.loads((PLUGIN / ".claude-plugin" / "plugin.json").read_text())["name"] == plugin
+            return None if known and (PLUGIN / "skills" / skill / "SKILL.md").exists() else f"no skill {text}"
+        if re.fullmatch(r"autoresearch/(<tag>|nov24)|refs/experiments/(nov24/)?", text):
+            return None if text.split("<")[0].split("nov24")[0] in SOURCES else f"no code makes {text}"
+        if re.fullmatch(r"[A-Z][A-Z0-9_]+", text):
+            return None if text in VARIABLES | {n for n in train if n.isupper()} else f"no variable or constant {text}"
+        if re.fullmatch(r"[A-Z]+=.*", text):
+            return assignment(text)
+        if text == "Error 124":
+            return None if 124 in scripts.attempt.EXIT.values() else "no such exit code"
+        if argument := re.fullmatch(r'(\w+)=(None|"\w+")', text):
+            known = mx.fast.scaled_dot_product_attention.__doc__
+            return None if argument.group(1) in known else f"no argument {text}"
+        if re.fullmatch(r"\.(parquet|jsonl|txt)", text):
+            return None if f'"{text}"' in SOURCES else f"{text} is not read"
+        if re.fullmatch(r"training\.\w+|result\.\w+|model\.\w+|device\.\w+", text):
+            return f"the record has no field {text}"
+        if "/" in text or re.search(r"\.(py|md|sh|tsv|json|toml|lock|log)$", text) or text == "Makefile":
+            # a file, perhaps a script with an option
+            return path(text.split()[0])
+        if " " in text or "…" in text:  # a message, or its beginning
+            message = text.split("…")[0].strip()
+            if re.fullmatch(r"\w+\.\w+\(", message):
+                return python(text)
+            return None if message in SOURCES else f"no message says: {text}"
+        return python(text)
+
+    return resolve
+
+
+def ignored(path):
+    return subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode == 0
+
+
+def pieces(text):
+    """The code in a page: inline spans, and the lines of indented blocks."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    lines = text.splitlines()
+    blocks = [part for line in lines if line.startswith("    ") for part in re.split(r"; (?=git )", line.strip())]
+    prose = "\n".join(line for line in lines if not line.startswith("    "))
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    return spans, blocks
+
+
+def unresolved(text, resolve):
+    spans, blocks = pieces(text)
+    typed = [line for line in blocks if line.split()[0] in COMMANDS or line.startswith("/")]
+    return [problem for piece in spans + typed if (problem := resolve(piece))]
+
+
+# what CLAUDE.md names because macOS does not have it
+ABSENT = {"timeout", "flock", "setsid", "nproc", "sha256sum", "jq", "mapfile", ".ONESHELL"}
+SHELL = {"set -euo pipefail", "set -u", "git clean", "git add -f", "##", "error: …"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page, resolve):
+    text = PAGES[page].read_text()
+    if page == "CLAUDE.md":
+        for word in ABSENT | SHELL:
+            text = text.replace(f"`{word}`", word)
+    assert unresolved(text, resolve) == []
+
+
+@pytest.mark.parametrize("wrong", [
+    "`make fly`", "`make run BUGDET=3`", "`make log-result STATUS=maybe`", "`make setup DATASET=novels`",
+    "    make rnu", "`NO_CONSTANT`", "`training.tokens_per_second`", "`result.val_loss`", "`nothing.py`",
+    "`scripts/fly.sh`", "`data/newest.json`", "`data/walk_*.json`", "`run.stop(…)`", "`mx.fast.flash`",
+    "`throughput`", "`Muoon`", "`/experiment:night`", "`refs/nothing/`", "`no such message is printed`",
+    "`AUTORESEARCH_SPEED`", "`uv run go.py`",
+])  # fmt: skip
+def test_a_wrong_name_is_noticed(wrong, resolve):
+    assert len(unresolved(f"A page.\n\n{wrong}\n", resolve)) == 1
+
+
+def test_the_sections_that_program_names_exist():
+    text = PAGES["program.md"].read_text()
+    headings = re.findall(r"^## (\d+)\.", text, re.MULTILINE)
+    assert headings == [str(n) for n in range(1, len(headings) + 1)]
+    assert set(re.findall(r"section (\d+)", text)) <= set(headings)
+
+
+# --- the rule for keeping ------------------------------------------------------------------------
+
+EDGES_BPB = sorted({edge + step for edge in (-6000, -5000, -1000, 0, 1000, 3000, 6000) for step in (-1, 0, 1)})
+EDGES_SPEED = sorted({edge + step for edge in (700, 850, 1000, 1100, 1250, 1500) for step in (-1, 0, 1)})
+OLD = SimpleNamespace(micro_bpb=1_500_000, tok_sec=1000)
+
+
+def verdict_of(scripts, change, speed, part=0):
+    """The verdict of the code, or (part=1) the rule that it prints."""
+    new = SimpleNamespace(micro_bpb=OLD.micro_bpb + change, tok_sec=speed)
+    return scripts.verdict.judge(new, OLD)[part]
+
+
+def rows_of_table(text):
+    rows = re.search(r"^\| val_bpb \| throughput \| verdict \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE).group(1)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows.splitlines()]
+
+
+def table_says(text):
+    """The table of the page's rule as a function of (change in millionths, tokens a second against 1000)."""
+    bpb = {
+        r"improved": lambda c: c < 0,
+        r"improved by less than ([\d.]+)": lambda c, n: -micro(n) < c < 0,
+        r"improved by ([\d.]+) or more": lambda c, n: c <= -micro(n),
+        r"within ([\d.]+)": lambda c, n: abs(c) <= micro(n),
+        r"worse by less than ([\d.]+)": lambda c, n: c < micro(n),
+        r"anything else": lambda c: True,
+    }
+    speed = {
+        r"fell by at most (\d+) %": lambda s, n: s >= 1000 - 10 * int(n),
+        r"fell by more than (\d+) %": lambda s, n: s < 1000 - 10 * int(n),
+        r"rose by more than (\d+) %": lambda s, n: s > 1000 + 10 * int(n),
+        r"any": lambda s: True,
+    }
+
+    def understand(phrase, grammar):
+        for pattern, test in grammar.items():
+            if match := re.fullmatch(pattern, phrase):
+                return lambda value: test(value, *match.groups())
+        raise AssertionError(f"a phrase that this test does not understand: {phrase}")
+
+    rule = []
+    for change, throughput, verdict in rows_of_table(text):
+        rule.append((understand(change, bpb), understand(throughput, speed), verdict))
+    return lambda change, tok_sec: next(verdict for b, s, verdict in rule if b(change) and s(tok_sec))
+
+
+def micro(text):
+    return round(float(text) * 1e6)
+
+
+def disagreements(text, scripts):
+    says = table_says(text)
+    return [(change, speed) for change in EDGES_BPB for speed in EDGES_SPEED
+            if says(change, speed) != verdict_of(scripts, change, speed)]  # fmt: skip
+
+
+def test_the_table_of_program_is_the_verdict_of_the_code(scripts):
+    assert disagreements(PAGES["program.md"].read_text(), scripts) == []
+
+
+def test_each_row_of_the_table_is_a_rule_that_is_printed(scripts):
+    rules = {verdict_of(scripts, change, speed, 1) for change in EDGES_BPB for speed in EDGES_SPEED}
+    *rows, last = rows_of_table(PAGES["program.md"].read_text())
+    assert last == ["anything else", "any", "discard"]
+    assert [row for row in rows if f"val_bpb {row[0]}, throughput {row[1]}" not in rules] == []
+
+
+@pytest.mark.parametrize("right, wrong", [
+    ("less than 0.005", "less than 0.006"), ("0.005 or more", "0.006 or more"), ("within 0.001", "within 0.002"),
+    ("less than 0.003", "less than 0.004"), ("at most 15 %", "at most 16 %"), ("more than 10 %", "more than 9 %"),
+    ("more than 25 %", "more than 20 %"), ("10 % | keep", "10 % | judge"), ("15 % | judge", "15 % | keep"),
+])  # fmt: skip
+def test_a_wrong_threshold_is_noticed(right, wrong, scripts):
+    text = PAGES["program.md"].read_text()
+    assert right in text and disagreements(text.replace(right, wrong), scripts)
+
+
+def test_a_second_look_is_asked_for_below_what_program_says(scripts, monkeypatch):
+    told = micro(re.search(r"`rerun`: improved by less than ([\d.]+)", PAGES["program.md"].read_text()).group(1))
+    row = SimpleNamespace(status="keep", commit="0" * 7, figures=OLD)
+
+    def record(bpb):
+        result, training = {"val_bpb": bpb / 1e6, "val_bpb_stderr": 1.0}, {"avg_tok_sec": 1000}
+        return {"result": result, "training": training, "run_id": bpb, "train_blob": bpb}
+
+    monkeypatch.setattr(scripts.verdict, "record_of_row", lambda row, but=None: record(OLD.micro_bpb))
+    monkeypatch.setattr(scripts.verdict, "archives", lambda: [])
+    for gain, verdict in ((1, "rerun"), (told - 1, "rerun"), (told, "keep"), (told + 1, "keep")):
+        assert scripts.verdict.decide(record(OLD.micro_bpb - gain), [row]).verdict == verdict
+
+
+# --- commands and output -------------------------------------------------------------------------
+
+
+def test_the_summaries_that_are_shown_look_like_a_real_one(lab):
+    labels = [line.split()[0] for line in lab.summary]
+    assert labels[0] == "valid" and len(labels) <= 15
+    for page in ("program.md", "README.md"):
+        shown = [line.split()[0] for line in pieces(PAGES[page].read_text())[1] if line.split()[0] in labels]
+        assert shown == labels, page
+
+
+def test_the_words_for_an_end_and_their_codes(scripts):
+    rows = dict(re.findall(r"^\| `(\w+)` \((\d+)\) \|", PAGES["program.md"].read_text(), re.MULTILINE))
+    assert {word: int(code) for word, code in rows.items()} == {k: v for k, v in scripts.attempt.EXIT.items() if v}
+
+
+@pytest.mark.parametrize("start", ["sed ", "python3 "])
+def test_the_commands_that_read_a_record_do(start, lab):
+    spans, blocks = pieces(PAGES["program.md"].read_text())
+    (command,) = (piece for piece in spans + blocks if piece.startswith(start))
+    printed = lab.run("sh", "-c", command, check=0).stdout
+    assert ("val_bpb" in printed and "tok_sec\": [" not in printed) if start == "sed " else printed.startswith("[")
+
+
+def test_every_target_and_variable_is_in_the_readme():
+    text = PAGES["README.md"].read_text()
+    assert set(re.findall(r"^\| `make ([a-z-]+)` \|", text, re.MULTILINE)) == TARGETS
+    assert {name for name in VARIABLES if f"`{name}" not in text and f" {name}=" not in text} == set()
+
+
+def test_the_defaults_that_are_told():
+    defaults = dict(re.findall(r"\$\{(BUDGET|TIMEOUT|SEED):-(?:\$\{\w+:-)?(\d+)", SOURCES))
+    assert set(defaults) == {"BUDGET", "TIMEOUT", "SEED"}
+    table = re.findall(r"^\| `([A-Z]+)` \| (\d+) \|", PAGES["README.md"].read_text(), re.MULTILINE)
+    assert dict(table) == defaults
+    text = PAGES["program.md"].read_text()
+    assert f"{defaults['BUDGET']} s of training" in text and f"{defaults['TIMEOUT']} s at most" in text
+
+
+def test_the_datasets_of_the_readme():
+    import data_sources
+
+    row = r"^\| `(\w+)` \| [^|]* \| ([\d,]+) \| ([\d,]+) \| (?:up to )?([\d,]+\d)"
+    rows = re.findall(row, PAGES["README.md"].read_text(), re.MULTILINE)
+    told = {name: tuple(int(n.replace(",", "")) for n in numbers) for name, *numbers in rows}
+    assert told == {d.name: (d.vocab_size, d.sequence_length, d.eval_tokens) for d in data_sources.DATASETS.values()}
+
+
+def test_frozen_files_are_told_as_they_are():
+    frozen = set(re.search(r'^FROZEN="(.*)"', SOURCES, re.MULTILINE).group(1).split())
+    told = re.search(r"\*\*An experiment changes.*?make run", PAGES["CLAUDE.md"].read_text(), re.DOTALL).group(0)
+    assert {name.rstrip("/") for name in re.findall(r"`([\w.-]+/?)`", told)} - {"train.py"} == frozen
+    in_program = PAGES["program.md"].read_text()
+    assert [n for n in frozen if f"`{n}" not in in_program and not n.endswith(".lock")] == []
+
+
+def test_program_is_short():
+    assert len(PAGES["program.md"].read_text().splitlines()) <= 200
+
+
+# --- the plugin ----------------------------------------------------------------------------------
+
+
+def test_the_plugin_is_valid():
+    manifest = json.loads((PLUGIN / ".claude-plugin" / "plugin.json").read_text())
+    assert re.fullmatch(r"[a-z][a-z0-9-]*", manifest["name"]) and manifest["name"] == "experiment"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", manifest["version"]) and manifest["description"]
+    assert set(manifest) <= {"name", "version", "description", "author", "license", "keywords"}
+    assert isinstance(manifest["author"]["name"], str)
+    assert {p.name for p in (PLUGIN / ".claude-plugin").iterdir()} == {"plugin.json"}
+
+
+def test_the_skill_has_its_front_matter_and_reads_program():
+    head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", SKILL.read_text(), re.DOTALL).groups()
+    keys = re.findall(r"^([a-z-]+):", head, re.MULTILINE)
+    assert keys == ["description", "argument-hint", "disable-model-invocation", "allowed-tools"]
+    assert re.search(r"^argument-hint: <tag> \[dataset\]$", head, re.MULTILINE)
+    assert "$ARGUMENTS" in body and "program.md" in body and "make setup" in body
+
+
+def test_the_skill_may_do_all_that_program_says():
+    allowed = re.findall(r"^  - Bash\((.*?) ?\*\)$", SKILL.read_text(), re.MULTILINE)
+    spans, blocks = pieces(PAGES["program.md"].read_text())
+    commands = {piece for piece in spans + blocks if piece.split()[0] in COMMANDS - {"claude"}}
+    assert [c for c in commands if not any(c == a or c.startswith(a) for a in allowed)] == []
+
+
+def test_other_agents_are_sent_to_the_same_place():
+    text = PAGES["AGENTS.md"].read_text()
+    assert "program.md" in text and "CLAUDE.md" in text
