@@ -616,7 +616,7 @@ class Run:
         action()
         self.warm_up_seconds += time.monotonic() - start
         if tree_digest(state) != before:
-            sys.exit("error: the warm-up changed the weights or the optimizer's state; put them back before the clock starts")
+            sys.exit("error: the warm-up changed weights or optimizer state; put them back before the clock starts")
 
     def start_clock(self):
         """Begin the budget. Everything before was start-up: loading, building, compiling."""
