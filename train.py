@@ -38,12 +38,12 @@ TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
 DEVICE_BATCH_SIZE = 16 if GPU else 8  # rows at once; lower it where memory is short
 EVAL_BATCH_SIZE = 16  # rows at once in evaluation
 
-MATRIX_LR = 0.04  # Muon, all matrices of the blocks
+MATRIX_LR = 0.03 if GPU else 0.06  # Muon, all matrices of the blocks
 EMBEDDING_LR = 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
-HEAD_LR = 0.004  # AdamW, output head and value gates
+HEAD_LR = 0.008  # AdamW, output head and value gates
 X0_LR = 0.5  # AdamW, x0_lambdas
 RESID_LR = 0.005  # AdamW, resid_lambdas
-WEIGHT_DECAY = 0.2  # Muon; falls linearly to 0 over the budget
+WEIGHT_DECAY = 0.1  # Muon; falls linearly to 0 over the budget
 WARMDOWN = 0.5  # last share of the budget, in which learning rates fall linearly
 FINAL_LR = 0.0  # ... to this share of their value
 
