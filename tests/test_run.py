@@ -1,11 +1,13 @@
 """One run, whatever train.py does: how it ends, what the agent reads, what is left behind."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import signal
 import subprocess
+import termios
 import time
 
 import pytest
@@ -36,6 +38,23 @@ def started(checkout, *words, **options):
     process = subprocess.Popen(command, cwd=checkout.path, env=checkout.env, **options)
     wait_for(lambda: (checkout.path / "pids").exists(), "train.py starts")
     return process, [int(pid) for pid in (checkout.path / "pids").read_text().split()]
+
+
+def on_a_terminal(checkout, *words):
+    """A command in the foreground of a terminal of its own, as in a window; and that terminal's other side."""
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        words,
+        cwd=checkout.path,
+        env=checkout.env,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(inside)
+    return process, terminal
 
 
 FAMILY = f"""
@@ -130,10 +149,7 @@ def test_a_signal_ends_the_run_and_marks_it(session, name):
 def test_ctrl_c_on_a_terminal(session):
     """A person's Ctrl-C goes to everything in the foreground: make and run.sh, and the run ends."""
     session.write_train("import sys\nprint('a terminal:', sys.stdout.isatty(), flush=True)" + FAMILY)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(session.path)
-        os.execvpe("make", ["make", "run"], session.env)
+    process, terminal = on_a_terminal(session, "make", "run")
     wait_for(lambda: (session.path / "pids").exists(), "train.py starts")
     before = subprocess.run(["stty", "-a"], stdin=terminal, capture_output=True, text=True).stdout
     os.write(terminal, b"\x03")
@@ -144,7 +160,7 @@ def test_ctrl_c_on_a_terminal(session):
             after = subprocess.run(["stty", "-a"], stdin=terminal, capture_output=True, text=True).stdout
     except OSError:
         pass  # the far side is closed
-    os.waitpid(pid, 0)
+    process.wait(timeout=30)
     assert b"a terminal: True" in shown and b"interrupted" in shown, shown
     assert "a terminal: True" in (session.path / "run.log").read_text()
     assert before == after
@@ -156,17 +172,14 @@ def test_on_a_terminal_the_log_keeps_the_last_state_of_a_progress_line(session):
     session.write_train(
         "for n in range(3): print(f'\\rstep {n}', end='', flush=True)\nprint()\nprepare.finish(1.4)"
     )
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(session.path)
-        os.execvpe("make", ["make", "run"], session.env)
+    process, terminal = on_a_terminal(session, "make", "run")
     shown = b""
     try:
         while chunk := os.read(terminal, 4096):
             shown += chunk
     except OSError:
         pass
-    assert os.waitpid(pid, 0)[1] == 0, shown
+    assert process.wait(timeout=30) == 0, shown
     assert b"step 0" in shown and b"verdict  keep" in shown
     log = (session.path / "run.log").read_text()
     assert "step 2\n" in log and "step 0" not in log
