@@ -1,6 +1,5 @@
 """The baseline model and its training step: causal, exact, and the same however the work is divided."""
 
-import inspect
 import math
 import shutil
 from itertools import product
@@ -28,14 +27,9 @@ def tiny(pattern="SL", sequence_length=T, depth=2, seed=0, **config):
     return model
 
 
-def optimizer_of(model):
-    more = [[mx.default_stream(mx.cpu)]] if len(inspect.signature(train.build_optimizer).parameters) > 2 else []
-    return train.build_optimizer(model, model.token_embedding.weight.shape[1], *more)
-
-
 def step_of(model, streams=1, compiled=False):
     lanes = [mx.default_stream(mx.cpu)] if streams == 1 else [mx.new_stream(mx.cpu) for _ in range(streams)]
-    return train.TrainStep(model, optimizer_of(model), lanes, compiled=compiled)
+    return train.TrainStep(model, train.build_optimizer(model, 32, lanes), lanes, compiled=compiled)
 
 
 def tokens_of(rows, columns=T + 1, seed=0):
