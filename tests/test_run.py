@@ -206,7 +206,8 @@ def test_a_second_run_is_refused_or_waits(session):
     first, _ = started(session)
     done = session.script("run", AGAIN="1", check=1)
     assert re.search(rf"taken by another run: pid {first.pid}, for 0 min \d+ s", done.stderr)
-    assert "not ended" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    for verb in ("log-result", "verdict", "discard"):
+        assert "not ended" in session.script(verb, STATUS="keep", DESC="x", check=1).stderr
     env = {**session.env, "WAIT": "1", "AGAIN": "1"}
     waiting = subprocess.Popen(["scripts/run.sh"], cwd=session.path, env=env, stdout=subprocess.PIPE, text=True)
     assert "waiting for another run: pid" in waiting.stdout.readline()
@@ -252,6 +253,22 @@ def test_a_new_file_among_the_frozen_ones_is_named(session):
     (session.path / "scripts" / "mine.sh").write_text("")
     session.write_train("prepare.finish(1.4)")
     assert "scripts/mine.sh" in session.script("run", check=1).stderr
+
+
+def test_in_a_session_no_result_is_pushed_aside_before_it_is_logged(session):
+    session.experiment("prepare.finish(1.4)")
+    session.write_train("prepare.finish(1.3)")
+    assert "not logged yet: make log-result" in session.script("run", check=1).stderr
+    session.script("log-result", STATUS="keep", DESC="x", check=0)
+    session.script("run", check=0)
+    session.script("log-result", STATUS="keep", DESC="x", check=0)
+    session.experiment("raise SystemExit(1)")
+    assert session.experiment("prepare.finish(1.2)").returncode == 0  # mending a crash goes on
+
+
+def test_the_baseline_does_not_ask_to_be_logged(checkout):
+    done = checkout.make("baseline", check=0)
+    assert "verdict" in done.stdout and "next" not in done.stdout
 
 
 def test_the_same_train_is_not_run_twice_by_mistake(session):
