@@ -953,10 +953,6 @@ def dataset_of_train():
     return found.group(1)
 
 
-HARNESS_MODULES = (sys.modules[__name__], checks, data_sources)
-DEFINED = checks.definitions(*HARNESS_MODULES)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Fetch a dataset, train its tokenizer, write its token cache.")
     parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(data_sources.DATASETS)} (default: train.py's)")
@@ -968,6 +964,9 @@ def main():
     elif not is_prepared(dataset):
         sys.exit(not_prepared(dataset))
 
+
+HARNESS_MODULES = (sys.modules[__name__], checks, data_sources)
+DEFINED = checks.definitions(*HARNESS_MODULES)  # as they are now; compared when the run ends
 
 if __name__ == "__main__":
     main()

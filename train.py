@@ -48,7 +48,7 @@ WARMDOWN = 0.5  # last share of the budget, in which learning rates fall linearl
 FINAL_LR = 0.0  # ... to this share of their value
 
 COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
-LOGITS_AT_ONCE = 2**25 if GPU else 2**19  # elements of the logits that exist at one time in training
+LOGITS_AT_ONCE = 2**24 if GPU else 2**19  # elements of the logits that exist at one time in training
 ATTENTION_BLOCK = None if CUDA else 512  # queries at once where attention has no fused backward
 
 # --- model ---------------------------------------------------------------------------------------
