@@ -259,12 +259,12 @@ def is_prepared(dataset):
 def prepare(dataset):
     """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there."""
     start, root = time.monotonic(), cache_dir(dataset)
+    data_sources.remove_leftovers(root)
     if is_prepared(dataset):
         print(f"{dataset.name}: prepared in {root}")
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        data_sources.remove_leftovers(root)
         data_sources.fetch(dataset)
         temporary = root / f"tokens.{os.getpid()}.part"
         temporary.mkdir()
