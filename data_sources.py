@@ -90,6 +90,7 @@ def documents(dataset, split):
     """Yield the texts of one split (`train`, `val` or `test`), in a fixed order."""
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
+    sys.audit("data_sources.documents", dataset.name, split)  # see checks.HeldOutWatch
     if dataset.name == "stdlib":
         return split_by_content(stdlib_documents(), split, share=0.05)
     if dataset.name == "files":

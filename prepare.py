@@ -12,6 +12,7 @@ writes data/last_run.json.
 import argparse
 import base64
 import bisect
+import functools
 import gc
 import hashlib
 import json
@@ -25,13 +26,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 PROCESS_START = time.monotonic()
 
 import mlx.core as mx  # noqa: E402  (loading it takes time, and that counts as start-up)
+import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 import rustbpe  # noqa: E402
 import tiktoken  # noqa: E402
@@ -175,7 +179,8 @@ class TokenCache:
     """The prepared tokens of one dataset.
 
     `meta` names the hash of every file. A split is a flat memory-mapped uint16 array, its
-    document offsets int64 (documents + 1,) and their content hashes uint64 (documents,).
+    document offsets int64 (documents + 1,), their content hashes uint64 (documents,), and for each
+    which piece of its source it is, int32 (documents,), 0 for a whole one or a start.
     """
 
     folder: Path
@@ -203,9 +208,11 @@ class TokenCache:
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
             for split in SPLITS:
-                tokens, offsets, hashes = (cache._array(split, kind) for kind in ("tokens", "offsets", "hashes"))
-                sizes, meta = {"documents": len(hashes), "tokens": len(tokens)}, cache.meta[split]
-                if sizes != meta or len(offsets) != meta["documents"] + 1 or offsets[-1] != meta["tokens"]:
+                kinds, meta = ("tokens", "offsets", "hashes", "pieces"), cache.meta[split]
+                tokens, offsets, hashes, pieces = (cache._array(split, kind) for kind in kinds)
+                if len(tokens) != meta["tokens"] or offsets[-1] != meta["tokens"]:
+                    return None
+                if not (len(offsets) - 1 == len(hashes) == len(pieces) == meta["documents"]):
                     return None
             tokenizer = folder.parent / "tokenizer.json"
             return cache if file_hash(tokenizer) == cache.meta["sha256"]["tokenizer.json"] else None
@@ -223,8 +230,14 @@ class TokenCache:
     def offsets(self, split):
         return np.array(self._array(split, "offsets"))
 
+    def files(self, split):
+        return sorted(self.folder.glob(f"{split}_*.npy"))
+
     def hashes(self, split):
         return np.array(self._array(split, "hashes"))
+
+    def pieces(self, split):
+        return np.array(self._array(split, "pieces"))
 
     def _array(self, split, kind):
         return np.load(self.folder / f"{split}_{kind}.npy", mmap_mode="r")
@@ -314,7 +327,7 @@ def write_split(tokenizer, texts, folder, split, held_out):
     would lose all that the packing crops. A piece gives way to a held-out document as well.
     Held-out documents stay whole.
     """
-    lengths, hashes, raw = [], [], folder / f"{split}.raw"
+    lengths, hashes, numbers, raw = [], [], [], folder / f"{split}.raw"
 
     def stored(ids):
         document = np.array([tokenizer.bos, *ids], np.uint16)
@@ -331,17 +344,19 @@ def write_split(tokenizer, texts, folder, split, held_out):
                     held_out.add(name)
                 elif len(ids) > size:
                     pieces = [stored(ids[first : first + size]) for first in range(0, len(ids), size)]
-                for document, name in pieces:
-                    if split == "train" and name in held_out:
-                        continue
+                if split == "train":
+                    pieces = [piece for piece in pieces if piece[1] not in held_out]
+                for number, (document, name) in enumerate(pieces):
                     out.write(document.tobytes())
                     lengths.append(len(document))
                     hashes.append(name)
+                    numbers.append(number)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     tokens = np.memmap(raw, np.uint16, "r") if lengths else np.empty(0, np.uint16)
     np.save(folder / f"{split}_tokens.npy", tokens)
     np.save(folder / f"{split}_offsets.npy", offsets)
     np.save(folder / f"{split}_hashes.npy", np.array(hashes, np.uint64))
+    np.save(folder / f"{split}_pieces.npy", np.array(numbers, np.int32))
     raw.unlink()
     return {"documents": len(lengths), "tokens": int(offsets[-1])}
 
@@ -391,11 +406,20 @@ def packed_rows(tokens, offsets, order, length, on_document=None):
         yield row
 
 
-def shuffled_forever(count, seed):
-    """Document numbers 0 … count-1, each epoch in a new order that `seed` determines."""
+def training_order(pieces, seed):
+    """Yield document numbers without end, each epoch in a new order that `seed` determines.
+
+    An epoch holds every document's start, and of a document in several pieces one later piece, in
+    turn: evaluation reads documents from their start, so training sees starts as often as all the
+    rest together. pieces: int (documents,), see `TokenCache`.
+    """
+    starts = np.flatnonzero(pieces == 0)
+    later = np.diff(np.append(starts, len(pieces))) - 1
+    starts_of_long, later = starts[later > 0], later[later > 0]
     epoch = 0
     while True:
-        yield from np.random.default_rng((seed, epoch)).permutation(count).tolist()
+        turn = starts_of_long + 1 + (starts_of_long + epoch) % later
+        yield from np.random.default_rng((seed, epoch)).permutation(np.concatenate([starts, turn])).tolist()
         epoch += 1
 
 
@@ -413,7 +437,7 @@ class Batches:
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.wait_seconds, self.tokens = 0.0, 0
         self._cache, self._seed = cache, seed
-        self._documents, self._served, self._total = 0, set(), cache.meta["train"]["documents"]
+        self._documents, self._served, self._pieces = 0, set(), cache.pieces("train")
         self._queue = queue.Queue(self.AHEAD)
         self._failure = None
         threading.Thread(target=self._fill, daemon=True, name="batches").start()
@@ -426,7 +450,7 @@ class Batches:
             def note(document):
                 served.append(document_hash(tokens[offsets[document] : offsets[document + 1]]))
 
-            order = shuffled_forever(len(offsets) - 1, self._seed)
+            order = training_order(self._pieces, self._seed)
             rows = packed_rows(tokens, offsets, order, self.sequence_length + 1, note)
             while True:
                 batch = np.stack([next(rows) for _ in range(self.batch_size)]).astype(np.int32)
@@ -454,11 +478,12 @@ class Batches:
 
     @property
     def epochs(self):
-        return self._documents / self._total
+        """How often the training split was gone through, in the sense of `training_order`."""
+        return self._documents / np.isin(self._pieces, (0, 1)).sum()
 
     def served(self):
         """Content hashes, uint64 (n,), sorted, of the documents handed out so far."""
-        return np.array(sorted(self._served), np.uint64)
+        return np.sort(np.fromiter(self._served, np.uint64, len(self._served)))
 
 
 def evaluation_rows(cache, dataset, split="val"):
@@ -492,6 +517,7 @@ class Evaluation:
     check_seconds: float
 
 
+@functools.cache
 def compute_streams():
     """The MLX streams that independent pieces of work are spread over.
 
@@ -508,52 +534,89 @@ def evaluate_bpb(model, tokenizer, batch_size):
 
     Args:
         model: callable from token ids int32 (B, T) to logits (B, T, vocab_size). It sees ids and
-            nothing else; log-softmax and loss are computed here, in float32.
+            nothing else; log-softmax and loss are computed here, in float32. An `nn.Module` is
+            put into evaluation mode, and back.
         tokenizer: a prepared `Tokenizer`.
         batch_size: rows handed to the model at once.
 
     Returns an `Evaluation`: the summed bits of all targets over their summed UTF-8 bytes, special
     tokens in neither sum. Raises `checks.Refused` where the model fails a check.
     """
+    if batch_size < 1:
+        sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
     start = time.monotonic()
-    rows = evaluation_rows(TokenCache.load(tokenizer.dataset), tokenizer.dataset)
-    examination = checks.Examination(model, rows, tokenizer, batch_size)
-    examination.before()
-    checked = time.monotonic() - start
-    nats, size = score_rows(model, rows, tokenizer, batch_size)
-    resumed = time.monotonic()
-    examination.after(nats)
-    bpb, stderr = bits_per_byte(nats, size)
+    with checks.harness_reads():
+        rows = evaluation_rows(TokenCache.load(tokenizer.dataset), tokenizer.dataset)
+    counted = tokenizer.token_bytes[rows[:, 1:]]  # (n, T)
+    examination = checks.Examination(
+        model=model,
+        rows=rows,
+        # On a GPU kernels may be compiled for a shape, so questions come in the evaluation's own.
+        batch_size=batch_size if mx.default_device().type == mx.gpu else min(batch_size, 16),
+        vocab_size=tokenizer.vocab_size,
+        bytes_per_token=counted.mean(),
+        ask=partial(answers, model, tokenizer.vocab_size),
+        score=lambda rows, size: score_rows(model, rows, tokenizer, size),
+    )
+    with evaluation_mode(model):
+        examination.before()
+        checked = time.monotonic() - start
+        nats = score_rows(model, rows, tokenizer, batch_size)
+        resumed = time.monotonic()
+        examination.after(nats)
+    size = counted.sum(axis=1, dtype=np.int64)
+    bpb, stderr = bits_per_byte(nats.sum(axis=1, dtype=np.float64, where=counted > 0), size)
     end = time.monotonic()
     return Evaluation(bpb, stderr, rows[:, 1:].size, end - start, checked + end - resumed)
 
 
+@contextmanager
+def evaluation_mode(model):
+    """Dropout and the like are off within it."""
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def answers(model, vocab_size, batches, function):
+    """Yield function(logits, i), arrays, for each of `batches` of ids int32 (b, T), several in flight."""
+    streams, pending = compute_streams(), []
+    for i, ids in enumerate(batches):
+        with mx.stream(streams[i % len(streams)]):
+            result = function(checks.logits_of(model, mx.array(ids), vocab_size), i)
+        mx.async_eval(result)
+        pending.append(result)
+        if len(pending) > len(streams):
+            yield pending.pop(0)
+    yield from pending
+
+
 def score_rows(model, rows, tokenizer, batch_size):
-    """Loss of each row: nats float64 (n,) and the targets' bytes int64 (n,). rows: (n, T + 1)."""
-    byte_count = mx.array(tokenizer.token_bytes)
+    """Nats float32 (n, T) of the targets of rows uint16 (n, T + 1), those of special tokens included."""
     n, positions = len(rows), rows.shape[1] - 1
     at_once = max(1, SCORED_AT_ONCE // positions)
+    # The last batch is filled up with rows that are not counted: a new shape may mean new kernels.
+    batches = np.resize(rows, (-(-n // batch_size) * batch_size, positions + 1)).astype(np.int32)
+    batches = batches.reshape(-1, batch_size, positions + 1)
 
-    def loss(logits, targets):  # (b, T, vocab), (b, T) -> nats (b,)
-        logits = logits.astype(mx.float32)
-        picked = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        nats = mx.logsumexp(logits, axis=-1) - picked
-        return mx.where(byte_count[targets] > 0, nats, 0).sum(axis=-1)
+    def loss(logits, i):  # (b, T, vocab) -> nats (b, T)
+        targets, pieces = mx.array(batches[i, :, 1:]), []
+        for first in range(0, batch_size, at_once):
+            piece = logits[first : first + at_once].astype(mx.float32)
+            picked = mx.take_along_axis(piece, targets[first : first + at_once, :, None], axis=-1)[..., 0]
+            pieces.append(mx.logsumexp(piece, axis=-1) - picked)
+        return mx.concatenate(pieces)
 
-    streams, pending, nats = compute_streams(), [], []
-    for i, first in enumerate(range(0, n, batch_size)):
-        batch = rows[first : first + batch_size].astype(np.int32)
-        with mx.stream(streams[i % len(streams)]):
-            targets = mx.array(batch[:, 1:])
-            logits = model(mx.array(batch[:, :-1]))
-            checks.shape(logits, (*targets.shape, tokenizer.vocab_size))
-            pieces = range(0, len(batch), at_once)
-            pending.append([loss(logits[j : j + at_once], targets[j : j + at_once]) for j in pieces])
-        mx.async_eval(pending[-1])
-        if len(pending) > len(streams):
-            nats += [np.array(piece, np.float64) for piece in pending.pop(0)]
-    nats += [np.array(piece, np.float64) for pieces in pending for piece in pieces]
-    return np.concatenate(nats), tokenizer.token_bytes[rows[:, 1:]].sum(axis=1, dtype=np.int64)
+    nats = []
+    for batch in answers(model, tokenizer.vocab_size, batches[:, :, :-1], loss):
+        nats.append(np.array(batch))
+        checks.finite(nats[-1])
+    return np.concatenate(nats)[:n]
 
 
 def bits_per_byte(nats, size):
@@ -586,8 +649,9 @@ class Run:
         self.train_blob = git_blob_hash(HERE / "train.py")
         self._stream = self._start = self._pending = None
         self._curve, self._step_ends, self._tokens_logged = [], [], 0
+        self._changed_file, self._warm_up_tokens = None, 0
+        self._watch = checks.HeldOutWatch(self.cache.files("val") + self.cache.files("test"))
         self.warm_up_seconds = 0.0
-        self._changed_file = None
         self._verifier = threading.Thread(target=self._verify_cache, daemon=True)
         self._verifier.start()
         device = describe_device()
@@ -597,7 +661,8 @@ class Run:
             print("note: without OpenBLAS a CPU is ten times slower; `make run` preloads it")
 
     def _verify_cache(self):
-        self._changed_file = self.cache.changed_file()
+        with checks.harness_reads():
+            self._changed_file = self.cache.changed_file()
 
     def batches(self, batch_size, sequence_length=None):
         """The training stream; one a run. See `Batches`."""
@@ -627,7 +692,9 @@ class Run:
         mx.synchronize()
         self.startup_seconds = time.monotonic() - PROCESS_START
         if self._stream:
+            self._warm_up_tokens, self._stream.tokens = self._stream.tokens, 0
             self._stream.wait_seconds = 0.0
+        self._clocks = checks.read_clocks()
         self._start = time.monotonic()
 
     def elapsed(self):
@@ -692,18 +759,22 @@ class Run:
             print()
         mx.clear_cache()
         mx.reset_peak_memory()
+        tokens, steps = self._tokens_logged, len(self._step_ends)
+        served = self._stream.served() if self._stream else np.empty(0, np.uint64)
         evaluation, reason = None, None
         try:
-            checks.budget(self.budget, seconds, self._step_ends, self.startup_seconds - self.warm_up_seconds)
-            evaluation = evaluate_bpb(model, self.tokenizer, batch_size)
+            checks.clock(seconds, self._clocks)
+            warm_up_steps = self._warm_up_tokens * steps / max(tokens, 1)
+            checks.start_up(self.startup_seconds - self.warm_up_seconds, warm_up_steps)
+            checks.budget(self.budget, seconds, self._step_ends)
+            evaluation = evaluate_bpb(model, Tokenizer.load(self.dataset), batch_size)
             self._verifier.join()
-            checks.data(self._stream, self.cache, self._changed_file)
-            checks.harness(HARNESS, harness_hash())
+            checks.data(served, self.cache, asdict(self.dataset), self._changed_file, self._watch.opened)
+            checks.harness(HARNESS, harness_hash(), DEFINED, checks.definitions(*HARNESS_MODULES))
         except checks.Refused as refused:
             reason = str(refused)
         parameters = model.parameters() if hasattr(model, "parameters") else {}
         num_params = sum(p.size for _, p in tree_flatten(parameters)) if parameters else 0
-        tokens, steps = self._tokens_logged, len(self._step_ends)
         record = {
             "format_version": FORMAT_VERSION,
             "run_id": f"{datetime.now():%Y%m%d_%H%M%S}-{os.getpid()}-{os.urandom(4).hex()}",
@@ -735,6 +806,8 @@ class Run:
                 "check_seconds": evaluation.check_seconds if evaluation else None,
                 "data_wait_seconds": self._stream.wait_seconds if self._stream else 0.0,
                 "epochs": self._stream.epochs if self._stream else 0.0,
+                "served_documents": len(served),
+                "served_checksum": checks.checksum(served),
             },
             "result": {
                 "val_bpb": evaluation.bpb if evaluation and not reason else None,
@@ -893,6 +966,9 @@ def main():
     elif not is_prepared(dataset):
         sys.exit(not_prepared(dataset))
 
+
+HARNESS_MODULES = (sys.modules[__name__], checks, data_sources)
+DEFINED = checks.definitions(*HARNESS_MODULES)  # as they are now; compared when the run ends
 
 if __name__ == "__main__":
     main()

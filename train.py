@@ -32,7 +32,7 @@ DATASET = "stdlib"  # one of data_sources.DATASETS
 DEPTH = 4 if GPU else 3  # layers
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64
-WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # per layer, repeated: S sees half the context, L all; the last is L
+WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: S sees half the context, L all
 
 TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
 DEVICE_BATCH_SIZE = 16 if GPU else 8  # rows at once; lower it where memory is short
@@ -48,7 +48,7 @@ WARMDOWN = 0.5  # last share of the budget, in which learning rates fall linearl
 FINAL_LR = 0.0  # ... to this share of their value
 
 COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
-LOGITS_AT_ONCE = 2**26 if GPU else 2**19  # elements of the logits that exist at one time in training
+LOGITS_AT_ONCE = 2**24 if GPU else 2**19  # elements of the logits that exist at one time in training
 ATTENTION_BLOCK = None if CUDA else 512  # queries at once where attention has no fused backward
 
 # --- model ---------------------------------------------------------------------------------------

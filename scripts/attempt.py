@@ -17,7 +17,7 @@ import verdict
 from records import ATTEMPT, DATA, ROOT, Refused, read_json, write_json
 
 SHOWN = 8  # lines of run.log that a crash shows
-EXIT = {"valid": 0, "crash": 2, "invalid": 2, "stale": 3, "timeout": 124, "interrupted": 130}
+EXIT = {"valid": 0, "crash": 2, "invalid": 2, "stale": 3, "timeout": 124}
 
 
 def cmd_lock(args):
@@ -122,7 +122,7 @@ def cmd_end(args):
     attempt["run_id"] = record["run_id"] if record else None
     write_json(ATTEMPT, attempt)
     print("\n".join(summary(attempt, record)))
-    sys.exit(EXIT[status])
+    sys.exit(EXIT.get(status, args.exit_code))
 
 
 def summary(attempt, record):
@@ -130,7 +130,8 @@ def summary(attempt, record):
     status = attempt["status"]
     commit = (attempt["commit"] or "0" * 7)[:7]
     if status != "valid":
-        lines = [f"{status} (exit {EXIT[status]}) {commit}: {records.one_line(attempt['reason'])}"]
+        code = EXIT.get(status, attempt["exit_code"])
+        lines = [f"{status} (exit {code}) {commit}: {records.one_line(attempt['reason'])}"]
         if status in ("crash", "stale", "timeout"):
             lines += [f"  | {line}" for line in last_lines(ROOT / "run.log", SHOWN)]
         if status == "interrupted":

@@ -7,7 +7,7 @@
 # run on this machine instead of refusing.
 # exit: 0 a valid result · 1 refused, and why · 2 it crashed, or a check found it invalid · 3 it ended,
 #       but data/last_run.json is missing, stale or not of this run · 124 it ran past TIMEOUT and was
-#       killed · 130 it was interrupted
+#       killed · 128 + n a signal (Ctrl-C: 130) interrupted it
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -46,11 +46,11 @@ descendants() { # PID: all that it started, and they, in whatever group
     }'
 }
 
-kill_tree() { # PID of a group's leader: asked first, killed after five seconds
+kill_tree() { # PID of a group's leader: asked first, killed after three seconds
   local all tries=0
   all=$(descendants "$1" || true)
   kill -TERM -- "-$1" 2>/dev/null || true
-  while [ $tries -lt 25 ] && kill -0 -- "-$1" 2>/dev/null; do
+  while [ $tries -lt 15 ] && kill -0 -- "-$1" 2>/dev/null; do
     sleep 0.2
     tries=$((tries + 1))
   done
@@ -89,33 +89,35 @@ trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 trap 'interrupted 129' HUP
 
+exec 8>&2 2>/dev/null # or bash would report a killed child in words of its own
 set -m # each job its own process group, so that all of it can be ended, and Ctrl-C comes to us alone
 if [ -t 1 ]; then # a person watches: progress on the terminal, the rest in run.log as well
-  "$PYTHON" scripts/console.py run.log "${LAUNCH[@]}" train.py </dev/null &
+  "$PYTHON" scripts/console.py run.log "${LAUNCH[@]}" train.py </dev/null 8>&- &
 else
-  "${LAUNCH[@]}" train.py >run.log 2>&1 </dev/null &
+  "${LAUNCH[@]}" train.py >run.log 2>&1 </dev/null 8>&- &
 fi
 child=$!
-watch 9<&- &
+watch 8>&- 9<&- &
 watchdog=$!
 if command -v caffeinate >/dev/null; then
-  caffeinate -i -w "$child" 9<&- &
+  caffeinate -i -w "$child" 8>&- 9<&- &
 elif command -v systemd-inhibit >/dev/null && systemd-inhibit --what=sleep true 2>/dev/null; then
   # shellcheck disable=SC2016  # $1 is the inner shell's
   systemd-inhibit --what=sleep:idle --who=autoresearch --why="an experiment runs" \
-    bash -c 'while kill -0 "$1" 2>/dev/null; do sleep 2; done' - "$child" >/dev/null 2>&1 9<&- &
+    bash -c 'while kill -0 "$1" 2>/dev/null; do sleep 2; done' - "$child" >/dev/null 2>&1 8>&- 9<&- &
 fi
 set +m
 
 code=0
-wait "$child" 2>/dev/null || code=$?
+wait "$child" || code=$?
 if [ -e "$scratch/timeout" ]; then
-  wait "$watchdog" 2>/dev/null || true # it may still be killing
+  wait "$watchdog" || true # it may still be killing
 else
   kill -KILL -- "-$watchdog" 2>/dev/null || true
-  wait "$watchdog" 2>/dev/null || true
+  wait "$watchdog" || true
 fi
 trap - INT TERM HUP
+exec 2>&8 8>&-
 kill -KILL -- "-$child" 2>/dev/null || true # what train.py left behind in its group
 timed_out=''
 [ ! -e "$scratch/timeout" ] || timed_out=$timeout

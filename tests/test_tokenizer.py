@@ -255,7 +255,7 @@ def cut_file(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("name", ["val_tokens.npy", "train_tokens.npy", "train_offsets.npy", "test_hashes.npy"])
+@pytest.mark.parametrize("name", ["val_tokens.npy", "train_tokens.npy", "train_offsets.npy", "train_pieces.npy"])
 @pytest.mark.parametrize("damage", [Path.unlink, cut_file, lambda path: path.write_bytes(b"")])
 def test_a_damaged_cache_is_said_and_prepared_anew(small, small_files, cache, monkeypatch, name, damage):
     before = TokenCache.load(small).hash
@@ -268,7 +268,7 @@ def test_a_damaged_cache_is_said_and_prepared_anew(small, small_files, cache, mo
         assert TokenCache.load(small).hash == before
 
 
-@pytest.mark.parametrize("name", ["val_tokens", "train_offsets", "test_hashes"])
+@pytest.mark.parametrize("name", ["val_tokens", "train_offsets", "test_hashes", "train_pieces"])
 def test_files_that_do_not_fit_each_other_are_said(small, cache, name):
     path = cache / "files" / "tokens" / f"{name}.npy"
     np.save(path, np.load(path)[:-1])
