@@ -208,9 +208,11 @@ class TokenCache:
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
             for split in SPLITS:
-                tokens, offsets, hashes = (cache._array(split, kind) for kind in ("tokens", "offsets", "hashes"))
-                sizes, meta = {"documents": len(hashes), "tokens": len(tokens)}, cache.meta[split]
-                if sizes != meta or len(offsets) != meta["documents"] + 1 or offsets[-1] != meta["tokens"]:
+                kinds, meta = ("tokens", "offsets", "hashes", "pieces"), cache.meta[split]
+                tokens, offsets, hashes, pieces = (cache._array(split, kind) for kind in kinds)
+                if len(tokens) != meta["tokens"] or offsets[-1] != meta["tokens"]:
+                    return None
+                if not (len(offsets) - 1 == len(hashes) == len(pieces) == meta["documents"]):
                     return None
             tokenizer = folder.parent / "tokenizer.json"
             return cache if file_hash(tokenizer) == cache.meta["sha256"]["tokenizer.json"] else None
@@ -234,11 +236,11 @@ class TokenCache:
     def hashes(self, split):
         return np.array(self._array(split, "hashes"))
 
+    def pieces(self, split):
+        return np.array(self._array(split, "pieces"))
+
     def _array(self, split, kind):
         return np.load(self.folder / f"{split}_{kind}.npy", mmap_mode="r")
-
-    def pieces(self, split):
-        return np.load(self.folder / f"{split}_pieces.npy")
 
     def changed_file(self):
         """The first file that is not as it was prepared, or None. Reads all of it."""
@@ -270,12 +272,12 @@ def is_prepared(dataset):
 def prepare(dataset):
     """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there."""
     start, root = time.monotonic(), cache_dir(dataset)
+    data_sources.remove_leftovers(root)
     if is_prepared(dataset):
         print(f"{dataset.name}: prepared in {root}")
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        data_sources.remove_leftovers(root)
         data_sources.fetch(dataset)
         temporary = root / f"tokens.{os.getpid()}.part"
         temporary.mkdir()
