@@ -110,7 +110,7 @@ def cmd_seen(args):
     """
     blob, rows, attempt = records.blob_of_train(), read_rows()[0], records.read_json(ATTEMPT)
     setting = float(os.environ["AUTORESEARCH_BUDGET"]), int(os.environ["AUTORESEARCH_SEED"])
-    if attempt and attempt["tag"] == args.tag and not attempt["logged"]:
+    if attempt and attempt["tag"] == args.tag and not attempt.get("log_complete"):
         same = attempt["train_blob"] == blob
         if same and (attempt["budget"], attempt["seed"]) == setting:
             if attempt["status"] not in ("running", "interrupted"):
