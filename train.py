@@ -29,6 +29,7 @@ CUDA = GPU and mx.cuda.is_available()
 # `a if GPU else b`: a for Metal and CUDA, b for a CPU, which sees a hundredth of the tokens.
 
 DATASET = "stdlib"  # one of data_sources.DATASETS
+SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
 
 DEPTH = 4 if GPU else 3  # layers
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
@@ -36,8 +37,8 @@ HEAD_DIM = 128 if GPU else 64
 WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: S sees half the context, L all
 
 TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
-DEVICE_BATCH_SIZE = 16  # rows at once; lower it where memory is short
-EVAL_BATCH_SIZE = 16  # rows at once in evaluation
+DEVICE_BATCH_SIZE = (2**15 if GPU else 2**12) // SEQUENCE_LENGTH  # rows at once; lower it where memory is short
+EVAL_BATCH_SIZE = DEVICE_BATCH_SIZE  # rows at once in evaluation
 
 MATRIX_LR = 0.03 if GPU else 0.06  # Muon, all matrices of the blocks
 EMBEDDING_LR = 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
@@ -496,9 +497,9 @@ def build(vocab_size, sequence_length, compiled=GPU):
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    micro_batches = micro_batches_a_step(DEVICE_BATCH_SIZE, run.dataset.sequence_length)
-    batches = run.batches(DEVICE_BATCH_SIZE)
-    config, schedule, step = build(run.tokenizer.vocab_size, run.dataset.sequence_length)
+    micro_batches = micro_batches_a_step(DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
+    batches = run.batches(DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
+    config, schedule, step = build(run.tokenizer.vocab_size, SEQUENCE_LENGTH)
     shape = (DEVICE_BATCH_SIZE, config.sequence_length + 1)
     example = [mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)]
     run.warm_up(partial(step.warm_up, example), step.state)
