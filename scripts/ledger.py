@@ -182,7 +182,7 @@ def journal_entry(attempt, record, row, result, found, unanswered):
         lines.append(f"- verdict{against}: {result.verdict} ({result.rule})")
     else:
         lines.append(f"- {attempt['status']}: {records.one_line(attempt['reason'])}")
-    lines.append(f"- commit {attempt['commit'] or 'none'}, {attempt['started']}, run {attempt['id']}")
+    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, {attempt['started']}, run {attempt['id']}")
     for name, text in (("found", records.one_line(found)), ("open", records.one_line(unanswered))):
         if text:
             lines.append(f"- {name}: {text}")

@@ -36,7 +36,7 @@ def test_a_row_and_an_entry_from_the_record(ran):
         "val_bpb 1.400000 (-0.100000), 1100 tok/s (+10.0 %), 1.5 GB, 10 steps",
         "verdict against",
         "keep (val_bpb improved",
-        head,
+        f"- t, commit {head}, ",
         "- found: it helps",
         "- open: how far?",
     ):
