@@ -110,7 +110,7 @@ def cmd_seen(args):
     """
     blob, rows, attempt = records.blob_of_train(), read_rows()[0], records.read_json(ATTEMPT)
     setting = float(os.environ["AUTORESEARCH_BUDGET"]), int(os.environ["AUTORESEARCH_SEED"])
-    if attempt and attempt["tag"] == args.tag and not attempt["logged"]:
+    if attempt and attempt["tag"] == args.tag and not attempt.get("log_complete"):
         same = attempt["train_blob"] == blob
         if same and (attempt["budget"], attempt["seed"]) == setting:
             if attempt["status"] not in ("running", "interrupted"):
@@ -182,7 +182,7 @@ def journal_entry(attempt, record, row, result, found, unanswered):
         lines.append(f"- verdict{against}: {result.verdict} ({result.rule})")
     else:
         lines.append(f"- {attempt['status']}: {records.one_line(attempt['reason'])}")
-    lines.append(f"- commit {attempt['commit'] or 'none'}, {attempt['started']}, run {attempt['id']}")
+    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, {attempt['started']}, run {attempt['id']}")
     for name, text in (("found", records.one_line(found)), ("open", records.one_line(unanswered))):
         if text:
             lines.append(f"- {name}: {text}")

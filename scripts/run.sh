@@ -30,9 +30,7 @@ need_python
 take_lock
 
 # --- processes -----------------------------------------------------------------------------------
-child='' watchdog=''
-scratch=$(mktemp -d "${TMPDIR:-/tmp}/autoresearch.XXXXXX")
-trap 'rm -rf "$scratch"' EXIT
+child='' watchdog='' marker=data/.timed-out
 
 descendants() { # PID: all that it started, and they, in whatever group
   { ps -A -o pid,ppid 2>/dev/null || ps -o pid,ppid; } | awk -v root="$1" '
@@ -67,7 +65,7 @@ watch() {
     if ! kill -0 $$ 2>/dev/null; then
       kill_tree "$child"
     elif [ "$left" -le 0 ]; then
-      : >"$scratch/timeout"
+      : >"$marker"
       kill_tree "$child"
       return
     fi
@@ -80,10 +78,12 @@ interrupted() { # EXIT CODE
   trap '' INT TERM HUP
   [ -z "$child" ] || kill_tree "$child"
   [ -z "$watchdog" ] || kill_tree "$watchdog"
+  [ ! -t 1 ] || echo # after the progress line
   attempt end --interrupted --exit-code "$1" || true
   exit "$1"
 }
 
+rm -f "$marker"
 attempt begin --tag "$TAG" --head "$HEAD" --pid $$
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
@@ -110,7 +110,7 @@ set +m
 
 code=0
 wait "$child" || code=$?
-if [ -e "$scratch/timeout" ]; then
+if [ -e "$marker" ]; then
   wait "$watchdog" || true # it may still be killing
 else
   kill -KILL -- "-$watchdog" 2>/dev/null || true
@@ -120,5 +120,5 @@ trap - INT TERM HUP
 exec 2>&8 8>&-
 kill -KILL -- "-$child" 2>/dev/null || true # what train.py left behind in its group
 timed_out=''
-[ ! -e "$scratch/timeout" ] || timed_out=$timeout
+[ ! -e "$marker" ] || timed_out=$timeout
 attempt end --child "$child" --exit-code "$code" --timed-out "$timed_out" ${BASELINE:+--baseline}
