@@ -25,7 +25,7 @@ if [ -n "$HEAD" ]; then
   refuse_changed_files
 fi
 need_python
-[ -n "${AGAIN:-}" ] || ledger seen --tag "$TAG" --head "$HEAD"
+[ -n "${AGAIN:-}" ] || ledger seen --tag "$TAG" ${START:+--session}
 
 take_lock
 
@@ -121,4 +121,4 @@ exec 2>&8 8>&-
 kill -KILL -- "-$child" 2>/dev/null || true # what train.py left behind in its group
 timed_out=''
 [ ! -e "$scratch/timeout" ] || timed_out=$timeout
-attempt end --child "$child" --exit-code "$code" --timed-out "$timed_out"
+attempt end --child "$child" --exit-code "$code" --timed-out "$timed_out" ${BASELINE:+--baseline}

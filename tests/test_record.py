@@ -185,6 +185,7 @@ def test_a_batch_size_that_does_not_divide_is_refused_before_anything_is_trained
     import train
 
     monkeypatch.setattr(train, "DATASET", "files")
+    monkeypatch.setattr(train, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 8)
     for total in (8 * 64 + 1, 8 * 32, 8 * 64 * 3 - 64):
         monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
@@ -217,6 +218,7 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "1.5")
     monkeypatch.setattr(prepare, "PROCESS_START", time.monotonic())
     monkeypatch.setattr(train, "DATASET", "files")
+    monkeypatch.setattr(train, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 2 * 4 * 64)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4)
     train.main()
