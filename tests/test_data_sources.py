@@ -251,6 +251,7 @@ def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
     assert halfway.wait(30)
     while not any(path.stat().st_size for path in cache.rglob("shard_00004.*.part")):
+        assert child.poll() is None
         time.sleep(0.01)
     child.kill()
     child.wait()

@@ -1,7 +1,11 @@
 """The baseline model and its training step: causal, exact, and the same however the work is divided."""
 
+import inspect
 import math
+import re
 import shutil
+import sys
+import types
 from itertools import product
 
 import mlx.core as mx
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+import data_sources
 import train
 
 VOCAB, T = 61, 24
@@ -331,3 +336,14 @@ def test_a_total_batch_that_does_not_divide_is_refused(monkeypatch, rows, length
         train.micro_batches_a_step(rows, length)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 6 * rows * length)
     assert train.micro_batches_a_step(rows, length) == 6
+
+
+@pytest.mark.parametrize("name", data_sources.DATASETS)
+def test_the_preset_serves_every_dataset(monkeypatch, name):
+    """What `make setup` does: only the line with DATASET changes."""
+    source = re.sub(r'^DATASET = ".*?"', f'DATASET = "{name}"', inspect.getsource(train), flags=re.MULTILINE)
+    other = types.ModuleType("train_on_another_dataset")
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    exec(compile(source, "train.py", "exec"), other.__dict__)
+    assert other.DATASET == name
+    assert other.micro_batches_a_step(other.DEVICE_BATCH_SIZE, data_sources.DATASETS[name].sequence_length) >= 1
