@@ -71,6 +71,9 @@ def finite(values):
 #              surroundings less with the exchanged ones. Rounding has no sign, a leak has: one
 #              that is too faint or too timid for the other two is caught where the mean gain is
 #              over half of 0.001 bits per byte and over five of its standard errors.
+#
+# A leak towards the next token alone shows at one position of each exchange, so for those there is
+# one comparison more: `aimed`.
 
 MOVED = 0.05**2
 LEAK = 0.001  # bits per byte
@@ -105,9 +108,12 @@ def judge(moved, information, gain, nats_per_bit, reach):
 # --- causality: what is exchanged, and where -------------------------------------------------------
 
 GROUP = 16  # rows, at least, that share a beginning: one as it is, the others with a suffix exchanged
-EXCHANGES = 128  # rows of all groups, at least, or a fortieth of the evaluation's
+EXCHANGES = 128, 256  # rows of all groups on a CPU and on a GPU, at least; or a fortieth of the evaluation's
 REACH = 8  # see `judge`
 NOTHING = 1e-4, 0.01  # nats and share of the spread: logits that differ by less cannot fail `judge`
+LEVELS = NOTHING[0] * 10.0 ** np.arange(5)  # nats, by which a logit may have moved
+LOUDER = 10  # times: how much louder, and more often, a target may move than other tokens do
+HITS = 5  # targets, at most, that move the right way where nearly nothing else does
 
 
 def cut_points(length, count, rng):
@@ -145,7 +151,8 @@ def log_probabilities(logits):
 
 
 def compare(base, logits, ids, changed, cuts):
-    """How the answers to `changed` differ from that to `ids`: moved, information, gain; (3, b, T).
+    """How the answers to `changed` differ from that to `ids`: (3, b, T), moved, information, gain;
+    and (b, 3), see `aimed`.
 
     base: (T, vocab), logits: (b, T, vocab), ids: (T,), changed: (b, T), cuts: (b,). Row by row, since
     float32 logits of a batch are large. At the position before a cut both the true token and the
@@ -153,17 +160,51 @@ def compare(base, logits, ids, changed, cuts):
     """
     base = log_probabilities(base)
     probability, spread = mx.exp(base), mx.var(base, axis=-1) + 1e-10
-    targets, columns = mx.array(np.append(ids[1:], 0))[:, None], []
+    targets, columns, sides = mx.array(np.append(ids[1:], 0))[:, None], [], []
     for row, new, cut in zip(logits, changed, cuts.tolist(), strict=True):
         difference = base - log_probabilities(row)
         gain = mx.take_along_axis(difference, targets, axis=-1)[:, 0]
-        aimed = (gain - difference[cut - 1, int(new[cut])]) / 2
-        gain = mx.where(mx.arange(len(ids)) == cut - 1, aimed, gain)
-        columns.append(
-            mx.stack([mx.var(difference, axis=-1) / spread, (probability * difference).sum(axis=-1), gain])
-        )
-        mx.eval(columns[-1])
-    return np.stack([np.array(c) for c in columns], axis=1)
+        here = difference[cut - 1]
+        here = here - mx.sort(here)[len(here) // 2]  # what most of the vocabulary does is no favour
+        favoured = mx.stack([here[int(ids[cut])], -here[int(new[cut])]])
+        sides.append(mx.concatenate([favoured, (mx.abs(here) > mx.array(LEVELS[:, None] / LOUDER)).mean(axis=1)]))
+        gain = mx.where(mx.arange(len(ids)) == cut - 1, favoured.mean(), gain)
+        moved, information = mx.var(difference, axis=-1) / spread, (probability * difference).sum(axis=-1)
+        columns.append(mx.stack([moved, information, gain]))
+        mx.eval(columns[-1], sides[-1])
+    return np.stack([np.array(c) for c in columns], axis=1), np.stack([np.array(s) for s in sides])
+
+
+def aimed(sides, nats_per_bit):
+    """None, or what shows that the logits that moved are those of the tokens that came next.
+
+    sides: float (exchanges, 2 + levels), of the position before each cut: by how much its true next
+    token was favoured before the exchange, and the one in its place after it; then the share of the
+    vocabulary that moved at each of LEVELS. Rounding favours as many as it disfavours, and moves a
+    target about as often as any other token.
+    """
+    favoured, shares = sides[:, :2], sides[:, 2:]
+    if not favoured.mean() > LEAK / 2 * nats_per_bit:
+        return None
+    for level, expected in zip(LEVELS, 2 * shares.sum(axis=0), strict=True):
+        signs = np.sign(favoured) * (np.abs(favoured) > level)
+        if signs.sum() > min(SIGMAS * math.sqrt(np.abs(signs).sum()), max(HITS, LOUDER * expected)):
+            return f"the next tokens gain by {favoured.mean() / nats_per_bit:.4f} bits per byte"
+    return None
+
+
+STATELESS = (
+    "stateless: the same rows score differently when they are asked again. Look for random numbers (dropout that "
+    "stays on), a cache or a state that outlives a call, learning while evaluating."
+)
+ROWS = (
+    "rows: a row scores differently when other rows of its batch are exchanged. Look for statistics over the batch; a "
+    "mean, sort, roll or reshape that takes in axis 0; experts whose capacity all tokens share."
+)
+ORDER = (
+    "order: rows score differently when they come in another order. Look for what depends on a row's place in the "
+    "batch, on the batch before, or on how often the model was called."
+)
 
 
 class Examination:
@@ -181,13 +222,13 @@ class Examination:
 
     def __init__(self, model, rows, batch_size, vocab_size, bytes_per_token, ask, score):
         self.rows, self.size, self.vocab_size, self.ask, self.score = rows, batch_size, vocab_size, ask, score
-        self.nats_per_bit = math.log(2) * bytes_per_token
+        self.nats_per_bit, gpu = math.log(2) * bytes_per_token, mx.default_device().type == mx.gpu
         self.rng = np.random.default_rng()  # from the system: nobody can train for the draw
         self.model, self.parameters = model, self._parameters(model)
         self.group = -(-max(GROUP, batch_size) // batch_size) * batch_size
-        self.groups = max(2, max(EXCHANGES, len(rows) // 40) // self.group)
+        self.groups = max(2, max(EXCHANGES[gpu], len(rows) // 40) // self.group)
         self.cuts = cut_points(rows.shape[1] - 1, self.groups * (self.group - 1), self.rng)
-        self.found = []  # (row, cut, (3, T): moved, information and gain by position) of each exchange
+        self.found = []  # of each exchange: row, cut, and what `compare` returns for it
 
     @staticmethod
     def _parameters(model):
@@ -195,15 +236,37 @@ class Examination:
         return tree_map(mx.stop_gradient, model.parameters()) if hasattr(model, "parameters") else {}
 
     def before(self):
-        """Ahead of the sums: most of the questions about causality, all of them about shape."""
+        """Ahead of the sums: whether an answer depends on anything but its row, then causality."""
         mx.eval(self.parameters)
+        first, reverse = self.rows[np.resize(np.arange(len(self.rows)), self.size)], slice(None, None, -1)
+        company = first.copy()
+        company[1::2] = self.rng.integers(0, self.vocab_size, company[1::2].shape)
+        company[1::4] = company[1::4, :1]  # one token throughout, which moves statistics of a batch most
+        nats = self.score(np.concatenate([first, first, company, first[reverse]]), self.size)
+        once, again, beside, reversed_ = np.split(nats, 4)
+        self._unchanged()
+        self._same(once, again, STATELESS)
+        self._same(once[::2], beside[::2], ROWS)
+        self._same(once, reversed_[reverse], ORDER)
         self._causality(self.groups - self.groups // 4)
 
     def after(self, nats):
         """After the sums. nats: float32 (n, T), what the evaluation found for each target."""
+        first = np.resize(np.arange(len(self.rows)), self.size)
+        shuffled = self.rng.choice(len(self.rows), self.size, replace=len(self.rows) < self.size)
+        again, elsewhere = np.split(self.score(self.rows[np.append(first, shuffled)], self.size), 2)
         self._unchanged()
-        self._again(nats)
+        self._same(nats[first], again, STATELESS)
+        self._same(nats[shuffled], elsewhere, ORDER)
         self._causality(self.groups // 4)
+
+    def _same(self, old, new, text):
+        """old, new: nats (b, T) of the same targets."""
+        change = new - old
+        gain = change * np.sign(change.mean())
+        reason = judge(change**2 / (old.var() + 1e-10), change**2 / 2, gain, self.nats_per_bit, reach=old.shape[1])
+        if reason:
+            raise Refused(f"{text} (Log-probabilities of the targets: {reason}.)")
 
     def _draw_group(self):
         """A row's number; cuts (group,), the first 0; that row and its exchanges, int32 (group, T)."""
@@ -235,18 +298,19 @@ class Examination:
             before = np.arange(ids.shape[1]) < cuts[:, None]  # (b, T)
             largest = np.where(before, np.array(largest), 0)
             finite(np.where(np.isinf(largest), 0, largest))  # infinite: one of the two is minus infinity
-            columns = np.zeros((3, *before.shape), np.float32)
+            columns, sides = np.zeros((3, *before.shape)), np.zeros((len(cuts), 2 + len(LEVELS)))
             if (largest >= 1).any():
-                columns = compare(first, logits, ids[0], batches[i], cuts)
+                columns, sides = compare(first, logits, ids[0], batches[i], cuts)
             columns[:, ~before] = np.nan
-            self.found += [(number, cut, columns[:, j]) for j, cut in enumerate(cuts) if cut]
+            self.found += [(number, cut, columns[:, j], sides[j]) for j, cut in enumerate(cuts) if cut]
         self._judge_causality()
 
     def _judge_causality(self):
-        by_distance = np.stack([np.roll(columns[:, ::-1], cut, axis=1) for _, cut, columns in self.found], axis=1)
-        if reason := judge(*by_distance, self.nats_per_bit, REACH):
+        by_distance = np.stack([np.roll(columns[:, ::-1], cut, axis=1) for _, cut, columns, _ in self.found], axis=1)
+        sides = np.stack([sides for *_, sides in self.found])
+        if reason := judge(*by_distance, self.nats_per_bit, REACH) or aimed(sides, self.nats_per_bit):
             worst, distance = np.unravel_index(np.nanargmax(by_distance[0]), by_distance[0].shape)
-            number, cut, _ = self.found[worst]
+            number, cut = self.found[worst][:2]
             raise Refused(
                 f"causality: logits depend on later tokens; when those are exchanged, {reason}. It shows best in "
                 f"validation row {number}, at position {cut - 1 - distance} with the tokens from {cut} on exchanged. "
@@ -265,35 +329,6 @@ class Examination:
                     "statistic or a buffer that the model changes when it is called: it must not learn from these rows."
                 )
 
-    def _again(self, nats):
-        """The first batch again; its even rows in other company; rows of all batches, shuffled."""
-        first = np.resize(np.arange(len(self.rows)), self.size)
-        company = self.rows[first].copy()
-        company[1::2] = self.rng.integers(0, self.vocab_size, company[1::2].shape)
-        company[1::4] = company[1::4, :1]  # one token throughout, which moves statistics of a batch most
-        shuffled = self.rng.choice(len(self.rows), self.size, replace=len(self.rows) < self.size)
-        asked = np.concatenate([self.rows[first], company, self.rows[shuffled]])
-        again = np.split(self.score(asked, self.size), 3)
-        self._same(nats[first], again[0], (
-            "stateless: the same rows score differently after the evaluation than in it. Look for a cache or a state "
-            "that outlives a call, random numbers (dropout that stays on), learning while evaluating."
-        ))  # fmt: skip
-        self._same(nats[first[::2]], again[1][::2], (
-            "rows: a row scores differently when other rows of its batch are exchanged. Look for statistics over the "
-            "batch; a mean, sort, roll or reshape that takes in axis 0; experts whose capacity all tokens share."
-        ))  # fmt: skip
-        self._same(nats[shuffled], again[2], (
-            "order: rows score differently when they come in another order. Look for what depends on a row's place "
-            "in the batch, on the batch before, or on how often the model was called."
-        ))  # fmt: skip
-
-    def _same(self, old, new, text):
-        change = new - old
-        gain = change * np.sign(change.mean())
-        reason = judge(change**2 / (old.var() + 1e-10), change**2 / 2, gain, self.nats_per_bit, reach=old.shape[1])
-        if reason:
-            raise Refused(f"{text} (Log-probabilities of the targets: {reason}.)")
-
 
 # --- the run around it -----------------------------------------------------------------------------
 
@@ -305,7 +340,8 @@ CLOCKS = (
 )
 STARTUP = 120  # seconds, at most
 OVERSHOOT = 0.02  # of the budget, or one step
-UNKNOWN_STEP = 10  # seconds that a step may take where there is no other to compare it with
+SLACK = 2  # seconds, by which a busy machine may hold up a step: it matters to short budgets alone
+UNKNOWN_STEP = 10  # seconds that a step may take where there are no others to compare it with
 WARM_UP_STEPS = 4  # of training batches that may be used up before the clock starts
 
 
@@ -341,9 +377,10 @@ def budget(budget, seconds, step_ends):
     """Training ended with the budget. step_ends: seconds at which each logged step ended."""
     if not step_ends:
         raise Refused("budget: no step was logged. Look for a loop without run.log_step(loss).")
-    earlier = np.diff([0.0, *step_ends])[:-1]  # the last one cannot excuse itself
-    longest = earlier.max() if len(earlier) else min(step_ends[0], UNKNOWN_STEP)
-    if seconds - budget > max(OVERSHOOT * budget, longest):
+    steps = np.diff([0.0, *step_ends])
+    # The last one cannot excuse itself, nor the one before, whose end was noted when that was logged.
+    longest = steps[:-2].max() if len(steps) > 2 else min(steps.max(), UNKNOWN_STEP)
+    if seconds - budget > max(OVERSHOOT * budget, longest, SLACK):
         raise Refused(
             f"budget: training took {seconds:.1f} s of {budget:g} s: over by more than one step ({longest:.1f} s) and "
             f"more than {OVERSHOOT:.0%}. Look for a loop that does not ask run.training() before each step, for steps "
@@ -389,17 +426,14 @@ class HeldOutWatch:
             self.opened.append(f"the documents of '{args[1]}'")
 
 
-def data(served, cache, dataset, changed_file, opened):
+def data(served, cache, changed_file, opened):
     """What was trained on is the training split as it was prepared, and nothing held out.
 
-    served: content hashes uint64 (n,) of the documents that the run's stream handed out. dataset:
-    its definition as a dict. changed_file: `cache.changed_file()`. opened: see `HeldOutWatch`.
+    served: content hashes uint64 (n,) of the documents that the run's stream handed out.
+    changed_file: `cache.changed_file()`. opened: see `HeldOutWatch`.
     """
-    if changed_file or cache.meta["dataset"] != dataset:
-        raise Refused(
-            f"data: {changed_file or 'the definition of the dataset'} is not as it was prepared. Restore it, or delete "
-            f"{cache.folder} and run: make prepare DATASET={dataset['name']}."
-        )
+    if changed_file:
+        raise Refused(f"data: {changed_file} is not as it was prepared. Restore it, or delete it and run make prepare.")
     if opened:
         raise Refused(
             f"data: {opened[0]} was opened during the run; validation and test are the harness's alone. Look for code "
@@ -440,6 +474,6 @@ def harness(loaded, now, defined, defined_now):
     """The harness is the one that the run began with. loaded, now: `prepare.harness_hash()`."""
     if loaded != now:
         raise Refused("harness: prepare.py, checks.py or data_sources.py was changed while the run went on.")
-    changed = [name for name in {*defined, *defined_now} if defined.get(name) != defined_now.get(name)]
+    changed = [name for name in defined if defined[name] != defined_now.get(name)]
     if changed:
         raise Refused(f"harness: {min(changed)} was replaced during the run. Look for assignments to the harness.")

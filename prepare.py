@@ -769,7 +769,7 @@ class Run:
             checks.budget(self.budget, seconds, self._step_ends)
             evaluation = evaluate_bpb(model, Tokenizer.load(self.dataset), batch_size)
             self._verifier.join()
-            checks.data(served, self.cache, asdict(self.dataset), self._changed_file, self._watch.opened)
+            checks.data(served, self.cache, self._changed_file, self._watch.opened)
             checks.harness(HARNESS, harness_hash(), DEFINED, checks.definitions(*HARNESS_MODULES))
         except checks.Refused as refused:
             reason = str(refused)

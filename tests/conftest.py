@@ -187,6 +187,14 @@ def small(small_files, cache, monkeypatch):
 
 
 @pytest.fixture
+def tokenizer(small_files, monkeypatch):
+    """The tokenizer of `files` in small sizes; for tests that change nothing in its cache."""
+    dataset, root, _ = small_files
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(root))
+    return prepare.Tokenizer.load(dataset)
+
+
+@pytest.fixture
 def full_disk(tmp_path):
     """A file system of 300 kB."""
     disk = tmp_path / "disk"

@@ -1,0 +1,157 @@
+"""Honest models that no check may refuse, however unusual they are. A false alarm is as bad as a miss."""
+
+import random
+
+import gallery
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from gallery import HONEST, Network
+
+import checks
+import prepare
+
+V = 512
+
+
+class WithDropout(nn.Module):
+    """Dropout in the model, and nobody called eval()."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocab_size, 32), nn.Linear(32, vocab_size)
+        self.dropout, self.attention = nn.Dropout(0.5), nn.MultiHeadAttention(32, 2)
+
+    def __call__(self, ids):
+        x = self.embedding(ids)
+        mask = nn.MultiHeadAttention.create_additive_causal_mask(ids.shape[1])
+        return self.head(self.dropout(x + self.attention(x, x, x, mask)))
+
+
+class BytesMixer:
+    """A byte-level n-gram mixer: each token's logit from its first byte's odds after the last two bytes."""
+
+    def __init__(self, tokenizer):
+        text = [tokenizer.decode([i]).encode("utf-8", "replace") or b"\0" for i in range(tokenizer.vocab_size)]
+        self.first = mx.array([t[0] for t in text])
+        self.last = mx.array([t[-1] for t in text])
+        mx.random.seed(0)
+        self.one, self.two = mx.random.normal((256, 256)), mx.random.normal((256, 256))
+        self.mixing = mx.random.normal((256, 1))
+
+    def __call__(self, ids):
+        last = self.last[ids]
+        before = mx.pad(last[:, :-1], [(0, 0), (1, 0)])
+        weight = mx.sigmoid(self.mixing[last])
+        return (weight * self.one[last] + (1 - weight) * self.two[before])[..., self.first]
+
+
+class Impossible:
+    """Special tokens but the first never come: minus infinity."""
+
+    def __init__(self, vocab_size):
+        self.inner = Network(vocab_size, [gallery.Attention])
+        self.never = mx.arange(vocab_size) > vocab_size - 4
+
+    def __call__(self, ids):
+        return mx.where(self.never, -mx.inf, self.inner(ids))
+
+
+def network(*mixes, **options):
+    return lambda tokenizer: Network(tokenizer.vocab_size, mixes, **options)
+
+
+NAMED = {
+    "causal convolution": network(gallery.CausalConvolution),
+    "linear attention": network(gallery.LinearAttention),
+    "state-space scan": network(gallery.Scan),
+    "a recurrence step by step": network(gallery.Recurrence),
+    "experts by token": network(gallery.Experts, gallery.Attention),
+    "experts sorted and back": network(gallery.SortedExperts, gallery.Attention, gallery.SortedExperts),
+    "window with a sink": network(gallery.SinkWindow),
+    "grouped heads": network(gallery.GroupedHeads, gallery.GroupedHeads),
+    "dropout, on when it comes": lambda tokenizer: WithDropout(tokenizer.vocab_size),
+    "float16": network(gallery.Rope, gallery.Attention, dtype=mx.float16),
+    "bfloat16": network(gallery.Rope, gallery.Attention, dtype=mx.bfloat16),
+    "bfloat16, an FFT, 8 layers": network(*[gallery.PaddedSpectrum] * 8, dtype=mx.bfloat16, logit_scale=3.0),
+    "bfloat16, an FFT, experts": network(
+        *[gallery.PaddedSpectrum, gallery.Experts] * 2, dtype=mx.bfloat16, logit_scale=3.0
+    ),
+    "float16, an FFT": network(*[gallery.PaddedSpectrum] * 4, dtype=mx.float16, logit_scale=4.0),
+    "an FFT, padded": network(gallery.PaddedSpectrum, gallery.PaddedSpectrum),
+    "weight tying": network(gallery.Attention, tied=True),
+    "bytes mixed": BytesMixer,
+    "counts of pairs": lambda tokenizer: gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V),
+    "shifted to the right": network(gallery.TokenShift),
+    "normalised over the past": network(gallery.RunningMean),
+    "blocks that are complete": network(gallery.BlocksSoFar),
+    "impossible tokens": lambda tokenizer: Impossible(tokenizer.vocab_size),
+    "uniform": lambda tokenizer: lambda ids: mx.zeros((*ids.shape, tokenizer.vocab_size)),
+    "almost uniform": network(gallery.Attention, gallery.PaddedSpectrum, logit_scale=1e-3),
+    "very sure": network(gallery.Attention, logit_scale=50.0),
+    "a bound method": lambda tokenizer: Network(tokenizer.vocab_size, [gallery.Scan]).__call__,
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_an_honest_model_passes(tokenizer, name):
+    evaluation = prepare.evaluate_bpb(NAMED[name](tokenizer), tokenizer, 8)
+    assert np.isfinite(evaluation.bpb) and evaluation.stderr > 0
+
+
+def test_the_baseline_passes(tokenizer):
+    import train
+
+    mx.random.seed(1)
+    model = train.GPT(train.GPTConfig(vocab_size=V, sequence_length=64, depth=2, n_head=1, head_dim=32))
+    model.update({"head": {"weight": mx.random.normal(model.head.weight.shape)}})
+    prepare.evaluate_bpb(model, tokenizer, 8)
+
+
+def random_model(seed):
+    """An honest model drawn at random, and the batch size to evaluate it with."""
+    draw = random.Random(seed)
+    depth = draw.choice([1, 1, 2, 2, 3, 4])
+    return Network(
+        V,
+        [draw.choice(HONEST) for _ in range(depth)],
+        width=draw.choice([16, 32, 48]),
+        dtype=draw.choice([mx.float32, mx.float32, mx.float16, mx.bfloat16]),
+        logit_scale=draw.choice([0.01, 0.5, 2.0, 3.0, 5.0]),
+        tied=draw.random() < 0.3,
+        seed=seed,
+    ), draw.choice([1, 2, 3, 7, 8, 16, 16, 32])
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_random_honest_configuration_is_refused(tokenizer, seed):
+    model, batch_size = random_model(seed)
+    prepare.evaluate_bpb(model, tokenizer, batch_size)
+
+
+def test_the_mode_of_a_module_is_put_back(tokenizer):
+    model = WithDropout(V)
+    prepare.evaluate_bpb(model, tokenizer, 8)
+    assert model.training and model.dropout.training
+    model.eval()
+    prepare.evaluate_bpb(model, tokenizer, 8)
+    assert not model.training
+
+
+def test_rounding_stays_far_from_what_is_refused(tokenizer):
+    """The noisiest honest models, and how near they come to each limit; `judge`'s figures stand on this."""
+    found = {}
+    for name in ("bfloat16, an FFT, 8 layers", "bfloat16, an FFT, experts"):
+        seen = []
+
+        def note(moved, information, gain, nats_per_bit, reach, seen=seen):
+            seen.append((np.nanmean(moved), np.nanmean(information) / nats_per_bit))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checks, "judge", note)
+            prepare.evaluate_bpb(NAMED[name](tokenizer), tokenizer, 8)
+        found[name] = np.max(seen, axis=0)
+    for name, (moved, information) in found.items():
+        assert 0 < moved < checks.MOVED / 4, name
+        assert 0 < information < checks.LEAK * 2 / 3, name
