@@ -634,7 +634,7 @@ def bits_per_byte(nats, size):
 
 # --- one run: clock, log, record -----------------------------------------------------------------
 
-EXPLODED = 100.0  # nats per token; no sane model comes near it
+EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
 class Run:
@@ -729,7 +729,7 @@ class Run:
         loss, tokens = self._pending
         self._pending = None
         loss, now, step = float(loss.item()), self.elapsed(), len(self._step_ends)
-        if not abs(loss) < EXPLODED:
+        if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
             sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
         rate = (tokens - self._tokens_logged) / max(now - (self._step_ends[-1] if step else 0.0), 1e-9)
         self._tokens_logged = tokens
