@@ -147,6 +147,7 @@ def exchanged(row, cut, other, vocab_size, kind, rng):
 def log_probabilities(logits):
     """float32, in the shape of logits (…, vocab); none below -50, since logits may be minus infinity."""
     logits = logits.astype(mx.float32)
+    logits = logits - logits.max(axis=-1, keepdims=True)
     return mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), -50)
 
 

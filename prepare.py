@@ -608,6 +608,8 @@ def score_rows(model, rows, tokenizer, batch_size):
         targets, pieces = mx.array(batches[i, :, 1:]), []
         for first in range(0, batch_size, at_once):
             piece = logits[first : first + at_once].astype(mx.float32)
+            # The largest is 0, or the sum below would be rounded away beside large logits.
+            piece = piece - piece.max(axis=-1, keepdims=True)
             picked = mx.take_along_axis(piece, targets[first : first + at_once, :, None], axis=-1)[..., 0]
             pieces.append(mx.logsumexp(piece, axis=-1) - picked)
         return mx.concatenate(pieces)

@@ -1,0 +1,190 @@
+"""The metric: against values computed by hand, whatever the batch, and with an error that means something."""
+
+import math
+
+import gallery
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import checks
+import prepare
+
+V = 512
+
+
+def rows_of(tokenizer):
+    return prepare.evaluation_rows(prepare.TokenCache.load(tokenizer.dataset), tokenizer.dataset)
+
+
+def uniform(ids):
+    return mx.zeros((*ids.shape, V))
+
+
+def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(tokenizer):
+    sizes = tokenizer.token_bytes[rows_of(tokenizer)[:, 1:]]
+    evaluation = prepare.evaluate_bpb(uniform, tokenizer, 8)
+    # exactly: special targets have no bytes, and cost nothing
+    assert evaluation.bpb == pytest.approx(math.log2(V) * (sizes > 0).sum() / sizes.sum(), rel=1e-6)
+    assert evaluation.tokens == sizes.size
+
+
+def test_a_fixed_distribution_scores_as_by_hand(tokenizer):
+    """Every position predicts the same distribution: bits and bytes are summed here, one by one."""
+    weights = [1 + token % 7 for token in range(V)]
+    total, bits, size = sum(weights), 0.0, 0
+    for row in rows_of(tokenizer).tolist():
+        for token in row[1:]:
+            text = b"" if token >= V - 4 else next(t for t, rank in tokenizer.ranks.items() if rank == token)
+            if text:
+                bits -= math.log2(weights[token] / total)
+                size += len(text)
+    logits = mx.log(mx.array(weights, mx.float32)) + 3  # a constant changes nothing
+    evaluation = prepare.evaluate_bpb(lambda ids: mx.broadcast_to(logits, (*ids.shape, V)), tokenizer, 8)
+    assert evaluation.bpb == pytest.approx(bits / size, rel=1e-6)
+
+
+def test_rows_of_a_few_tokens_by_hand(tokenizer):
+    """Four tokens, logits that depend on the one before; the third target is special."""
+    table = np.zeros((V, V), np.float32)
+    table[5, 6], table[6, 9], table[9, tokenizer.bos], table[tokenizer.bos, 7] = 2.0, -1.0, 4.0, 1.5
+    rows = np.array([[5, 6, 9, tokenizer.bos, 7]], np.uint16)
+    nats = prepare.score_rows(lambda ids: mx.array(table)[ids], rows, tokenizer, 1)
+    expected = [math.log(V - 1 + math.exp(x)) - x for x in (2.0, -1.0, 4.0, 1.5)]
+    assert nats.shape == (1, 4) and nats[0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_batch_size_does_not_matter(tokenizer, dtype):
+    n = len(rows_of(tokenizer))
+    model = gallery.Network(V, [gallery.Rope, gallery.SortedExperts, gallery.PaddedSpectrum], dtype=dtype)
+    found = [prepare.evaluate_bpb(model, tokenizer, size) for size in (1, 7, 16, n, n + 5)]
+    for evaluation in found[1:]:
+        assert evaluation.bpb == pytest.approx(found[0].bpb, abs=1e-3)
+        assert evaluation.stderr == pytest.approx(found[0].stderr, rel=1e-2)
+        assert evaluation.tokens == found[0].tokens
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 100, 10**9])
+def test_nor_does_how_much_is_summed_at_once(tokenizer, monkeypatch, at_once):
+    model = gallery.Network(V, [gallery.Attention])
+    whole = prepare.score_rows(model, rows_of(tokenizer), tokenizer, 16)
+    monkeypatch.setattr(prepare, "SCORED_AT_ONCE", at_once)
+    assert np.array_equal(prepare.score_rows(model, rows_of(tokenizer), tokenizer, 16), whole)
+
+
+def test_special_tokens_are_in_neither_sum(tokenizer, monkeypatch):
+    """Rows with and without documents that start inside of them; the cost of a special target is not small."""
+    plain = np.full((4, 65), 40, np.uint16)
+    broken = plain.copy()
+    broken[:, 20:60:10] = tokenizer.bos
+    found = []
+    for rows in (plain, broken):
+        monkeypatch.setattr(prepare, "evaluation_rows", lambda cache, dataset, rows=rows: rows)
+        logits = mx.where(mx.arange(V) == tokenizer.bos, -20.0, 0.0)
+        found.append(prepare.evaluate_bpb(lambda ids: mx.broadcast_to(logits, (*ids.shape, V)), tokenizer, 2))  # noqa: B023
+    size = int(tokenizer.token_bytes[40])
+    assert size > 0 and tokenizer.token_bytes[tokenizer.bos] == 0
+    assert found[0].bpb == pytest.approx(math.log2(V - 1) / size, rel=1e-6)
+    assert found[1].bpb == pytest.approx(found[0].bpb, rel=1e-6)
+
+
+def test_the_loss_is_taken_in_float32(tokenizer):
+    """float16 logits whose exponentials float16 cannot hold."""
+    logits = mx.where(mx.arange(V) % 2 == 0, 90.0, 0.0).astype(mx.float16)
+    rows = np.full((1, 65), 2, np.uint16)
+    nats = prepare.score_rows(lambda ids: mx.broadcast_to(logits, (*ids.shape, V)), rows, tokenizer, 1)
+    assert nats == pytest.approx(math.log(V / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("claim", [1.0, 1e4, 1e9, 1e30])
+def test_no_distribution_sums_to_more_than_one(tokenizer, claim):
+    """A model that claims all tokens at once scores as the uniform one does, to the last digit."""
+    claims = prepare.evaluate_bpb(lambda ids: mx.full((*ids.shape, V), claim), tokenizer, 8)
+    assert claims.bpb == pytest.approx(prepare.evaluate_bpb(uniform, tokenizer, 8).bpb, rel=1e-6)
+
+
+def test_the_model_is_given_ids_and_nothing_else(tokenizer):
+    seen = []
+
+    def model(*arguments, **more):
+        seen.append((arguments, more))
+        return uniform(arguments[0])
+
+    prepare.evaluate_bpb(model, tokenizer, 8)
+    rows = {row.tobytes() for row in rows_of(tokenizer)[:, :-1].astype(np.int32)}
+    for (ids,), more in seen:
+        assert not more and ids.shape == (8, 64) and ids.dtype == mx.int32  # one shape: kernels may be compiled for it
+    asked = [np.array(row).tobytes() for (ids,), _ in seen for row in ids]
+    assert rows <= set(asked)
+
+
+def test_what_is_evaluated_is_the_same_in_every_run(tokenizer):
+    model = gallery.Network(V, [gallery.Attention])
+    assert prepare.evaluate_bpb(model, tokenizer, 8).bpb == prepare.evaluate_bpb(model, tokenizer, 8).bpb
+    assert np.array_equal(rows_of(tokenizer), rows_of(tokenizer))
+
+
+def test_a_batch_without_rows_is_refused_in_one_line(tokenizer):
+    with pytest.raises(SystemExit, match="^error: .*batches of at least one row"):
+        prepare.evaluate_bpb(uniform, tokenizer, 0)
+
+
+# --- the standard error ----------------------------------------------------------------------------
+
+
+def test_the_standard_error_of_rows_of_one_size_is_that_of_a_mean():
+    """Rows of equal bytes: the ratio is a mean, whose error is known in closed form."""
+    nats = np.random.default_rng(0).normal(100.0, 7.0, 400)
+    bpb, stderr = prepare.bits_per_byte(nats, np.full(400, 50))
+    bits = nats / math.log(2) / 50
+    assert bpb == pytest.approx(bits.mean(), rel=1e-12)
+    assert stderr == pytest.approx(bits.std(ddof=1) / 20, rel=1e-12)
+    assert stderr == pytest.approx(7.0 / math.log(2) / 50 / 20, rel=0.1)
+
+
+def test_the_standard_error_is_the_spread_of_many_repetitions():
+    """Rows of unequal bytes, and a loss that grows with them: the spread over 4000 draws of such data."""
+    rng = np.random.default_rng(1)
+    size = rng.integers(20, 200, (4000, 64))
+    nats = 0.9 * size + rng.normal(0, 0.3, size.shape) * size
+    found = np.array([prepare.bits_per_byte(n, s) for n, s in zip(nats, size, strict=True)])
+    assert found[:, 0].mean() == pytest.approx(0.9 / math.log(2), rel=3e-3)
+    assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.05)
+
+
+def test_rows_that_score_alike_leave_no_error():
+    assert prepare.bits_per_byte(np.full(8, 30.0), np.full(8, 10))[1] == pytest.approx(0, abs=1e-12)
+    assert math.isnan(prepare.bits_per_byte(np.array([30.0]), np.array([10]))[1])
+
+
+def test_the_error_covers_the_difference_between_halves(tokenizer):
+    """Of the real thing: two halves of the rows differ by a few errors, not by many."""
+    rows, model = rows_of(tokenizer), gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V)
+    sizes = tokenizer.token_bytes[rows[:, 1:]]
+    nats = prepare.score_rows(model, rows, tokenizer, 16).sum(axis=1, where=sizes > 0)
+    order = np.random.default_rng(0).permutation(len(rows))
+    halves = [prepare.bits_per_byte(nats[part], sizes[part].sum(axis=1)) for part in np.array_split(order, 2)]
+    assert abs(halves[0][0] - halves[1][0]) < 4 * math.hypot(halves[0][1], halves[1][1])
+
+
+# --- what the checks cost --------------------------------------------------------------------------
+
+
+def test_the_checks_ask_little_where_there_is_much_to_evaluate(tokenizer):
+    """Counted in rows, since time is not the same twice: a fortieth and six batches of a large evaluation."""
+    for n in (100, 10_240):
+        rows, asked = np.resize(rows_of(tokenizer), (n, 65)), []
+
+        def ask(batches, function, asked=asked):
+            asked += [len(batch) for batch in batches]
+            return [(mx.zeros((16, 64)), mx.zeros((16, 64, 2)), mx.zeros((64, 2)))] * len(batches)
+
+        def score(rows, size, asked=asked):
+            asked.append(len(rows))
+            return np.ones((len(rows), 64), np.float32)
+
+        examination = checks.Examination(None, rows, 16, V, 1.0, ask, score)
+        examination.before()
+        examination.after(np.ones((n, 64), np.float32))
+        assert sum(asked) <= max(256 + 6 * 16, n // 40 + 6 * 16)
