@@ -606,7 +606,7 @@ def test_a_stream_of_held_out_documents_is_refused(outcome, tmp_path):
     def loop(run, batches):
         doctored = tmp_path / "doctored"
         doctored.mkdir()
-        for kind in ("tokens", "offsets", "hashes"):
+        for kind in ("tokens", "offsets", "hashes", "pieces"):
             for split in ("val", "test", "train"):
                 source, target = run.cache.folder / f"{'val' if split == 'train' else split}_{kind}.npy", doctored
                 subprocess.run(["cp", source, target / f"{split}_{kind}.npy"], check=True)
