@@ -552,7 +552,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
         model=model,
         rows=rows,
         # On a GPU kernels may be compiled for a shape, so questions come in the evaluation's own.
-        batch_size=batch_size if mx.default_device().type == mx.gpu else min(batch_size, 16),
+        batch_size=batch_size if mx.default_device().type == mx.gpu else min(batch_size, 8),
         vocab_size=tokenizer.vocab_size,
         bytes_per_token=counted.mean(),
         ask=partial(answers, model, tokenizer.vocab_size),
