@@ -174,7 +174,9 @@ def summary(attempt, record):
 
 
 def value_of(record, key):
-    return record and (record["result"] if key == "val_bpb" else record["training"])[key]
+    if record and key == "val_bpb":
+        return round(record["result"]["val_bpb"], 6)  # as the row has it, so that differences agree
+    return record and record["training"][key]
 
 
 def last_lines(path, count):

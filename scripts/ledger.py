@@ -182,7 +182,8 @@ def journal_entry(attempt, record, row, result, found, unanswered):
         lines.append(f"- verdict{against}: {result.verdict} ({result.rule})")
     else:
         lines.append(f"- {attempt['status']}: {records.one_line(attempt['reason'])}")
-    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, {attempt['started']}, run {attempt['id']}")
+    made = f", record {record['run_id']}" if record else ""
+    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}{made}")
     for name, text in (("found", records.one_line(found)), ("open", records.one_line(unanswered))):
         if text:
             lines.append(f"- {name}: {text}")
