@@ -250,7 +250,8 @@ class Examination:
         start = CLOCKS[0]()
         first, reverse = self.rows[np.resize(np.arange(len(self.rows)), self.size)], slice(None, None, -1)
         company = first.copy()
-        company[1::2] = self.rng.integers(0, self.vocab_size, company[1::2].shape)
+        # Tokens that do occur: a model may hold others to be impossible, and their loss would be infinite.
+        company[1::2] = self.rng.choice(self.rows.reshape(-1), company[1::2].shape)
         company[1::4] = company[1::4, :1]  # one token throughout, which moves statistics of a batch most
         nats = self.score(np.concatenate([first, first, company, first[reverse]]), self.size)
         projected = (CLOCKS[0]() - start) / len(nats) * len(self.rows)

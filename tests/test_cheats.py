@@ -231,6 +231,17 @@ def test_a_leak_beyond_position_1024_is_refused(small_files, tmp_path, monkeypat
     assert int(text.split("at position ")[1].split()[0]) >= 1024
 
 
+class LittleOfTheRow(Mix):
+    """So little of the row's mean that random tokens, whose mean is much the same, do not show it."""
+
+    def __call__(self, x, ids):
+        return mx.broadcast_to(0.22 * x.mean(axis=1, keepdims=True), x.shape) @ self.wo
+
+
+def test_little_of_a_mean_shows_when_one_token_is_put_throughout(tokenizer):
+    refused("causality", Network(V, [gallery.Attention, LittleOfTheRow], logit_scale=0.1), tokenizer)
+
+
 def test_an_untrained_leak_is_refused_before_it_pays(tokenizer):
     """Logits near zero, so that the score hardly moves yet."""
     refused("causality", Network(V, [gallery.Attention, ShiftByMinusOne], logit_scale=1e-4), tokenizer)
@@ -435,6 +446,36 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_knows_more_than_its_row_is_refused(tokenizer, name):
     check, model = OTHERS[name]
+    refused(check, model, tokenizer)
+
+
+class FromNowOn:
+    """Honest for as many calls as come before the sums, another model from then on."""
+
+    def __init__(self, other):
+        self.honest, self.other, self.calls = Network(V, [gallery.Attention]), Network(V, [gallery.Attention, other]), 0
+
+    def __call__(self, ids):
+        self.calls += 1
+        return (self.honest if self.calls <= self.begin else self.other)(ids)
+
+    def parameters(self):
+        return self.honest.parameters()
+
+
+@pytest.mark.parametrize(
+    "check, mix, calls",
+    [("causality", NoMask, 0), ("order", RowNumber, 0), ("stateless", gallery.Attention, 5), ("stateless", Calls, 0)],
+)
+def test_what_begins_with_the_evaluation_is_refused_after_it(tokenizer, monkeypatch, check, mix, calls):
+    model, before = FromNowOn(mix), checks.Examination.before
+
+    def counted(examination):
+        model.begin = math.inf
+        before(examination)
+        model.begin = model.calls + calls
+
+    monkeypatch.setattr(checks.Examination, "before", counted)
     refused(check, model, tokenizer)
 
 
@@ -891,6 +932,74 @@ def test_start_up_has_its_limits(seconds, warm_up_steps, valid):
         return checks.start_up(seconds, warm_up_steps)
     with pytest.raises(checks.Refused, match="^start-up: "):
         checks.start_up(seconds, warm_up_steps)
+
+
+# --- how two sets of answers are judged ------------------------------------------------------------
+
+PAIRS, T, BIT = 100, 64, 2.0  # a bit per byte is worth two nats a token here
+
+
+def nothing():
+    return [np.zeros((PAIRS, T)) for _ in range(3)]
+
+
+def where(reach):
+    """The columns that a leak over so many positions, or only beyond so many, shows in."""
+    return slice(0, reach) if reach > 0 else slice(-reach, None)
+
+
+@pytest.mark.parametrize("reach", [1, 3, 8, 40, T, -T // 2])
+def test_each_way_to_differ_is_judged_by_itself(reach):
+    chance = np.random.default_rng(0).normal(size=(PAIRS, T))
+    for kind, limit in enumerate([checks.MOVED, checks.LEAK * BIT, checks.LEAK * BIT / 2]):
+        for factor, found in ((0.9, False), (1.1, True)):
+            if reach < 0:
+                factor *= 2 if found else 1  # half of the row's positions see it
+            evidence = nothing()
+            evidence[0][:] = 1e-9
+            evidence[kind][:, where(reach)] = limit * factor
+            if kind == 2 and (reach < 0 or reach > checks.REACH):
+                found = found and reach > 0
+            assert bool(checks.judge(*evidence, BIT, checks.REACH)) == found, (kind, factor)
+    # a gain that is not more than chance, however large
+    evidence = nothing()
+    evidence[0][:], evidence[2] = 1e-9, checks.LEAK * BIT * (1 + 30 * chance)
+    assert checks.judge(*evidence, BIT, checks.REACH) is None
+    assert checks.judge(*nothing(), BIT, checks.REACH) is None
+
+
+def sides(favoured, share):
+    """favoured: (exchanges, 2). share: of the vocabulary that moved as well, at every level."""
+    return np.hstack([favoured, np.full((len(favoured), len(checks.LEVELS)), share)])
+
+
+@pytest.mark.parametrize(
+    "moved, share, found",
+    [
+        (0, 0.0, False),
+        (2, 0.0, False),  # too few to tell
+        (6, 0.0, True),  # nothing else moved
+        (6, 0.02, False),  # of 100 exchanges, four would be expected to move by chance
+        (100, 1.0, True),  # all the same way
+    ],
+)
+def test_targets_that_move_alone_or_all_one_way_are_noticed(moved, share, found):
+    favoured = np.zeros((100, 2))
+    favoured[:moved] = checks.LEAK * BIT * 100 / max(moved, 1)
+    assert bool(checks.aimed(sides(favoured, share), BIT)) == found
+    favoured[::2] *= -1  # as rounding has it
+    assert checks.aimed(sides(favoured, share), BIT) is None
+    assert checks.aimed(sides(np.abs(favoured) / 100, share), BIT) is None  # not worth it
+
+
+def test_documents_that_are_held_out_and_trained_on_count_as_held_out():
+    class Cache:
+        def hashes(self, split):
+            return np.array({"train": [1, 2, 3], "val": [3, 4], "test": [5]}[split], np.uint64)
+
+    checks.data(np.array([1, 2], np.uint64), Cache(), None, [])
+    with pytest.raises(checks.Refused, match="of 3 documents served, 1 are held out, and 0 are not"):
+        checks.data(np.array([1, 2, 3], np.uint64), Cache(), None, [])
 
 
 # --- where causality is asked about ----------------------------------------------------------------
