@@ -15,6 +15,7 @@ from functools import partial
 # MLX hands work to the GPU in pieces, and what a piece used is free again when all of it is done.
 # With its own setting, a step that takes 4 GB on an H200 takes 12.
 os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
+os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")  # what a chunk of the logits used goes before the next one comes
 
 import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
