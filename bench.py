@@ -99,9 +99,10 @@ class Training:
 
         def forward():
             losses = []
-            for i, tokens in enumerate(micro_batches):
-                with mx.stream(step.streams[i % len(step.streams)]):
-                    losses.append(loss(tokens))
+            for tokens in micro_batches:
+                for part, stream in zip(step.split(tokens), step.streams, strict=False):
+                    with mx.stream(stream):
+                        losses.append(loss(part))
             mx.eval(losses)
 
         gradients, count = step.gradients(micro_batches), mx.array(float(len(micro_batches)))

@@ -21,6 +21,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+# Bound here, so that whoever replaces time.monotonic later does not reach them.
+CLOCKS = (
+    time.monotonic,
+    time.perf_counter,
+    partial(time.clock_gettime, getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)),
+)
+
 
 class Refused(Exception):
     """A check failed. The text names the check, and what to look for."""
@@ -113,6 +120,7 @@ def judge(moved, information, gain, nats_per_bit, reach, floor=(0.0, 0.0)):
 
 GROUP = 16  # rows, at least, that share a beginning: one as it is, the others with a suffix exchanged
 EXCHANGES = 112, 256  # rows of all groups on a CPU and on a GPU, at least; or a fortieth of the evaluation's
+SECONDS, SHARE = 3.0, 0.05  # all questions together take so long, or such a part of the evaluation if that is more
 REACH = 8  # see `judge`
 NOTHING = 1e-4, 0.01  # nats and share of the spread: logits that differ by less cannot fail `judge`
 LEVELS = NOTHING[0] * 10.0 ** np.arange(5)  # nats, by which a logit may have moved
@@ -243,28 +251,32 @@ class Examination:
     def before(self):
         """Ahead of the sums: whether an answer depends on anything but its row, then causality."""
         mx.eval(self.parameters)
+        start = CLOCKS[0]()
         first, reverse = self.rows[np.resize(np.arange(len(self.rows)), self.size)], slice(None, None, -1)
         company = first.copy()
         # Tokens that do occur: a model may hold others to be impossible, and their loss would be infinite.
         company[1::2] = self.rng.choice(self.rows.reshape(-1), company[1::2].shape)
         company[1::4] = company[1::4, :1]  # one token throughout, which moves statistics of a batch most
         nats = self.score(np.concatenate([first, first, company, first[reverse]]), self.size)
+        projected = (CLOCKS[0]() - start) / len(nats) * len(self.rows)
+        self.allowed = max(SECONDS, SHARE * projected)
         once, again, beside, reversed_ = np.split(nats, 4)
         self._unchanged()
         self._same(once, again, STATELESS)
         self._same(once[::2], beside[::2], ROWS)
         self._same(once, reversed_[reverse], ORDER)
-        self._causality(self.groups - self.groups // 4)
+        self._causality(self.groups - self.groups // 4, start + 0.7 * self.allowed)
 
     def after(self, nats):
         """After the sums. nats: float32 (n, T), what the evaluation found for each target."""
+        start = CLOCKS[0]()
         first = np.resize(np.arange(len(self.rows)), self.size)
         shuffled = self.rng.choice(len(self.rows), self.size, replace=len(self.rows) < self.size)
         again, elsewhere = np.split(self.score(self.rows[np.append(first, shuffled)], self.size), 2)
         self._unchanged()
         self._same(nats[first], again, STATELESS)
         self._same(nats[shuffled], elsewhere, ORDER)
-        self._causality(self.groups // 4)
+        self._causality(self.groups // 4, start + 0.3 * self.allowed)
 
     def _same(self, old, new, text):
         """old, new: nats (b, T) of the same targets."""
@@ -289,8 +301,8 @@ class Examination:
         ]
         return number, cuts, np.stack([row, *new])
 
-    def _causality(self, count):
-        """Ask about `count` groups, then judge all that was found so far."""
+    def _causality(self, count, deadline):
+        """Ask about `count` groups, or fewer where the deadline passes; then judge all that was found so far."""
         groups = [self._draw_group() for _ in range(count)]
         parts, base = self.group // self.size, None
         batches = [batch for _, _, ids in groups for batch in np.split(ids, parts)]
@@ -313,6 +325,8 @@ class Examination:
                 columns, sides = compare(first, logits, ids[0], batches[i], cuts)
             columns[:, ~before] = np.nan
             self.found += [(number, cut, columns[:, j], sides[j]) for j, cut in enumerate(cuts) if cut]
+            if self.found and CLOCKS[0]() > deadline:
+                break
         self._judge_causality()
 
     def _judge_causality(self):
@@ -346,12 +360,6 @@ class Examination:
 
 # --- the run around it -----------------------------------------------------------------------------
 
-# Bound here, so that whoever replaces time.monotonic later does not reach them.
-CLOCKS = (
-    time.monotonic,
-    time.perf_counter,
-    partial(time.clock_gettime, getattr(time, "CLOCK_UPTIME_RAW", time.CLOCK_MONOTONIC)),
-)
 STARTUP = 120  # seconds, at most
 OVERSHOOT = 0.02  # of the budget, or one step
 SLACK = 2  # seconds, by which a busy machine may hold up a step: it matters to short budgets alone

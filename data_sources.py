@@ -15,6 +15,7 @@ import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,11 +118,9 @@ def remove_leftovers(folder):
     """Delete the temporary `NAME.PID.part` files and folders of processes that were killed."""
     for path in folder.glob("*.part"):
         pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
-        if pid.isdigit() and not is_alive(int(pid)):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        if pid.isdecimal() and not is_alive(int(pid)):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_alive(pid):

@@ -179,7 +179,8 @@ class TokenCache:
     """The prepared tokens of one dataset.
 
     `meta` names the hash of every file. A split is a flat memory-mapped uint16 array, its
-    document offsets int64 (documents + 1,) and their content hashes uint64 (documents,).
+    document offsets int64 (documents + 1,), their content hashes uint64 (documents,), and for each
+    which piece of its source it is, int32 (documents,), 0 for a whole one or a start.
     """
 
     folder: Path
@@ -207,9 +208,11 @@ class TokenCache:
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
             for split in SPLITS:
-                tokens, offsets, hashes = (cache._array(split, kind) for kind in ("tokens", "offsets", "hashes"))
-                sizes, meta = {"documents": len(hashes), "tokens": len(tokens)}, cache.meta[split]
-                if sizes != meta or len(offsets) != meta["documents"] + 1 or offsets[-1] != meta["tokens"]:
+                kinds, meta = ("tokens", "offsets", "hashes", "pieces"), cache.meta[split]
+                tokens, offsets, hashes, pieces = (cache._array(split, kind) for kind in kinds)
+                if len(tokens) != meta["tokens"] or offsets[-1] != meta["tokens"]:
+                    return None
+                if not (len(offsets) - 1 == len(hashes) == len(pieces) == meta["documents"]):
                     return None
             tokenizer = folder.parent / "tokenizer.json"
             return cache if file_hash(tokenizer) == cache.meta["sha256"]["tokenizer.json"] else None
@@ -232,6 +235,9 @@ class TokenCache:
 
     def hashes(self, split):
         return np.array(self._array(split, "hashes"))
+
+    def pieces(self, split):
+        return np.array(self._array(split, "pieces"))
 
     def _array(self, split, kind):
         return np.load(self.folder / f"{split}_{kind}.npy", mmap_mode="r")
@@ -266,12 +272,12 @@ def is_prepared(dataset):
 def prepare(dataset):
     """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there."""
     start, root = time.monotonic(), cache_dir(dataset)
+    data_sources.remove_leftovers(root)
     if is_prepared(dataset):
         print(f"{dataset.name}: prepared in {root}")
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        data_sources.remove_leftovers(root)
         data_sources.fetch(dataset)
         temporary = root / f"tokens.{os.getpid()}.part"
         temporary.mkdir()
@@ -321,7 +327,7 @@ def write_split(tokenizer, texts, folder, split, held_out):
     would lose all that the packing crops. A piece gives way to a held-out document as well.
     Held-out documents stay whole.
     """
-    lengths, hashes, raw = [], [], folder / f"{split}.raw"
+    lengths, hashes, numbers, raw = [], [], [], folder / f"{split}.raw"
 
     def stored(ids):
         document = np.array([tokenizer.bos, *ids], np.uint16)
@@ -338,17 +344,19 @@ def write_split(tokenizer, texts, folder, split, held_out):
                     held_out.add(name)
                 elif len(ids) > size:
                     pieces = [stored(ids[first : first + size]) for first in range(0, len(ids), size)]
-                for document, name in pieces:
-                    if split == "train" and name in held_out:
-                        continue
+                if split == "train":
+                    pieces = [piece for piece in pieces if piece[1] not in held_out]
+                for number, (document, name) in enumerate(pieces):
                     out.write(document.tobytes())
                     lengths.append(len(document))
                     hashes.append(name)
+                    numbers.append(number)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     tokens = np.memmap(raw, np.uint16, "r") if lengths else np.empty(0, np.uint16)
     np.save(folder / f"{split}_tokens.npy", tokens)
     np.save(folder / f"{split}_offsets.npy", offsets)
     np.save(folder / f"{split}_hashes.npy", np.array(hashes, np.uint64))
+    np.save(folder / f"{split}_pieces.npy", np.array(numbers, np.int32))
     raw.unlink()
     return {"documents": len(lengths), "tokens": int(offsets[-1])}
 
@@ -398,11 +406,20 @@ def packed_rows(tokens, offsets, order, length, on_document=None):
         yield row
 
 
-def shuffled_forever(count, seed):
-    """Document numbers 0 … count-1, each epoch in a new order that `seed` determines."""
+def training_order(pieces, seed):
+    """Yield document numbers without end, each epoch in a new order that `seed` determines.
+
+    An epoch holds every document's start, and of a document in several pieces one later piece, in
+    turn: evaluation reads documents from their start, so training sees starts as often as all the
+    rest together. pieces: int (documents,), see `TokenCache`.
+    """
+    starts = np.flatnonzero(pieces == 0)
+    later = np.diff(np.append(starts, len(pieces))) - 1
+    starts_of_long, later = starts[later > 0], later[later > 0]
     epoch = 0
     while True:
-        yield from np.random.default_rng((seed, epoch)).permutation(count).tolist()
+        turn = starts_of_long + 1 + (starts_of_long + epoch) % later
+        yield from np.random.default_rng((seed, epoch)).permutation(np.concatenate([starts, turn])).tolist()
         epoch += 1
 
 
@@ -420,7 +437,7 @@ class Batches:
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self.wait_seconds, self.tokens = 0.0, 0
         self._cache, self._seed = cache, seed
-        self._documents, self._served, self._total = 0, set(), cache.meta["train"]["documents"]
+        self._documents, self._served, self._pieces = 0, set(), cache.pieces("train")
         self._queue = queue.Queue(self.AHEAD)
         self._failure = None
         threading.Thread(target=self._fill, daemon=True, name="batches").start()
@@ -433,7 +450,7 @@ class Batches:
             def note(document):
                 served.append(document_hash(tokens[offsets[document] : offsets[document + 1]]))
 
-            order = shuffled_forever(len(offsets) - 1, self._seed)
+            order = training_order(self._pieces, self._seed)
             rows = packed_rows(tokens, offsets, order, self.sequence_length + 1, note)
             while True:
                 batch = np.stack([next(rows) for _ in range(self.batch_size)]).astype(np.int32)
@@ -461,7 +478,8 @@ class Batches:
 
     @property
     def epochs(self):
-        return self._documents / self._total
+        """How often the training split was gone through, in the sense of `training_order`."""
+        return self._documents / np.isin(self._pieces, (0, 1)).sum()
 
     def served(self):
         """Content hashes, uint64 (n,), sorted, of the documents handed out so far."""
@@ -618,7 +636,7 @@ def bits_per_byte(nats, size):
 
 # --- one run: clock, log, record -----------------------------------------------------------------
 
-EXPLODED = 100.0  # nats per token; no sane model comes near it
+EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
 class Run:
@@ -665,7 +683,7 @@ class Run:
         action()
         self.warm_up_seconds += time.monotonic() - start
         if tree_digest(state) != before:
-            sys.exit("error: the warm-up changed the weights or the optimizer's state; put them back before the clock starts")
+            sys.exit("error: the warm-up changed weights or optimizer state; put them back before the clock starts")
 
     def start_clock(self):
         """Begin the budget. Everything before was start-up: loading, building, compiling."""
@@ -713,7 +731,7 @@ class Run:
         loss, tokens = self._pending
         self._pending = None
         loss, now, step = float(loss.item()), self.elapsed(), len(self._step_ends)
-        if not abs(loss) < EXPLODED:
+        if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
             sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
         rate = (tokens - self._tokens_logged) / max(now - (self._step_ends[-1] if step else 0.0), 1e-9)
         self._tokens_logged = tokens
@@ -952,8 +970,7 @@ def main():
 
 
 HARNESS_MODULES = (sys.modules[__name__], checks, data_sources)
-DEFINED = checks.definitions(*HARNESS_MODULES)
-
+DEFINED = checks.definitions(*HARNESS_MODULES)  # as they are now; compared when the run ends
 
 if __name__ == "__main__":
     main()

@@ -7,13 +7,15 @@ every experiment. The model follows karpathy/nanochat's GPT; the sources of sing
 named where they stand.
 """
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
 
 # MLX hands work to the GPU in pieces, and what a piece used is free again when all of it is done.
-# With its own setting the step that takes 3 GB on an H200 takes 12.
-os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "50")
+# With its own setting, a step that takes 4 GB on an H200 takes 12.
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
+os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")  # what a chunk of the logits used goes before the next one comes
 
 import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
@@ -28,27 +30,28 @@ CUDA = GPU and mx.cuda.is_available()
 # `a if GPU else b`: a for Metal and CUDA, b for a CPU, which sees a hundredth of the tokens.
 
 DATASET = "stdlib"  # one of data_sources.DATASETS
+SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
 
 DEPTH = 4 if GPU else 3  # layers
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64
-WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # per layer, repeated: S sees half the context, L all; the last is L
+WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: S sees half the context, L all
 
 TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
-DEVICE_BATCH_SIZE = 16 if GPU else 8  # rows at once; lower it where memory is short
-EVAL_BATCH_SIZE = 16  # rows at once in evaluation
+DEVICE_BATCH_SIZE = (2**15 if GPU else 2**12) // SEQUENCE_LENGTH  # rows at once; lower it where memory is short
+EVAL_BATCH_SIZE = DEVICE_BATCH_SIZE  # rows at once in evaluation
 
-MATRIX_LR = 0.04  # Muon, all matrices of the blocks
+MATRIX_LR = 0.03 if GPU else 0.06  # Muon, all matrices of the blocks
 EMBEDDING_LR = 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
-HEAD_LR = 0.004  # AdamW, output head and value gates
+HEAD_LR = 0.008  # AdamW, output head and value gates
 X0_LR = 0.5  # AdamW, x0_lambdas
 RESID_LR = 0.005  # AdamW, resid_lambdas
-WEIGHT_DECAY = 0.2  # Muon; falls linearly to 0 over the budget
+WEIGHT_DECAY = 0.1  # Muon; falls linearly to 0 over the budget
 WARMDOWN = 0.5  # last share of the budget, in which learning rates fall linearly
 FINAL_LR = 0.0  # ... to this share of their value
 
 COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
-LOGITS_AT_ONCE = 2**26 if GPU else 2**19  # elements of the logits that exist at one time in training
+LOGITS_AT_ONCE = 2**24 if CUDA else 2**23 if GPU else 2**19  # elements of the logits that exist at one time in training
 ATTENTION_BLOCK = None if CUDA else 512  # queries at once where attention has no fused backward
 
 # --- model ---------------------------------------------------------------------------------------
@@ -419,8 +422,8 @@ class Schedule:
 class TrainStep:
     """One optimizer step over several micro-batches: a compiled gradient and a compiled update.
 
-    Micro-batches are spread over `streams` (see prepare.compute_streams). On a CPU nothing is
-    compiled: it gains nothing there and would need a C++ compiler.
+    The rows of a micro-batch are spread over `streams` (see prepare.compute_streams). On a CPU
+    nothing is compiled: it gains nothing there and would need a C++ compiler.
     """
 
     def __init__(self, model, optimizer, streams, compiled=GPU):
@@ -440,19 +443,22 @@ class TrainStep:
 
     def _update(self, totals, count):
         """Apply the mean gradient of `count` micro-batches; returns their mean loss."""
-        loss, gradients = tree_map(lambda *parts: sum(parts) / count, *totals)
+        loss, gradients = tree_map(lambda *parts: sum(parts) / (count * len(parts)), *totals)
         self.optimizer.update(self.model, gradients)
         return loss
 
+    def split(self, tokens):
+        """The rows of `tokens` in equal parts, one for each stream that gets any."""
+        return mx.split(tokens, math.gcd(len(tokens), len(self.streams)))
+
     def gradients(self, micro_batches):
-        """Summed losses and gradients of the micro-batches, one sum for each stream at work."""
-        totals = [self.zeros] * min(len(self.streams), len(micro_batches))
-        for i, tokens in enumerate(micro_batches):
-            lane = i % len(totals)
-            with mx.stream(self.streams[lane]):
-                totals[lane] = self.accumulate(tokens, totals[lane])
-            if lane == len(totals) - 1:
-                mx.async_eval(totals)
+        """For each stream, the loss and the gradients of its rows, summed over the micro-batches."""
+        totals = [self.zeros for _ in self.split(micro_batches[0])]
+        for tokens in micro_batches:
+            for i, part in enumerate(self.split(tokens)):
+                with mx.stream(self.streams[i]):
+                    totals[i] = self.accumulate(part, totals[i])
+            mx.async_eval(totals)
         return totals
 
     def __call__(self, micro_batches):
@@ -492,9 +498,9 @@ def build(vocab_size, sequence_length, compiled=GPU):
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    micro_batches = micro_batches_a_step(DEVICE_BATCH_SIZE, run.dataset.sequence_length)
-    batches = run.batches(DEVICE_BATCH_SIZE)
-    config, schedule, step = build(run.tokenizer.vocab_size, run.dataset.sequence_length)
+    micro_batches = micro_batches_a_step(DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
+    batches = run.batches(DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
+    config, schedule, step = build(run.tokenizer.vocab_size, SEQUENCE_LENGTH)
     shape = (DEVICE_BATCH_SIZE, config.sequence_length + 1)
     example = [mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)]
     run.warm_up(partial(step.warm_up, example), step.state)

@@ -14,7 +14,7 @@ from datetime import datetime
 
 import records
 import verdict
-from records import ATTEMPT, DATA, ROOT, Refused, read_json, write_json
+from records import ATTEMPT, DATA, ROOT, Incomparable, Refused, read_json, write_json
 
 SHOWN = 8  # lines of run.log that a crash shows
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "stale": 3, "timeout": 124, "interrupted": 130}
@@ -121,7 +121,10 @@ def cmd_end(args):
     attempt.update(status=status, reason=reason, exit_code=args.exit_code, wall_seconds=round(wall, 1))
     attempt["run_id"] = record["run_id"] if record else None
     write_json(ATTEMPT, attempt)
-    print("\n".join(summary(attempt, record)))
+    lines = summary(attempt, record)
+    if args.baseline and status == "valid":
+        lines = lines[:-1]  # baseline.sh does the next step itself
+    print("\n".join(lines))
     sys.exit(EXIT[status])
 
 
@@ -130,7 +133,8 @@ def summary(attempt, record):
     status = attempt["status"]
     commit = (attempt["commit"] or "0" * 7)[:7]
     if status != "valid":
-        lines = [f"{status} (exit {EXIT[status]}) {commit}: {records.one_line(attempt['reason'])}"]
+        code = attempt["exit_code"] if status == "interrupted" else EXIT[status]
+        lines = [f"{status} (exit {code}) {commit}: {records.one_line(attempt['reason'])}"]
         if status in ("crash", "stale", "timeout"):
             lines += [f"  | {line}" for line in last_lines(ROOT / "run.log", SHOWN)]
         if status == "interrupted":
@@ -141,7 +145,7 @@ def summary(attempt, record):
     result, refused = None, None
     try:
         result = verdict.decide(record, records.read_rows()[0])
-    except Refused as refusal:
+    except Incomparable as refusal:
         refused = refusal
     old = result.old_record if result else None
     for key, form in (
@@ -157,7 +161,8 @@ def summary(attempt, record):
             change = verdict.percent(new_value, old_value)
         lines.append(f"{key:15}{new_value:>13{form}}  {change}".rstrip())
     if refused:
-        return lines + [f"verdict  none: {refused}"]
+        mend = f"make run BUDGET={refused.budget:g}" if refused.budget else "make baseline AGAIN=1"
+        return lines + [f"verdict  none: {refused}", f"next     make discard, or {mend}"]
     if result.base:
         lines.append(f"against  {result.base.commit}  {result.base.description[:80]}")
     if result.runs > 1:
@@ -169,7 +174,9 @@ def summary(attempt, record):
 
 
 def value_of(record, key):
-    return record and (record["result"] if key == "val_bpb" else record["training"])[key]
+    if record and key == "val_bpb":
+        return round(record["result"]["val_bpb"], 6)  # as the row has it, so that differences agree
+    return record and record["training"][key]
 
 
 def last_lines(path, count):
@@ -193,6 +200,7 @@ def main():
     parser.add_argument("--exit-code", type=int)
     parser.add_argument("--timed-out", default="", help="the TIMEOUT that it ran past")
     parser.add_argument("--interrupted", action="store_true")
+    parser.add_argument("--baseline", action="store_true", help="leave out what to type next")
     args = parser.parse_args()
     records.run_command({"lock": cmd_lock, "begin": cmd_begin, "end": cmd_end}[args.command], args)
 

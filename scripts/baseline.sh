@@ -14,5 +14,5 @@ same_dataset
 need_python
 export PYTHON # built once, known to the others
 scripts/prepare.sh
-scripts/run.sh
+BASELINE=1 scripts/run.sh
 STATUS=keep DESC=baseline scripts/log-result.sh --new-table

@@ -12,8 +12,11 @@ set -euo pipefail
 lock=requirements.lock
 if [ "$(uname -s)" = Linux ] && nvidia-smi -L 2>/dev/null | grep -q GPU; then lock=requirements-cuda.lock; fi
 
-stamp() { # says what the environment was built from, and that its Python still runs
-  printf '%s %s %s\n' "$lock" "$(cat "$lock" scripts/environment.sh | cksum)" "$(.venv/bin/python -V 2>&1)"
+# What the environment was built from, that its Python still runs, and which versions are in it: `uv run`
+# may have put others there.
+stamp() {
+  printf '%s %s %s %s\n' "$lock" "$(cat "$lock" scripts/environment.sh | cksum)" "$(.venv/bin/python -V 2>&1)" \
+    "$(echo .venv/lib/python*/site-packages/*.dist-info | cksum)"
 }
 fresh() { [ -f .venv/.stamp ] && [ "$(cat .venv/.stamp)" = "$(stamp)" ]; }
 

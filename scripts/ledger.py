@@ -12,13 +12,17 @@ from datetime import datetime
 
 import records
 import verdict
-from records import ATTEMPT, COPY, DATA, HEADER, JOURNAL, RESULTS, ROOT, Refused, read_rows
+from records import ATTEMPT, COPY, DATA, HEADER, JOURNAL, RESULTS, ROOT, Incomparable, Refused, read_rows
 
 # --- commands: each takes the command line's arguments -------------------------------------------
 
 
 def cmd_verdict(args):
     attempt = records.newest_attempt(args.tag)
+    if attempt["status"] == "running":
+        raise Refused("the run has not ended yet")
+    if attempt["status"] == "interrupted":
+        raise Refused("the newest run was interrupted and has no result: make run")
     if attempt["status"] != "valid":
         raise Refused(f"the newest run has no valid result ({attempt['status']}): make log-result STATUS=crash DESC=…")
     rows, problems = read_rows()
@@ -28,7 +32,8 @@ def cmd_verdict(args):
     print(f"run      {(attempt['commit'] or '0' * 7)[:7]}  {verdict.change_of(result)}")
     if base := result.base:
         print(f"against  {base.commit}  val_bpb {base.bpb}, {base.rate} tok/s: {base.description}")
-    for note in [result.note, *problems]:
+    logged = f"logged, as row {attempt['logged']}" if attempt.get("log_complete") else ""
+    for note in [logged, result.note, *problems]:
         if note:
             print(f"note     {note}")
 
@@ -67,7 +72,7 @@ def cmd_log(args):
         if record:
             try:
                 result = verdict.decide(record, rows)
-            except Refused:
+            except Incomparable:
                 if not args.new_table or attempt["logged"]:
                     raise
                 archive_results()
@@ -99,12 +104,20 @@ def cmd_fresh(args):
 
 
 def cmd_seen(args):
-    """Refuse a train.py that was run before under the same budget and seed, and say what came of it."""
+    """Refuse a train.py that was run before under the same budget and seed, and say what came of it.
+
+    In a session also one that would push aside a result that is not logged yet.
+    """
     blob, rows, attempt = records.blob_of_train(), read_rows()[0], records.read_json(ATTEMPT)
     setting = float(os.environ["AUTORESEARCH_BUDGET"]), int(os.environ["AUTORESEARCH_SEED"])
-    if attempt and attempt["tag"] == args.tag and not attempt["logged"] and attempt["train_blob"] == blob:
-        if (attempt["budget"], attempt["seed"]) == setting and attempt["status"] not in ("running", "interrupted"):
-            raise Refused(f"this train.py was just run ({attempt['status']}): make log-result, or make run AGAIN=1")
+    if attempt and attempt["tag"] == args.tag and not attempt.get("log_complete"):
+        same = attempt["train_blob"] == blob
+        if same and (attempt["budget"], attempt["seed"]) == setting:
+            if attempt["status"] not in ("running", "interrupted"):
+                raise Refused(f"this train.py was just run ({attempt['status']}): make log-result, or make run AGAIN=1")
+        elif args.session and not same and attempt["status"] == "valid" and can_be_a_row(attempt, rows):
+            commit = attempt["commit"][:7]
+            raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
     for row, its_blob in zip(rows, blobs_of([row.commit for row in rows]), strict=True):
         if its_blob != blob:
             continue
@@ -115,11 +128,15 @@ def cmd_seen(args):
 
 def cmd_kept(args):
     """The kept commits, the newest first; refused while the run of --head is not logged (discard.sh)."""
-    attempt = records.read_json(ATTEMPT)
+    rows, attempt = read_rows()[0], records.read_json(ATTEMPT)
     if attempt and attempt["tag"] == args.tag and attempt["commit"] == args.head and not attempt.get("log_complete"):
-        if records.newest_attempt(args.tag)["status"] != "interrupted":
-            raise Refused('the newest run is not logged yet: make log-result STATUS=discard DESC="…" comes first')
-    for row in reversed(read_rows()[0]):
+        status = records.newest_attempt(args.tag)["status"]
+        if status == "running":
+            raise Refused("the run has not ended yet")
+        if status != "interrupted" and can_be_a_row(attempt, rows):
+            word = "discard" if status == "valid" else "crash"
+            raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
+    for row in reversed(rows):
         if row.status == "keep":
             print(row.commit)
 
@@ -140,6 +157,16 @@ def refuse_untruthful(status, attempt):
         raise Refused(f"the run has no valid result ({outcome}), so it can only be logged as STATUS=crash")
 
 
+def can_be_a_row(attempt, rows):
+    """Whether log-result would take it: a short try with another budget, say, has no place in the table."""
+    try:
+        if attempt["status"] == "valid":
+            verdict.decide(records.record_of_attempt(attempt), rows_before(attempt, rows))
+    except Refused:
+        return False
+    return True
+
+
 def rows_before(attempt, rows):
     """The rows that the attempt is to be compared with: once logged, those above its own."""
     return rows[: attempt["logged"] - 1] if attempt["logged"] else rows
@@ -155,7 +182,8 @@ def journal_entry(attempt, record, row, result, found, unanswered):
         lines.append(f"- verdict{against}: {result.verdict} ({result.rule})")
     else:
         lines.append(f"- {attempt['status']}: {records.one_line(attempt['reason'])}")
-    lines.append(f"- commit {attempt['commit'] or 'none'}, {attempt['started']}, run {attempt['id']}")
+    made = f", record {record['run_id']}" if record else ""
+    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}{made}")
     for name, text in (("found", records.one_line(found)), ("open", records.one_line(unanswered))):
         if text:
             lines.append(f"- {name}: {text}")
@@ -215,6 +243,7 @@ def main():
     parser.add_argument("command", choices=commands)
     parser.add_argument("--tag", default="none")
     parser.add_argument("--head", default="", help="the checked-out commit (kept)")
+    parser.add_argument("--session", action="store_true", help="a session is open (seen)")
     parser.add_argument("--new-table", action="store_true", help="archive rows that cannot be compared (log)")
     for option in ("status", "description", "found", "open"):
         parser.add_argument(f"--{option}", default="", help="(log)")

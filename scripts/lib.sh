@@ -123,7 +123,7 @@ short() { printf '%.7s' "$1"; }
 
 # Refuses what differs from where the session began (outside a session: from the commit), and says the mend.
 refuse_changed_files() {
-  local base=${START:-$HEAD} where="the last commit" changed committed new
+  local base=${START:-$HEAD} where="the last commit" changed committed new commit=''
   [ -z "$START" ] || where="where the session began"
   # shellcheck disable=SC2086  # FROZEN is a list
   {
@@ -132,9 +132,10 @@ refuse_changed_files() {
     new=$(git ls-files --others --exclude-standard -- $FROZEN)
   }
   if [ -n "$changed$committed" ]; then
+    [ -z "$committed" ] || commit=" && git commit -m 'put back'"
     changed=$(printf '%s\n%s\n' "$changed" "$committed" | sort -u | tr '\n' ' ' | sed -e 's/^ *//' -e 's/ *$//')
     die "only train.py may change, and this differs from $where: $changed. Put back:" \
-      "git restore --source=$(short "$base") --staged --worktree -- $changed${committed:+ && git commit -m 'put back'}"
+      "git restore --source=$(short "$base") --staged --worktree -- $changed$commit"
   fi
   [ -z "$new" ] || die "only train.py may change, and this is new: $(printf '%s' "$new" | tr '\n' ' '): move it elsewhere"
 }

@@ -28,6 +28,12 @@ class Refused(Exception):
     """What was asked cannot be done; the text says why and what to do."""
 
 
+class Incomparable(Refused):
+    """Two records that differ in more than the experiment; `budget`: the other's, where that is all."""
+
+    budget = None
+
+
 # --- files: written whole or not at all ----------------------------------------------------------
 
 

@@ -7,7 +7,7 @@
 # run on this machine instead of refusing.
 # exit: 0 a valid result · 1 refused, and why · 2 it crashed, or a check found it invalid · 3 it ended,
 #       but data/last_run.json is missing, stale or not of this run · 124 it ran past TIMEOUT and was
-#       killed · 130 it was interrupted
+#       killed · 128 + n a signal (Ctrl-C: 130) interrupted it
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -25,14 +25,12 @@ if [ -n "$HEAD" ]; then
   refuse_changed_files
 fi
 need_python
-[ -n "${AGAIN:-}" ] || ledger seen --tag "$TAG" --head "$HEAD"
+[ -n "${AGAIN:-}" ] || ledger seen --tag "$TAG" ${START:+--session}
 
 take_lock
 
 # --- processes -----------------------------------------------------------------------------------
-child='' watchdog=''
-scratch=$(mktemp -d "${TMPDIR:-/tmp}/autoresearch.XXXXXX")
-trap 'rm -rf "$scratch"' EXIT
+child='' watchdog='' marker=data/.timed-out
 
 descendants() { # PID: all that it started, and they, in whatever group
   { ps -A -o pid,ppid 2>/dev/null || ps -o pid,ppid; } | awk -v root="$1" '
@@ -46,11 +44,11 @@ descendants() { # PID: all that it started, and they, in whatever group
     }'
 }
 
-kill_tree() { # PID of a group's leader: asked first, killed after five seconds
+kill_tree() { # PID of a group's leader: asked first, killed after three seconds
   local all tries=0
   all=$(descendants "$1" || true)
   kill -TERM -- "-$1" 2>/dev/null || true
-  while [ $tries -lt 25 ] && kill -0 -- "-$1" 2>/dev/null; do
+  while [ $tries -lt 15 ] && kill -0 -- "-$1" 2>/dev/null; do
     sleep 0.2
     tries=$((tries + 1))
   done
@@ -67,7 +65,7 @@ watch() {
     if ! kill -0 $$ 2>/dev/null; then
       kill_tree "$child"
     elif [ "$left" -le 0 ]; then
-      : >"$scratch/timeout"
+      : >"$marker"
       kill_tree "$child"
       return
     fi
@@ -80,43 +78,47 @@ interrupted() { # EXIT CODE
   trap '' INT TERM HUP
   [ -z "$child" ] || kill_tree "$child"
   [ -z "$watchdog" ] || kill_tree "$watchdog"
+  [ ! -t 1 ] || echo # after the progress line
   attempt end --interrupted --exit-code "$1" || true
   exit "$1"
 }
 
+rm -f "$marker"
 attempt begin --tag "$TAG" --head "$HEAD" --pid $$
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 trap 'interrupted 129' HUP
 
+exec 8>&2 2>/dev/null # or bash would report a killed child in words of its own
 set -m # each job its own process group, so that all of it can be ended, and Ctrl-C comes to us alone
 if [ -t 1 ]; then # a person watches: progress on the terminal, the rest in run.log as well
-  "$PYTHON" scripts/console.py run.log "${LAUNCH[@]}" train.py </dev/null &
+  "$PYTHON" scripts/console.py run.log "${LAUNCH[@]}" train.py </dev/null 8>&- &
 else
-  "${LAUNCH[@]}" train.py >run.log 2>&1 </dev/null &
+  "${LAUNCH[@]}" train.py >run.log 2>&1 </dev/null 8>&- &
 fi
 child=$!
-watch 9<&- &
+watch 8>&- 9<&- &
 watchdog=$!
 if command -v caffeinate >/dev/null; then
-  caffeinate -i -w "$child" 9<&- &
+  caffeinate -i -w "$child" 8>&- 9<&- &
 elif command -v systemd-inhibit >/dev/null && systemd-inhibit --what=sleep true 2>/dev/null; then
   # shellcheck disable=SC2016  # $1 is the inner shell's
   systemd-inhibit --what=sleep:idle --who=autoresearch --why="an experiment runs" \
-    bash -c 'while kill -0 "$1" 2>/dev/null; do sleep 2; done' - "$child" >/dev/null 2>&1 9<&- &
+    bash -c 'while kill -0 "$1" 2>/dev/null; do sleep 2; done' - "$child" >/dev/null 2>&1 8>&- 9<&- &
 fi
 set +m
 
 code=0
-wait "$child" 2>/dev/null || code=$?
-if [ -e "$scratch/timeout" ]; then
-  wait "$watchdog" 2>/dev/null || true # it may still be killing
+wait "$child" || code=$?
+if [ -e "$marker" ]; then
+  wait "$watchdog" || true # it may still be killing
 else
   kill -KILL -- "-$watchdog" 2>/dev/null || true
-  wait "$watchdog" 2>/dev/null || true
+  wait "$watchdog" || true
 fi
 trap - INT TERM HUP
+exec 2>&8 8>&-
 kill -KILL -- "-$child" 2>/dev/null || true # what train.py left behind in its group
 timed_out=''
-[ ! -e "$scratch/timeout" ] || timed_out=$timeout
-attempt end --child "$child" --exit-code "$code" --timed-out "$timed_out"
+[ ! -e "$marker" ] || timed_out=$timeout
+attempt end --child "$child" --exit-code "$code" --timed-out "$timed_out" ${BASELINE:+--baseline}

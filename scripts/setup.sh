@@ -20,6 +20,10 @@ fi
 if git show-ref -q --verify "refs/heads/autoresearch/$tag" || [ -n "$(git for-each-ref "refs/experiments/$tag/")" ]; then
   die "TAG=$tag is taken: choose another one, or go on with it: git checkout autoresearch/$tag"
 fi
+for who in GIT_AUTHOR_IDENT GIT_COMMITTER_IDENT; do # found out now, not at the first experiment
+  git var "$who" >/dev/null 2>&1 ||
+    die "git knows no author for commits: git config user.name agent && git config user.email agent@localhost"
+done
 dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' ' ')
 [ -z "$dirty" ] || die "the tree is dirty ($dirty): commit that or put it back, then make setup again"
 refuse_changed_files

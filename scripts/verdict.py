@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from records import Refused, archives, differences, figures, record_of_row
+from records import Incomparable, archives, differences, figures, record_of_row
 
 
 def judge(new, old):
@@ -46,7 +46,7 @@ def decide(record, rows):
     """Compare a record with the last kept run.
 
     Returns a namespace: verdict, rule, base (row or None), old and new figures, runs (how many were averaged),
-    old_record (or None), note. Raises Refused where the two may not be compared.
+    old_record (or None), note. Raises Incomparable where the two may not be compared.
     """
     new, base = figures(record), last_kept(rows)
     result = SimpleNamespace(verdict="keep", rule="nothing was kept before", base=base, new=new, old=None, runs=1,
@@ -58,7 +58,10 @@ def decide(record, rows):
     if old_record is None:
         result.note = f"the record of {base.commit} is not in data/: its row was compared, dataset and device were not"
     elif unlike := differences(record, old_record):
-        raise Refused(f"not comparable with the last kept run {base.commit}: {'; '.join(unlike)}")
+        refusal = Incomparable(f"not comparable with the last kept run {base.commit}: {'; '.join(unlike)}")
+        if len(unlike) == 1 and record["budget"] != old_record["budget"]:
+            refusal.budget = old_record["budget"]
+        raise refusal
     same = [r for r in archives() if r["train_blob"] == record["train_blob"] and not differences(r, record)]
     if old_record and old_record["train_blob"] != record["train_blob"] and len(same) > 1:
         # run again: the mean of all its runs decides

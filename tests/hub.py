@@ -94,11 +94,18 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile = self.rfile = open("/dev/null", "rb+", buffering=0)  # what the base class still flushes
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        pass  # connections break on purpose here
+
+
 @contextmanager
 def serving(hub):
     """Run `hub` on a free port; gives its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hub, server.daemon_threads = hub, True
+    server = Server(("127.0.0.1", 0), Handler)
+    server.hub = hub
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

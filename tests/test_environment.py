@@ -118,6 +118,13 @@ def test_it_is_built_again_when_the_lock_or_its_python_changes(world):
     assert "building" in world.build().stderr
 
 
+def test_it_is_built_again_when_something_else_was_installed_into_it(world):
+    world.build()
+    (world.path / ".venv/lib/python3.12/site-packages/mlx-9.9.dist-info").mkdir(parents=True)
+    assert "building" in world.build().stderr
+    assert world.build().stderr == ""
+
+
 def test_what_was_interrupted_starts_over(world, tmp_path):
     (tmp_path / "fail").touch()
     done = world.build(check=1)

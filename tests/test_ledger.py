@@ -36,7 +36,7 @@ def test_a_row_and_an_entry_from_the_record(ran):
         "val_bpb 1.400000 (-0.100000), 1100 tok/s (+10.0 %), 1.5 GB, 10 steps",
         "verdict against",
         "keep (val_bpb improved",
-        head,
+        f"- t, commit {head}, ",
         "- found: it helps",
         "- open: how far?",
     ):
@@ -178,6 +178,8 @@ def test_a_full_disk_loses_nothing_and_the_same_command_completes(ran, full_at):
     )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert grown.read_bytes() == before
+    ran.write_train("prepare.finish(1.3)", commit="next")
+    assert "not logged yet" in ran.script("run", check=1).stderr  # half a log is no log
     log(ran)
     assert len(ran.rows) == rows + 1 and ran.rows[-1][5] == "warmer"
     assert grown.read_bytes().startswith(before) and ran.journal.count(". keep: warmer") == 1

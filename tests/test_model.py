@@ -2,7 +2,10 @@
 
 import inspect
 import math
+import re
 import shutil
+import sys
+import types
 from itertools import product
 
 import mlx.core as mx
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+import data_sources
 import train
 
 VOCAB, T = 61, 24
@@ -28,14 +32,9 @@ def tiny(pattern="SL", sequence_length=T, depth=2, seed=0, **config):
     return model
 
 
-def optimizer_of(model):
-    more = [[mx.default_stream(mx.cpu)]] if len(inspect.signature(train.build_optimizer).parameters) > 2 else []
-    return train.build_optimizer(model, model.token_embedding.weight.shape[1], *more)
-
-
 def step_of(model, streams=1, compiled=False):
     lanes = [mx.default_stream(mx.cpu)] if streams == 1 else [mx.new_stream(mx.cpu) for _ in range(streams)]
-    return train.TrainStep(model, optimizer_of(model), lanes, compiled=compiled)
+    return train.TrainStep(model, train.build_optimizer(model, 32, lanes), lanes, compiled=compiled)
 
 
 def tokens_of(rows, columns=T + 1, seed=0):
@@ -244,7 +243,7 @@ def test_the_gradients_are_those_of_finite_differences():
             other.load_weights(list(moved.items()))
             losses.append(train.loss_fn(other, tokens).item())
         slope = (losses[0] - losses[1]) / (2 * step)
-        assert slope == pytest.approx(norm, rel=0.03, abs=3e-4), path
+        assert slope == pytest.approx(norm, rel=0.05, abs=3e-4), path
 
 
 def test_in_half_precision_the_residual_stream_stays_so_and_the_weights_do_not(monkeypatch):
@@ -282,18 +281,21 @@ def test_the_loss_falls_when_it_overfits_one_batch():
 
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_accumulated_gradients_are_those_of_one_large_batch(streams):
-    tokens = tokens_of(8)
+    tokens = tokens_of(12)
     large, parts = step_of(tiny()), step_of(tiny(), streams)
-    micro_batches = [tokens[i : i + 2] for i in range(0, 8, 2)]
-    totals = [np.array(sum(lane[0] for lane in parts.gradients(micro_batches))) / 4]
-    assert totals[0] == pytest.approx(large.gradients([tokens])[0][0].item(), rel=1e-5)
-    mean = [dict(tree_flatten(lane[1])) for lane in parts.gradients(micro_batches)]
-    mean = {path: sum(np.array(lane[path], np.float64) for lane in mean) / 4 for path in mean[0]}
+    micro_batches = [tokens[i : i + 6] for i in range(0, 12, 6)]
+    lanes = parts.gradients(micro_batches)
+    assert len(lanes) == streams
+    loss = sum(loss.item() for loss, _ in lanes) / (2 * streams)
+    assert loss == pytest.approx(large.gradients([tokens])[0][0].item(), rel=1e-5)
+    mean = [dict(tree_flatten(gradients)) for _, gradients in lanes]
+    mean = {path: sum(np.array(lane[path], np.float64) for lane in mean) / (2 * streams) for path in mean[0]}
     whole = dict(tree_flatten(large.gradients([tokens])[0][1]))
     assert_same(mean, {path: np.array(g, np.float64) for path, g in whole.items()}, 1e-5)
     for _ in range(3):
         assert parts(micro_batches).item() == pytest.approx(large([tokens]).item(), rel=1e-4)
-    assert_same(weights(parts.model), weights(large.model), 1e-3)
+    # Muon's matrices start from zeros, and its first steps make rounding large.
+    assert_same(weights(parts.model), weights(large.model), 5e-3)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU, MLX compiles with g++, which is not here")
@@ -335,3 +337,14 @@ def test_a_total_batch_that_does_not_divide_is_refused(monkeypatch, rows, length
         train.micro_batches_a_step(rows, length)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 6 * rows * length)
     assert train.micro_batches_a_step(rows, length) == 6
+
+
+@pytest.mark.parametrize("name", data_sources.DATASETS)
+def test_the_preset_serves_every_dataset(monkeypatch, name):
+    """What `make setup` does: only the line with DATASET changes."""
+    source = re.sub(r'^DATASET = ".*?"', f'DATASET = "{name}"', inspect.getsource(train), flags=re.MULTILINE)
+    other = types.ModuleType("train_on_another_dataset")
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    exec(compile(source, "train.py", "exec"), other.__dict__)
+    assert other.DATASET == name
+    assert other.micro_batches_a_step(other.DEVICE_BATCH_SIZE, data_sources.DATASETS[name].sequence_length) >= 1

@@ -114,7 +114,7 @@ def test_a_night(laboratory):
     assert "timeout (exit 124)" in done.stdout
     decided.append(agent.settle("a loop without an end"))
     decided.append(agent.experiment("a rate that explodes", EMBEDDING_LR="float('nan')"))
-    assert "diverged" in "\n".join(agent.read[-1])
+    assert "the loss is nan" in "\n".join(agent.read[-1])
     agent.break_with("a slip of the pen", "x = = 1")
     assert "SyntaxError" in agent.run().stdout
     decided.append(agent.settle("a slip of the pen"))

@@ -77,13 +77,17 @@ def test_the_shortest_is_cropped_where_none_fits():
     assert used[:4] == [1, 0, 2, 3]  # 9, then of 6, 8, 7 the shortest; 8, then 7
 
 
-def test_each_epoch_has_every_document_once_in_another_order():
-    order = list(islice(prepare.shuffled_forever(50, seed=3), 150))
-    epochs = [order[:50], order[50:100], order[100:]]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+def test_an_epoch_has_every_start_once_and_later_pieces_in_turn():
+    pieces = np.array([0, 0, 1, 2, 3, 0, 1, *[0] * 43])  # document 1 has three later pieces, document 5 one
+    order = list(islice(prepare.training_order(pieces, seed=3), 48 * 3))
+    epochs = [order[i : i + 48] for i in range(0, len(order), 48)]
+    for epoch in epochs:
+        assert sorted(i for i in epoch if pieces[i] == 0) == np.flatnonzero(pieces == 0).tolist()
+        assert 6 in epoch and len({2, 3, 4} & set(epoch)) == 1
+    assert {2, 3, 4} <= set(order)  # three epochs have served the whole text
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert order == list(islice(prepare.shuffled_forever(50, seed=3), 150))
-    assert order != list(islice(prepare.shuffled_forever(50, seed=4), 150))
+    assert order == list(islice(prepare.training_order(pieces, seed=3), len(order)))
+    assert order != list(islice(prepare.training_order(pieces, seed=4), len(order)))
 
 
 # --- batches ---------------------------------------------------------------------------------------
@@ -122,31 +126,37 @@ def test_the_batch_size_does_not_change_the_rows(small):
     assert (wide == narrow).all()
 
 
+def epoch_size(cache):
+    """Documents an epoch: every start, and one later piece of each that has any."""
+    return int(np.isin(cache.pieces("train"), (0, 1)).sum())
+
+
 def test_the_stream_knows_what_it_served_and_it_is_nothing_held_out(small):
     cache = TokenCache.load(small)
     stream = Batches(cache, 8, 64, seed=5)
     assert len(stream.served()) == 0 and stream.epochs == 0
     train, held_out = cache.hashes("train"), np.concatenate([cache.hashes("val"), cache.hashes("test")])
-    batches = 3 * (cache.meta["train"]["tokens"] // (8 * 65))
+    epoch = epoch_size(cache)
+    batches = 3 * epoch * cache.meta["train"]["tokens"] // len(train) // (8 * 65)
     rows = np.concatenate(numbers(stream, batches))
     served = stream.served()
     assert served.dtype == np.uint64 and (np.diff(served.astype(object)) > 0).all()
     assert set(served.tolist()) < set(train.tolist())  # some wait in the buffer for a row that they fit
-    assert len(train) - len(served) < prepare.PACKING_BUFFER
     assert not set(served.tolist()) & set(held_out.tolist())
-    assert 2.5 < stream.epochs < 4
-    assert (rows == Tokenizer.load(small).bos).sum() == round(stream.epochs * len(train))
+    assert 2 < stream.epochs < 5
+    assert (rows == Tokenizer.load(small).bos).sum() == round(stream.epochs * epoch)
 
 
 def test_served_is_what_was_handed_out_not_what_was_packed_ahead(small):
     cache = TokenCache.load(small)
     stream = Batches(cache, 2, 64, seed=5)
-    rows = np.concatenate(numbers(stream, 3)).astype(np.uint16)
-    bos, tokens, offsets = Tokenizer.load(small).bos, cache.tokens("train"), cache.offsets("train")
-    assert stream.epochs * len(cache.hashes("train")) == pytest.approx((rows == bos).sum())
-    by_hash = {h: tokens[a:b] for h, (a, b) in zip(cache.hashes("train").tolist(), pairwise(offsets), strict=True)}
-    text = rows.tobytes()
-    assert all(by_hash[h][:20].tobytes() in text or len(by_hash[h]) < 40 for h in stream.served().tolist())
+    rows, used = np.concatenate(numbers(stream, 3)), []
+    tokens, offsets = cache.tokens("train"), cache.offsets("train")
+    order = prepare.training_order(cache.pieces("train"), 5)
+    again = packed_rows(tokens, offsets, order, 65, used.append)
+    assert (rows == np.stack([next(again) for _ in range(6)])).all()
+    assert stream.served().tolist() == sorted({int(cache.hashes("train")[document]) for document in used})
+    assert stream.epochs == len(used) / epoch_size(cache)
 
 
 def test_a_corpus_smaller_than_a_row_is_repeated(small, tmp_path):

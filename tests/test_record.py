@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -165,13 +166,76 @@ def test_a_last_loss_that_is_no_number_is_noticed_too(small, data):
     assert not data.exists()
 
 
+def test_a_warm_up_that_changes_what_is_trained_ends_the_run(small):
+    run = prepare.Run("files")
+    optimizer = {"step": mx.array(0, mx.uint64), "rate": mx.array(0.1)}
+    state = {"weight": mx.zeros((3, 4), mx.bfloat16), "optimizer": [optimizer]}
+    run.warm_up(lambda: None, state)
+    run.warm_up(lambda: state.update(weight=mx.zeros((3, 4), mx.bfloat16)), state)  # put back
+
+    for change in (
+        lambda: state.update(weight=mx.zeros((3, 4), mx.bfloat16) - 1e-6),
+        lambda: state["optimizer"][0].update(step=mx.array(1, mx.uint64)),
+        lambda: state["optimizer"].append({"second": mx.zeros(1)}),
+    ):
+        assert "the warm-up changed" in refusal(run.warm_up, change, state)
+
+
 def test_a_batch_size_that_does_not_divide_is_refused_before_anything_is_trained(small, data, monkeypatch):
     import train
 
     monkeypatch.setattr(train, "DATASET", "files")
+    monkeypatch.setattr(train, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 8)
     for total in (8 * 64 + 1, 8 * 32, 8 * 64 * 3 - 64):
         monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
         line = refusal(train.main)
         assert str(total) in line and "not a multiple of" in line and "8 x 64" in line
     assert not data.exists()
+
+
+# --- a whole run -----------------------------------------------------------------------------------
+
+RECORD = {
+    "": "format_version run_id pid ppid timestamp status reason commit train_blob harness dataset token_cache seed "
+    "budget device model training result curve seal",
+    "device": "name memory_gb os python mlx backend blas",
+    "model": "depth n_embd dmodel_scale num_params vocab_size sequence_length",
+    "training": "seconds total_seconds startup_seconds total_steps total_tokens avg_tok_sec training_peak_mb "
+    "peak_memory_mb eval_seconds check_seconds data_wait_seconds epochs",
+    "result": "val_bpb val_bpb_stderr",
+    "curve": "step seconds loss tok_sec memory_mb",
+}
+SUMMARY = (
+    "val_bpb training_seconds total_seconds train_peak_mb peak_memory_mb eval_seconds total_tokens_M avg_tok_sec "
+    "num_steps num_params_M depth dmodel_scale"
+)
+
+
+def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, capsys):
+    import train
+
+    monkeypatch.setenv("AUTORESEARCH_BUDGET", "1.5")
+    monkeypatch.setattr(prepare, "PROCESS_START", time.monotonic())
+    monkeypatch.setattr(train, "DATASET", "files")
+    monkeypatch.setattr(train, "SEQUENCE_LENGTH", 64)
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 2 * 4 * 64)
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4)
+    train.main()
+    record = json.loads((data / "last_run.json").read_text())
+    for part, names in RECORD.items():
+        found = record[part] if part else record
+        assert not set(names.split()) - set(found), part
+    assert record["status"] == "valid" and record["seal"] == prepare.seal(record)
+    assert record["train_blob"] == prepare.git_blob_hash(ROOT / "train.py")
+    training, result, curve = record["training"], record["result"], record["curve"]
+    assert (record["pid"], record["budget"], record["seed"], record["dataset"]) == (os.getpid(), 1.5, 42, "files")
+    assert training["total_tokens"] == training["total_steps"] * 2 * 4 * 64
+    assert training["avg_tok_sec"] == pytest.approx(training["total_tokens"] / training["seconds"])
+    assert training["seconds"] >= 1.5 - 0.5  # it ends where another step would pass the budget
+    assert 1 < result["val_bpb"] < 9 and 0 < result["val_bpb_stderr"] < 1
+    assert {len(values) for values in curve.values()} == {len(curve["step"])}
+    assert curve["step"][-1] == training["total_steps"] - 1
+    printed = capsys.readouterr().out.split("---\n")[1].splitlines()
+    assert [line.split(": ")[0] for line in printed] == SUMMARY.split()
+    assert float(printed[0].split(": ")[1]) == pytest.approx(result["val_bpb"], abs=1e-6)

@@ -1,11 +1,13 @@
 """One run, whatever train.py does: how it ends, what the agent reads, what is left behind."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import signal
 import subprocess
+import termios
 import time
 
 import pytest
@@ -36,6 +38,23 @@ def started(checkout, *words, **options):
     process = subprocess.Popen(command, cwd=checkout.path, env=checkout.env, **options)
     wait_for(lambda: (checkout.path / "pids").exists(), "train.py starts")
     return process, [int(pid) for pid in (checkout.path / "pids").read_text().split()]
+
+
+def on_a_terminal(checkout, *words):
+    """A command in the foreground of a terminal of its own, as in a window; and that terminal's other side."""
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        words,
+        cwd=checkout.path,
+        env=checkout.env,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(inside)
+    return process, terminal
 
 
 FAMILY = f"""
@@ -130,10 +149,7 @@ def test_a_signal_ends_the_run_and_marks_it(session, name):
 def test_ctrl_c_on_a_terminal(session):
     """A person's Ctrl-C goes to everything in the foreground: make and run.sh, and the run ends."""
     session.write_train("import sys\nprint('a terminal:', sys.stdout.isatty(), flush=True)" + FAMILY)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(session.path)
-        os.execvpe("make", ["make", "run"], session.env)
+    process, terminal = on_a_terminal(session, "make", "run")
     wait_for(lambda: (session.path / "pids").exists(), "train.py starts")
     before = subprocess.run(["stty", "-a"], stdin=terminal, capture_output=True, text=True).stdout
     os.write(terminal, b"\x03")
@@ -144,7 +160,7 @@ def test_ctrl_c_on_a_terminal(session):
             after = subprocess.run(["stty", "-a"], stdin=terminal, capture_output=True, text=True).stdout
     except OSError:
         pass  # the far side is closed
-    os.waitpid(pid, 0)
+    process.wait(timeout=30)
     assert b"a terminal: True" in shown and b"interrupted" in shown, shown
     assert "a terminal: True" in (session.path / "run.log").read_text()
     assert before == after
@@ -156,17 +172,14 @@ def test_on_a_terminal_the_log_keeps_the_last_state_of_a_progress_line(session):
     session.write_train(
         "for n in range(3): print(f'\\rstep {n}', end='', flush=True)\nprint()\nprepare.finish(1.4)"
     )
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(session.path)
-        os.execvpe("make", ["make", "run"], session.env)
+    process, terminal = on_a_terminal(session, "make", "run")
     shown = b""
     try:
         while chunk := os.read(terminal, 4096):
             shown += chunk
     except OSError:
         pass
-    assert os.waitpid(pid, 0)[1] == 0, shown
+    assert process.wait(timeout=30) == 0, shown
     assert b"step 0" in shown and b"verdict  keep" in shown
     log = (session.path / "run.log").read_text()
     assert "step 2\n" in log and "step 0" not in log
@@ -193,7 +206,8 @@ def test_a_second_run_is_refused_or_waits(session):
     first, _ = started(session)
     done = session.script("run", AGAIN="1", check=1)
     assert re.search(rf"taken by another run: pid {first.pid}, for 0 min \d+ s", done.stderr)
-    assert "not ended" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    for verb in ("log-result", "verdict", "discard"):
+        assert "not ended" in session.script(verb, STATUS="keep", DESC="x", check=1).stderr
     env = {**session.env, "WAIT": "1", "AGAIN": "1"}
     waiting = subprocess.Popen(["scripts/run.sh"], cwd=session.path, env=env, stdout=subprocess.PIPE, text=True)
     assert "waiting for another run: pid" in waiting.stdout.readline()
@@ -239,6 +253,22 @@ def test_a_new_file_among_the_frozen_ones_is_named(session):
     (session.path / "scripts" / "mine.sh").write_text("")
     session.write_train("prepare.finish(1.4)")
     assert "scripts/mine.sh" in session.script("run", check=1).stderr
+
+
+def test_in_a_session_no_result_is_pushed_aside_before_it_is_logged(session):
+    session.experiment("prepare.finish(1.4)")
+    session.write_train("prepare.finish(1.3)")
+    assert "not logged yet: make log-result" in session.script("run", check=1).stderr
+    session.script("log-result", STATUS="keep", DESC="x", check=0)
+    session.script("run", check=0)
+    session.script("log-result", STATUS="keep", DESC="x", check=0)
+    session.experiment("raise SystemExit(1)")
+    assert session.experiment("prepare.finish(1.2)").returncode == 0  # mending a crash goes on
+
+
+def test_the_baseline_does_not_ask_to_be_logged(checkout):
+    done = checkout.make("baseline", check=0)
+    assert "verdict" in done.stdout and "next" not in done.stdout
 
 
 def test_the_same_train_is_not_run_twice_by_mistake(session):

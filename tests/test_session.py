@@ -60,6 +60,16 @@ def test_setup_that_fails_half_way_leaves_nothing_behind(checkout):
     checkout.script("setup", TAG="t", DATASET="tinystories", check=0)
 
 
+def test_setup_asks_for_an_author_before_the_first_experiment_does(checkout):
+    for name in [name for name in checkout.env if name.startswith(("GIT_AUTHOR", "GIT_COMMITTER"))]:
+        del checkout.env[name]
+    checkout.git("config", "user.useConfigOnly", "true")  # as on a machine with no name of its own
+    done = checkout.script("setup", TAG="t", check=1)
+    assert done.stderr.count("\n") == 1
+    checkout.run("sh", "-c", done.stderr.split("commits: ")[1], check=0)
+    checkout.script("setup", TAG="t", check=0)
+
+
 def test_setup_names_the_known_datasets(checkout):
     done = checkout.script("setup", TAG="t", DATASET="nothing", check=1)
     assert "unknown dataset 'nothing'; known: stdlib" in done.stderr
@@ -140,8 +150,10 @@ def test_verdict_is_the_table(checkout):
 
 
 def test_marginal_win_is_run_again_and_then_the_mean_decides(session):
-    session.experiment("prepare.finish(1.4996, stderr=0.01)")
+    done = session.experiment("prepare.finish(1.4996, stderr=0.01)")
     assert session.script("verdict", check=0).stdout.startswith("rerun\n")
+    assert "next     make run AGAIN=1" in done.stdout
+    session.make("log-result", "STATUS=discard", "DESC=x", check=0)
     # the same train.py, another outcome: on the mean it is worse
     (session.path / "outcome").write_text("1.4996")
     session.experiment("prepare.finish(float(open('outcome').read()), stderr=0.01)")
@@ -158,7 +170,8 @@ def test_verdict_is_against_the_last_kept_run(session):
     done = session.script("verdict", check=0)
     assert done.stdout.startswith("keep\n") and "-0.050000" in done.stdout
     session.make("log-result", "STATUS=keep", "DESC=x", check=0)
-    assert "-0.050000" in session.script("verdict", check=0).stdout  # asked again, it says the same
+    done = session.script("verdict", check=0)  # asked again, it says the same
+    assert "-0.050000" in done.stdout and "logged, as row 4" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -177,6 +190,7 @@ def test_only_like_is_compared_with_like(session, change, named):
     assert named in session.script("verdict", check=1).stderr
     assert named in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
     assert len(session.rows) == 1
+    session.script("discard", check=0)  # what can never be a row is in nobody's way
 
 
 # --- discard ---------------------------------------------------------------------------------------
@@ -235,6 +249,24 @@ def test_a_commit_that_never_ran_stays_reachable(session):
     session.make("discard", check=0)
     assert session.git("rev-parse", "HEAD") == base
     assert head in session.refs("t").values()
+
+
+def test_a_short_try_is_put_back_without_a_row(session):
+    base = session.git("rev-parse", "HEAD")
+    session.write_train("prepare.finish(1.9)")
+    done = session.script("run", BUDGET="3", check=0)
+    assert "none: not comparable" in done.stdout and "next     make discard, or make run BUDGET=300" in done.stdout
+    head = session.git("rev-parse", "HEAD")
+    session.script("discard", check=0)
+    assert session.git("rev-parse", "HEAD") == base and head in session.refs("t").values()
+
+
+@pytest.mark.parametrize(("body", "word"), [("prepare.finish(1.9)", "discard"), ("raise SystemExit(1)", "crash")])
+def test_discard_says_how_to_log_what_is_not_logged(session, body, word):
+    session.experiment(body)
+    assert f"make log-result STATUS={word} " in session.script("discard", check=1).stderr
+    session.script("log-result", STATUS=word, DESC="x", check=0)
+    session.script("discard", check=0)
 
 
 def test_discard_before_anything_was_kept_goes_to_the_start(checkout):

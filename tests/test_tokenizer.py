@@ -5,12 +5,9 @@ import dataclasses
 import json
 import os
 import pickle
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -141,6 +138,7 @@ DAMAGE = {
     "a list": lambda saved: b"[1, 2]",
     "no pattern": lambda saved: json.dumps({"tokens": json.loads(saved)["tokens"]}).encode(),
     "not base64": lambda saved: altered(saved, tokens=["!?"] + json.loads(saved)["tokens"][1:]),
+    "a stray letter": lambda saved: saved.replace(b'["', b'["!', 1),
     "numbers": lambda saved: altered(saved, tokens=list(range(512))),
     "a token twice": lambda saved: altered(saved, tokens=json.loads(saved)["tokens"][:-1] + ["YQ=="]),
     "bytes missing": lambda saved: altered(saved, tokens=json.loads(saved)["tokens"][100:]),
@@ -257,7 +255,7 @@ def cut_file(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("name", ["val_tokens.npy", "train_tokens.npy", "train_offsets.npy", "test_hashes.npy"])
+@pytest.mark.parametrize("name", ["val_tokens.npy", "train_tokens.npy", "train_offsets.npy", "train_pieces.npy"])
 @pytest.mark.parametrize("damage", [Path.unlink, cut_file, lambda path: path.write_bytes(b"")])
 def test_a_damaged_cache_is_said_and_prepared_anew(small, small_files, cache, monkeypatch, name, damage):
     before = TokenCache.load(small).hash
@@ -268,6 +266,13 @@ def test_a_damaged_cache_is_said_and_prepared_anew(small, small_files, cache, mo
     if damage is Path.unlink:  # once is enough
         prepare.prepare(small)
         assert TokenCache.load(small).hash == before
+
+
+@pytest.mark.parametrize("name", ["val_tokens", "train_offsets", "test_hashes", "train_pieces"])
+def test_files_that_do_not_fit_each_other_are_said(small, cache, name):
+    path = cache / "files" / "tokens" / f"{name}.npy"
+    np.save(path, np.load(path)[:-1])
+    assert "tokens is damaged" in refusal(TokenCache.load, small)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"val": 1}', b"\xff"])
@@ -417,27 +422,61 @@ def test_an_unknown_dataset_lists_the_known_ones(cache):
     assert done.stderr == "error: unknown dataset 'nope'; known: stdlib, climbmix, tinystories, files\n"
 
 
+# A process that forks: child n prepares and is killed before its n-th change of the cache's names, until one comes
+# through. A cache of another folder stands there before.
 KILLED = """
-import dataclasses, prepare, data_sources
-small = dataclasses.replace(data_sources.DATASETS["files"], vocab_size=512, sequence_length=64, eval_tokens=6400)
-print("ready", flush=True)
-prepare.prepare(small)
+import dataclasses, os, pathlib, shutil, signal, sys
+import data_sources, prepare
+
+cache, first, second = map(pathlib.Path, sys.argv[1:])
+small = dataclasses.replace(data_sources.DATASETS["files"], vocab_size=270, sequence_length=8, eval_tokens=80)
+
+def prepare_in_a_child(files, last):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    left = [last]
+    def touch(event, arguments):
+        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(touch)
+    os.environ["AUTORESEARCH_FILES"] = str(files)
+    sys.stdout = open(os.devnull, "w")
+    prepare.prepare(small)
+    os._exit(0)
+
+def hash_of_whole():
+    found = prepare.TokenCache.read(cache / "files" / "tokens")
+    assert found is None or found.changed_file() is None
+    return found and found.hash
+
+assert prepare_in_a_child(first, -1) == 0
+old, deaths, seen = hash_of_whole(), 0, []
+shutil.copytree(cache, cache.with_name("old"))
+while True:
+    deaths += 1
+    status = prepare_in_a_child(second, deaths)
+    seen.append(hash_of_whole())
+    assert prepare_in_a_child(second, -1) == 0
+    new = hash_of_whole()
+    assert new not in (None, old)
+    assert sorted(os.listdir(cache / "files")) == ["tokenizer.json", "tokens"]
+    shutil.rmtree(cache)
+    if status == 0:
+        break
+    shutil.copytree(cache.with_name("old"), cache)
+assert [x for i, x in enumerate(seen) if not i or x != seen[i - 1]] == [old, None, new]
+print(deaths)
 """
 
 
-def test_killed_at_any_moment_it_is_prepared_whole_or_not_at_all(small, small_files, cache, monkeypatch):
-    expected = TokenCache.load(small).hash
-    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
-    moments = random.Random(0)
-    for _ in range(4):
-        shutil.rmtree(cache)
-        child = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(moments.uniform(0, 0.8))
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        if prepare.is_prepared(small):
-            assert TokenCache.load(small).changed_file() is None
-    prepare.prepare(small)
-    assert TokenCache.load(small).hash == expected
-    assert sorted(path.name for path in (cache / "files").iterdir()) == ["tokenizer.json", "tokens"]
+def test_killed_at_any_moment_it_is_prepared_whole_or_not_at_all(cache, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
+    command = [sys.executable, "-c", KILLED, cache, tmp_path / "first", tmp_path / "second"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
