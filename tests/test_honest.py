@@ -79,6 +79,9 @@ NAMED = {
         *[gallery.PaddedSpectrum, gallery.Experts] * 2, dtype=mx.bfloat16, logit_scale=3.0
     ),
     "float16, an FFT": network(*[gallery.PaddedSpectrum] * 4, dtype=mx.float16, logit_scale=4.0),
+    "bfloat16, gated chunks, 8 layers": network(*[gallery.GatedChunks] * 8, dtype=mx.bfloat16, logit_scale=3.0),
+    "bfloat16, an FFT by blocks": network(*[gallery.BlockSpectrum] * 8, dtype=mx.bfloat16, logit_scale=3.0),
+    "gated chunks": network(*[gallery.GatedChunks] * 4),
     "an FFT, padded": network(gallery.PaddedSpectrum, gallery.PaddedSpectrum),
     "weight tying": network(gallery.Attention, tied=True),
     "bytes mixed": BytesMixer,
