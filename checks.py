@@ -10,6 +10,7 @@ An agent with a shell can forge anything. This stops mistakes and casual shortcu
 import contextvars
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -95,6 +96,8 @@ BEHIND = 1.5  # times what positions 2 to 4 show may show at the first
 SIGMAS = 5.0
 FLOORS = 4.0  # times the floor that moved and information may reach beside their limit
 FEW = 32  # one of so many does not decide
+AGAIN = 3  # rows in which those are asked about again
+SHOWN = 0.1**2  # by which they must move in each
 
 
 def mean_of_most(values):
@@ -255,10 +258,10 @@ class Examination:
         self.model, self.parameters = model, self._parameters(model)
         self.group = -(-max(GROUP, batch_size) // batch_size) * batch_size
         self.groups = max(2, max(EXCHANGES[gpu], len(rows) // 40) // self.group)
-        self.later = min(self.groups // 2, max(3, self.groups // 4))  # of them after the sums
+        self.later = max(1, self.groups // 4)  # of them after the sums
         self.cuts = cut_points(rows.shape[1] - 1, self.groups * (self.group - 2), self.rng)
-        self.found = []  # of each exchange: row, cut, and what `compare` returns for it
-        self.suspects = []  # cuts that every further row is asked about
+        self.numbers = itertools.cycle(self.rng.permutation(len(rows)))  # of the rows that are asked about
+        self.found = []  # what `_ask` returned so far
 
     @staticmethod
     def _parameters(model):
@@ -283,6 +286,7 @@ class Examination:
         self._same(once[::2], beside[::2], ROWS)
         self._same(once, reversed_[reverse], ORDER)
         self._causality(self.groups - self.later, start + 0.7 * self.allowed)
+        self.allowed -= CLOCKS[0]() - start
 
     def after(self, nats):
         """After the sums. nats: float32 (n, T), what the evaluation found for each target."""
@@ -293,10 +297,8 @@ class Examination:
         self._unchanged()
         self._same(nats[first], again, STATELESS)
         self._same(nats[shuffled], elsewhere, ORDER)
-        # The few that moved most did not decide. In other rows a leak shows again, a flipped choice does not.
-        few = sorted((np.nanmax(columns[0]), cut) for _, cut, columns, _ in self.found)[-1 - len(self.found) // FEW :]
-        self.suspects = [cut for moved, cut in few if moved > MOVED]
-        self._causality(self.later, start + 0.3 * self.allowed)
+        self._causality(self.later, start + self.allowed)
+        self._most_moved(start + self.allowed)
 
     def _same(self, old, new, text):
         """old, new: nats (b, T) of the same targets."""
@@ -306,15 +308,14 @@ class Examination:
         if reason := judge(moved, information, gain, self.nats_per_bit, reach=old.shape[1]):
             raise Refused(f"{text} (Log-probabilities of the targets: {reason}.)")
 
-    def _draw_group(self):
+    def _draw_group(self, cuts):
         """A row's number; cuts (group,); the row as it is (cut 0) and its exchanges, int32 (group, T).
 
-        The first exchange is of the last token alone, from which nothing far ahead of it can profit.
+        The first exchange is of the last token alone, from which nothing far ahead of it can profit;
+        the others are at `cuts` (group - 2,).
         """
-        number, *others = self.rng.integers(0, len(self.rows), self.group)
-        given = np.concatenate([[0, self.rows.shape[1] - 2], np.repeat(self.suspects, 2)])[: self.group]
-        new = self.group - len(given)
-        cuts, self.cuts = np.concatenate([given, self.cuts[:new]]).astype(int), self.cuts[new:]
+        number, others = next(self.numbers), self.rng.integers(0, len(self.rows), self.group - 1)
+        cuts = np.concatenate([[0, self.rows.shape[1] - 2], cuts])
         row = self.rows[number, :-1].astype(np.int32)
         new = [
             exchanged(row, cut, self.rows[other, :-1], self.vocab_size, kind, self.rng)
@@ -322,9 +323,12 @@ class Examination:
         ]
         return number, cuts, np.stack([row, *new])
 
-    def _causality(self, count, deadline):
-        """Ask about `count` groups, or fewer (one at least) where time is up; then judge all that was found so far."""
-        groups = [self._draw_group() for _ in range(count)]
+    def _ask(self, cuts, deadline, least=1):
+        """A group for each of cuts (groups, group - 2), or fewer (`least`) where time is up.
+
+        Returns of each exchange: row, cut, and what `compare` returns for it, NaN from the cut on.
+        """
+        groups, found = [self._draw_group(c) for c in cuts], []
         parts, base = self.group // self.size, None
         batches = [batch for _, _, ids in groups for batch in np.split(ids, parts)]
 
@@ -345,12 +349,15 @@ class Examination:
             if (largest >= 1).any():
                 columns, sides = compare(first, logits, ids[0], batches[i], cuts)
             columns[:, ~before] = np.nan
-            self.found += [(number, cut, columns[:, j], sides[j]) for j, cut in enumerate(cuts) if cut]
-            if (i + 1) % parts == 0 and CLOCKS[0]() > deadline:
+            found += [(number, cut, columns[:, j], sides[j]) for j, cut in enumerate(cuts) if cut]
+            if i + 1 in range(least * parts, len(batches), parts) and CLOCKS[0]() > deadline:
                 break
-        self._judge_causality()
+        return found
 
-    def _judge_causality(self):
+    def _causality(self, count, deadline):
+        """Ask about `count` groups; then judge all that was found so far."""
+        fresh, self.cuts = np.split(self.cuts, [count * (self.group - 2)])
+        self.found += self._ask(fresh.reshape(count, -1), deadline)
         by_distance = np.stack([np.roll(columns[:, ::-1], cut, axis=1) for _, cut, columns, _ in self.found], axis=1)
         sides = np.stack([sides for *_, sides in self.found])
         length = self.rows.shape[1] - 1
@@ -360,13 +367,35 @@ class Examination:
         if reason:
             worst, distance = np.unravel_index(np.nanargmax(by_distance[0]), by_distance[0].shape)
             number, cut = self.found[worst][:2]
-            raise Refused(
-                f"causality: logits depend on later tokens; when those are exchanged, {reason}. It shows best in "
-                f"validation row {number}, at position {cut - 1 - distance} with the tokens from {cut} on exchanged. "
-                "Look for attention without a causal mask (mask=None is none), means or normalisation over time or "
-                "over blocks, a recurrent state that covers a whole chunk, a convolution padded on both sides, an FFT "
-                "without padding, tokens shifted the wrong way, routing or sorting by what comes later."
-            )
+            self._refuse_causality(reason, number, cut, cut - 1 - distance)
+
+    def _most_moved(self, deadline):
+        """What moved most did not decide: it is asked about in other rows, where a leak shows again."""
+        most = sorted(self.found, key=lambda found: -np.nanmax(found[2][0]))[: 1 + len(self.found) // FEW]
+        spots = [(cut, np.nanargmax(columns[0])) for _, cut, columns, _ in most if np.nanmax(columns[0]) > SHOWN]
+        spots = spots[: self.group - 2]
+        if not spots:
+            return
+        cuts = np.resize([cut for cut, _ in spots], self.group - 2)
+        again = self._ask([cuts] * AGAIN, deadline, least=2)
+        for cut, position in spots:
+            rows = {}
+            for number, at, columns, _ in again:
+                if at == cut:
+                    rows.setdefault(number, []).append(columns[0, position])
+            share, number = min((np.mean(moved), number) for number, moved in rows.items())
+            if len(rows) > 1 and share > SHOWN:
+                reason = f"they move by {share**0.5:.1%} of their spread or more in each of {len(rows)} rows"
+                self._refuse_causality(reason, number, cut, position)
+
+    def _refuse_causality(self, reason, row, cut, position):
+        raise Refused(
+            f"causality: logits depend on later tokens; when those are exchanged, {reason}. It shows best in "
+            f"validation row {row}, at position {position} with the tokens from {cut} on exchanged. "
+            "Look for attention without a causal mask (mask=None is none), means or normalisation over time or "
+            "over blocks, a recurrent state that covers a whole chunk, a convolution padded on both sides, an FFT "
+            "without padding, tokens shifted the wrong way, routing or sorting by what comes later."
+        )
 
     def _unchanged(self):
         for (name, old), (_, new) in zip(
