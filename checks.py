@@ -87,7 +87,8 @@ def finite(values):
 # moves by much. So the few that move most do not decide, but are asked about again in other rows:
 # what is wired wrongly shows in all of them. And where an exchange that cannot matter moves the
 # logits as well, the first two must exceed that `floor` by far: without limit for what the
-# difference is worth, but 7 % of the spread are no rounding.
+# difference is worth, but 7 % of the spread are no rounding. All that is for causality: the same rows
+# asked again round the same, and there 0.001 bits per byte are refused wherever they are found.
 
 MOVED = 0.05**2
 LEAK = 0.001  # bits per byte
@@ -100,32 +101,34 @@ AGAIN = 3  # rows in which those are asked about again
 SHOWN = 0.1**2  # by which they must move in each
 
 
-def mean_of_most(values):
-    """The mean of values (…), without NaN and without the largest of every FEW."""
-    values = values[~np.isnan(values)].astype(np.float64)
-    most = len(values) - len(values) // FEW
-    return np.partition(values, most - 1)[:most].mean()
-
-
-def judge(moved, information, gain, nats_per_bit, reach, floor=(0.0, 0.0)):
+def judge(moved, information, gain, nats_per_bit, reach, floor=None):
     """None where two sets of answers agree, else what speaks against it, as a phrase.
 
     moved, information, gain: float (pairs, distances), see above, NaN where a pair has no such
     position; column 0 is next to the change. A leak may reach over one position or over all, so
     means are taken over the 1, 2, 4, … nearest; `gain` is looked at within `reach` alone: farther
     off, pairs that share a row share its rounding as well.
-    nats_per_bit: nats a token that make one bit per byte. floor: of moved and information.
+    nats_per_bit: nats a token that make one bit per byte. floor: of moved and information; None
+    where the same rows were asked again, and round the same.
     """
     if not np.nanmax(moved) > 0:
         return None
     pairs, distances = moved.shape
-    leak, allowed = LEAK * nats_per_bit, FLOORS * floor[1]
-    behind = BEHIND * np.nanmean(information[:, 1:4]) if distances > 1 else 0.0
+    leak, allowed, behind, few, wide = LEAK * nats_per_bit, np.zeros(2), 0.0, math.inf, 1.0
+    if floor is not None:
+        allowed, few, wide = FLOORS * np.asarray(floor), FEW, WIDE
+        behind = BEHIND * np.nanmean(information[:, 1:4])
+
+    def mean_of_most(values):
+        values = values[~np.isnan(values)].astype(np.float64)
+        most = len(values) - int(len(values) // few)
+        return np.partition(values, most - 1)[:most].mean()
+
     for width in sorted({min(2**i, distances) for i in range(distances.bit_length() + 1)}):
         share, worth = mean_of_most(moved[:, :width]), mean_of_most(information[:, :width])
-        if share > MOVED + min(FLOORS * floor[0], MOVED):
+        if share > MOVED + min(allowed[0], MOVED):
             return f"they move by {share**0.5:.1%} of their spread"
-        if worth > WIDE * leak + allowed or (width == 1 and worth > leak + allowed + behind):
+        if worth > wide * leak + allowed[1] or (width == 1 and worth > leak + allowed[1] + behind):
             return f"they move by what is worth {worth / nats_per_bit:.4f} bits per byte"
         by_pair = np.nanmean(gain[:, :width], axis=1, dtype=np.float64)
         gained, error = by_pair.mean(), by_pair.std(ddof=1) / math.sqrt(pairs) if pairs > 1 else math.inf
