@@ -231,10 +231,10 @@ def test_it_is_refused_whatever_the_batch_size(tokenizer, batch_size):
     refused("causality", Network(V, [NoMask]), tokenizer, batch_size)
 
 
-class ChunkEnds512(ChunkEnds):
-    """... which is one position in 512, and trained, could be worth 0.003 bits per byte."""
+class ChunkEnds1024(ChunkEnds):
+    """... which is one position in 1024, but trained, it could be worth 0.001 bits per byte."""
 
-    size = 512
+    size = 1024
 
 
 def test_leaks_that_only_long_rows_show_are_refused(small_files, tmp_path, monkeypatch):
@@ -243,10 +243,10 @@ def test_leaks_that_only_long_rows_show_are_refused(small_files, tmp_path, monke
     dataset = replace(small_files[0], sequence_length=2048, vocab_size=300, eval_tokens=2048 * 3)
     prepare.prepare(dataset)
     tokenizer = prepare.Tokenizer.load(dataset)
-    for mix in (Beyond1024, ChunkEnds512):
+    for mix in (Beyond1024, ChunkEnds1024):
         text = refused("causality", Network(300, [mix], width=16), tokenizer, 4)
         at = int(text.split("at position ")[1].split()[0])
-        assert at >= 1024 if mix is Beyond1024 else at % 512 == 511
+        assert at >= 1024 if mix is Beyond1024 else at == 1023
 
 
 class LittleOfTheRow(Mix):
@@ -1028,6 +1028,22 @@ def test_what_stands_out_next_to_the_change_is_no_rounding():
     assert checks.judge(*evidence, BIT, checks.REACH, NONE) is None
     evidence[1][:, 1:] = 0
     assert checks.judge(*evidence, BIT, checks.REACH, NONE)
+
+
+@pytest.mark.parametrize("again, found", [((0.5, 0.5), True), ((0.5, 0.0), False), ((0.5,), False)])
+def test_what_moved_most_counts_where_it_shows_in_every_other_row(again, found):
+    def answers(row, moved):
+        columns = np.zeros((3, T))
+        columns[0, 31], columns[:, 32:] = moved, np.nan
+        return row, 32, columns, None
+
+    examination = object.__new__(checks.Examination)
+    examination.group, examination.found = 16, [answers(0, 0.5)] + [answers(0, 0.0)] * (PAIRS - 1)
+    examination._ask = lambda cuts, deadline, least: [answers(1 + i, moved) for i, moved in enumerate(again)]
+    if not found:
+        return examination._most_moved(0)
+    with pytest.raises(checks.Refused, match="in each of 2 rows. .* at position 31 with the tokens from 32 on"):
+        examination._most_moved(0)
 
 
 def sides(favoured, share):
