@@ -53,7 +53,7 @@ WARMDOWN = 0.5  # last share of the budget, in which learning rates fall linearl
 FINAL_LR = 0.0  # ... to this share of their value
 
 COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
-LOGITS_AT_ONCE = 2**24 if CUDA else 2**23 if GPU else 2**19  # elements of the logits that exist at one time in training
+LOGITS_AT_ONCE = 2**25 if CUDA else 2**24 if GPU else 2**19  # elements of the logits that exist at one time in training
 ATTENTION_BLOCK = None if CUDA else 512  # queries at once where attention has no fused backward
 
 # --- model ---------------------------------------------------------------------------------------
@@ -183,6 +183,22 @@ class MLP(nn.Module):
         return self.down(relu_squared(self.up(x)))
 
 
+@mx.custom_function
+def mix(x, x0, a, b):
+    """a * x + b * x0 for a and b of shape (1,): the sum is taken in float32, the result has the precision of x."""
+    return (a * x + b * x0).astype(x.dtype)
+
+
+@mix.vjp
+def mix_vjp(primals, cotangent, output):
+    x, x0, a, b = primals
+    gradient = cotangent.astype(mx.float32)
+    scalars = [(gradient * x).sum().reshape(1), (gradient * x0).sum().reshape(1)]
+    # Derived automatically, these sums would come last and keep x in float32 until then.
+    gradient = mx.depends(gradient, scalars)
+    return (a * gradient).astype(x.dtype), (b * gradient).astype(x.dtype), *scalars
+
+
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -197,19 +213,18 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         n, vocab = config.n_embd, config.vocab_size
+        self.resid_lambdas = mx.ones(config.depth)
+        self.x0_lambdas = mx.full(config.depth, 0.1)
         self.token_embedding = Embedding(vocab, n, mx.random.normal)
         self.blocks = [Block(config, layer) for layer in range(config.depth)]
         self.head = Linear(n, vocab, partial(mx.random.normal, scale=0.001))
-        self.resid_lambdas = mx.ones(config.depth)
-        self.x0_lambdas = mx.full(config.depth, 0.1)
 
     def hidden(self, tokens):
         """Final normalised states (B, T, n_embd) for token ids (B, T)."""
         x = x0 = norm(self.token_embedding(tokens))
-        for i, block in enumerate(self.blocks):
-            # The sum is taken in float32, the residual stream stays in COMPUTE_DTYPE.
-            x = (self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0).astype(COMPUTE_DTYPE)
-            x = block(x, tokens)
+        lambdas = (mx.split(y, len(self.blocks)) for y in (self.resid_lambdas, self.x0_lambdas))
+        for block, resid_lambda, x0_lambda in zip(self.blocks, *lambdas, strict=True):
+            x = block(mix(x, x0, resid_lambda, x0_lambda), tokens)
         return norm(x)
 
     def __call__(self, tokens):
@@ -255,21 +270,27 @@ def head_loss(hidden, weight, targets):
 
     @mx.custom_function
     def loss_and_gradients(hidden, weight):
-        total, hidden_gradients = mx.array(0.0), []
-        weight_gradient = mx.zeros(weight.shape)
+        hidden_gradients, sums = [], []
+        weight_gradient, tokens = mx.zeros(weight.shape), mx.arange(vocab)
         w = weight.astype(hidden.dtype)
         for start in range(0, n, rows):
             h, target = hidden[start : start + rows], targets[start : start + rows, None]
-            h = mx.depends(h, weight_gradient)  # one chunk after the other
-            logits = softcap((h @ w.T).astype(mx.float32))
+            # One chunk after the other: all that is taken from one comes before the next.
+            h = mx.depends(h, [weight_gradient, *hidden_gradients[-1:]])
+            products = h @ w.T
+            logits = softcap(products.astype(mx.float32))
             exps = exp(logits)
-            sums = exps.sum(axis=-1, keepdims=True)
-            total = total + (mx.log(sums) - mx.take_along_axis(logits, target, axis=-1)).sum()
-            gradient = exps / sums - (mx.arange(vocab) == target)
+            sums.append(exps.sum(axis=-1, keepdims=True))
+            if GPU:  # where to compute them again takes less time than to keep them, and no memory
+                logits = softcap(mx.depends(products, sums[-1]).astype(mx.float32))
+                exps = exp(logits)
+            gradient = exps / sums[-1] - (tokens == target)
             gradient = (gradient * (1 - mx.square(logits / SOFTCAP))).astype(hidden.dtype)
             hidden_gradients.append(gradient @ w)
             weight_gradient = weight_gradient + (gradient.T @ h)
-        return total / n, mx.concatenate(hidden_gradients), weight_gradient
+        of_targets = softcap((hidden.astype(mx.float32) * w[targets]).sum(axis=-1))
+        loss = mx.log(mx.concatenate(sums)).mean() - of_targets.mean()
+        return loss, mx.concatenate(hidden_gradients), weight_gradient
 
     @loss_and_gradients.vjp
     def loss_vjp(primals, cotangents, outputs):
