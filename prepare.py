@@ -584,16 +584,17 @@ def evaluation_mode(model):
 
 
 def answers(model, vocab_size, batches, function):
-    """Yield function(logits, i), arrays, for each of `batches` of ids int32 (b, T), several in flight."""
-    streams, pending = compute_streams(), []
-    for i, ids in enumerate(batches):
-        with mx.stream(streams[i % len(streams)]):
-            result = function(checks.logits_of(model, mx.array(ids), vocab_size), i)
-        mx.async_eval(result)
-        pending.append(result)
-        if len(pending) > len(streams):
-            yield pending.pop(0)
-    yield from pending
+    """Yield function(logits, i), arrays, for each of `batches` of ids int32 (b, T), some in flight."""
+    streams, ahead = compute_streams(), []
+    for first in range(0, len(batches), len(streams)):
+        results = []
+        for i, stream in enumerate(streams[: len(batches) - first], first):
+            with mx.stream(stream):
+                results.append(function(checks.logits_of(model, mx.array(batches[i]), vocab_size), i))
+        mx.async_eval(results)  # together, or the streams would work one after the other
+        yield from ahead
+        ahead = results
+    yield from ahead
 
 
 def score_rows(model, rows, tokenizer, batch_size):
@@ -692,6 +693,9 @@ class Run:
         gc.collect()
         gc.freeze()  # long-lived objects need no further scanning
         mx.synchronize()
+        self._startup_peak = mx.get_peak_memory()
+        mx.clear_cache()
+        mx.reset_peak_memory()
         self.startup_seconds = time.monotonic() - PROCESS_START
         if self._stream:
             self._warm_up_tokens, self._stream.tokens = self._stream.tokens, 0
@@ -756,7 +760,7 @@ class Run:
         self._read_loss()
         mx.synchronize()
         seconds = self.elapsed()
-        train_peak = mx.get_peak_memory() / 2**20
+        train_peak = mx.get_peak_memory()
         if sys.stdout.isatty():
             print()
         mx.clear_cache()
@@ -802,8 +806,8 @@ class Run:
                 "total_steps": steps,
                 "total_tokens": tokens,
                 "avg_tok_sec": tokens / seconds,
-                "training_peak_mb": train_peak,
-                "peak_memory_mb": max(train_peak, mx.get_peak_memory() / 2**20),
+                "training_peak_mb": train_peak / 2**20,
+                "peak_memory_mb": max(self._startup_peak, train_peak, mx.get_peak_memory()) / 2**20,
                 "eval_seconds": evaluation.seconds if evaluation else None,
                 "check_seconds": evaluation.check_seconds if evaluation else None,
                 "data_wait_seconds": self._stream.wait_seconds if self._stream else 0.0,

@@ -13,18 +13,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 # MLX hands work to the GPU in pieces, and what a piece used is free again when all of it is done.
-# With its own setting, a step that takes 4 GB on an H200 takes 12.
-os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
-os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")  # what a chunk of the logits used goes before the next one comes
+# With its own setting, a step that takes 2.7 GB on an H200 takes 7.2.
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "60")
 
 import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
+# How MLX orders a graph: depth first, so that what nothing needs any more goes early; on a CPU breadth
+# first, so that each of its streams has work from the beginning.
+os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
 
 # --- hyperparameters -----------------------------------------------------------------------------
 # `a if GPU else b`: a for Metal and CUDA, b for a CPU, which sees a hundredth of the tokens.
@@ -42,7 +45,7 @@ DEVICE_BATCH_SIZE = (2**15 if GPU else 2**12) // SEQUENCE_LENGTH  # rows at once
 EVAL_BATCH_SIZE = DEVICE_BATCH_SIZE  # rows at once in evaluation
 
 MATRIX_LR = 0.03 if GPU else 0.06  # Muon, all matrices of the blocks
-EMBEDDING_LR = 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
+EMBEDDING_LR = 0.3 if GPU else 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
 HEAD_LR = 0.008  # AdamW, output head and value gates
 X0_LR = 0.5  # AdamW, x0_lambdas
 RESID_LR = 0.005  # AdamW, resid_lambdas
@@ -51,7 +54,7 @@ WARMDOWN = 0.5  # last share of the budget, in which learning rates fall linearl
 FINAL_LR = 0.0  # ... to this share of their value
 
 COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
-LOGITS_AT_ONCE = 2**24 if CUDA else 2**23 if GPU else 2**19  # elements of the logits that exist at one time in training
+LOGITS_AT_ONCE = 2**25 if CUDA else 2**24 if GPU else 2**19  # elements of the logits that exist at one time in training
 ATTENTION_BLOCK = None if CUDA else 512  # queries at once where attention has no fused backward
 
 # --- model ---------------------------------------------------------------------------------------
@@ -89,15 +92,19 @@ def norm(x):
 
 
 class Linear(nn.Module):
-    """x @ weight.T with a float32 weight (out, in), in the precision of x."""
+    """x @ weight.T with a float32 weight (out, in), in the precision of x.
 
-    def __init__(self, n_in, n_out, init=None):
+    stack: so many matrices (stack, out, in) take one product; their outputs stand side by side.
+    """
+
+    def __init__(self, n_in, n_out, init=None, stack=None):
         super().__init__()
+        shape = (stack, n_out, n_in) if stack else (n_out, n_in)
         bound = (3 / n_in) ** 0.5  # uniform of standard deviation n_in^-0.5
-        self.weight = mx.random.uniform(-bound, bound, (n_out, n_in)) if init is None else init((n_out, n_in))
+        self.weight = mx.random.uniform(-bound, bound, shape) if init is None else init(shape)
 
     def __call__(self, x):
-        return x @ self.weight.astype(x.dtype).T
+        return x @ self.weight.reshape(-1, x.shape[-1]).astype(x.dtype).T
 
 
 class Embedding(nn.Module):
@@ -140,7 +147,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         n = config.n_embd
-        self.q, self.k, self.v = Linear(n, n), Linear(n, n), Linear(n, n)
+        self.qk, self.v = Linear(n, n, stack=2), Linear(n, n)
         self.out = Linear(n, n, mx.zeros)
         if config.has_value_embedding(layer):
             bound = (3 / n) ** 0.5
@@ -150,13 +157,13 @@ class Attention(nn.Module):
 
     def __call__(self, x, tokens):
         B, T, C = x.shape
-        q, k, v = (proj(x).reshape(B, T, self._heads, -1) for proj in (self.q, self.k, self.v))
+        qk, v = (linear(x).reshape(B, T, -1, C // self._heads) for linear in (self.qk, self.v))
         if "value_embedding" in self:  # arXiv:2410.17897, gated per head
             gate = 2 * mx.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))
             v = v + gate[..., None] * self.value_embedding(tokens).reshape(v.shape)
-        rope = partial(mx.fast.rope, dims=C // self._heads, traditional=False, base=10000.0, scale=1.0, offset=0)
-        q, k, v = (y.transpose(0, 2, 1, 3) for y in (q, k, v))
-        y = attention(norm(rope(q)), norm(rope(k)), v, self._window)  # QK-norm: arXiv:2010.04245
+        qk, v = norm(qk).transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # QK-norm: arXiv:2010.04245
+        qk = mx.fast.rope(qk, dims=qk.shape[-1], traditional=False, base=10000.0, scale=1.0, offset=0)
+        y = attention(*mx.split(qk, 2, axis=1), v, self._window)
         return self.out(y.transpose(0, 2, 1, 3).reshape(B, T, C))
 
 
@@ -181,6 +188,22 @@ class MLP(nn.Module):
         return self.down(relu_squared(self.up(x)))
 
 
+@mx.custom_function
+def mix(x, x0, a, b):
+    """a * x + b * x0 for a and b of shape (1,): the sum is taken in float32, the result has the precision of x."""
+    return (a * x + b * x0).astype(x.dtype)
+
+
+@mix.vjp
+def mix_vjp(primals, cotangent, output):
+    x, x0, a, b = primals
+    gradient = cotangent.astype(mx.float32)
+    scalars = [(gradient * x).sum().reshape(1), (gradient * x0).sum().reshape(1)]
+    # Derived automatically, these sums would come last and keep x in float32 until then.
+    gradient = mx.depends(gradient, scalars)
+    return (a * gradient).astype(x.dtype), (b * gradient).astype(x.dtype), *scalars
+
+
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -195,19 +218,18 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         n, vocab = config.n_embd, config.vocab_size
+        self.resid_lambdas = mx.ones(config.depth)
+        self.x0_lambdas = mx.full(config.depth, 0.1)
         self.token_embedding = Embedding(vocab, n, mx.random.normal)
         self.blocks = [Block(config, layer) for layer in range(config.depth)]
         self.head = Linear(n, vocab, partial(mx.random.normal, scale=0.001))
-        self.resid_lambdas = mx.ones(config.depth)
-        self.x0_lambdas = mx.full(config.depth, 0.1)
 
     def hidden(self, tokens):
         """Final normalised states (B, T, n_embd) for token ids (B, T)."""
         x = x0 = norm(self.token_embedding(tokens))
-        for i, block in enumerate(self.blocks):
-            # The sum is taken in float32, the residual stream stays in COMPUTE_DTYPE.
-            x = (self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0).astype(COMPUTE_DTYPE)
-            x = block(x, tokens)
+        lambdas = (mx.split(y, len(self.blocks)) for y in (self.resid_lambdas, self.x0_lambdas))
+        for block, resid_lambda, x0_lambda in zip(self.blocks, *lambdas, strict=True):
+            x = block(mix(x, x0, resid_lambda, x0_lambda), tokens)
         return norm(x)
 
     def __call__(self, tokens):
@@ -253,21 +275,27 @@ def head_loss(hidden, weight, targets):
 
     @mx.custom_function
     def loss_and_gradients(hidden, weight):
-        total, hidden_gradients = mx.array(0.0), []
-        weight_gradient = mx.zeros(weight.shape)
+        hidden_gradients, sums = [], []
+        weight_gradient, tokens = mx.zeros(weight.shape), mx.arange(vocab)
         w = weight.astype(hidden.dtype)
         for start in range(0, n, rows):
             h, target = hidden[start : start + rows], targets[start : start + rows, None]
-            h = mx.depends(h, weight_gradient)  # one chunk after the other
-            logits = softcap((h @ w.T).astype(mx.float32))
+            # One chunk after the other: all that is taken from one comes before the next.
+            h = mx.depends(h, [weight_gradient, *hidden_gradients[-1:]])
+            products = h @ w.T
+            logits = softcap(products.astype(mx.float32))
             exps = exp(logits)
-            sums = exps.sum(axis=-1, keepdims=True)
-            total = total + (mx.log(sums) - mx.take_along_axis(logits, target, axis=-1)).sum()
-            gradient = exps / sums - (mx.arange(vocab) == target)
+            sums.append(exps.sum(axis=-1, keepdims=True))
+            if GPU:  # where to compute them again takes less time than to keep them, and no memory
+                logits = softcap(mx.depends(products, sums[-1]).astype(mx.float32))
+                exps = exp(logits)
+            gradient = exps / sums[-1] - (tokens == target)
             gradient = (gradient * (1 - mx.square(logits / SOFTCAP))).astype(hidden.dtype)
             hidden_gradients.append(gradient @ w)
             weight_gradient = weight_gradient + (gradient.T @ h)
-        return total / n, mx.concatenate(hidden_gradients), weight_gradient
+        of_targets = softcap((hidden.astype(mx.float32) * w[targets]).sum(axis=-1))
+        loss = mx.log(mx.concatenate(sums)).mean() - of_targets.mean()
+        return loss, mx.concatenate(hidden_gradients), weight_gradient
 
     @loss_and_gradients.vjp
     def loss_vjp(primals, cotangents, outputs):
@@ -290,15 +318,13 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices):
-    """The nearest semi-orthogonal matrix to each of a stack (n, rows, columns), approximately."""
+    """The nearest semi-orthogonal matrix to each of a stack (n, rows, columns), rows <= columns, approximately."""
     x = matrices.astype(COMPUTE_DTYPE)
     x = x / (1.02 * mx.sqrt(mx.square(matrices).sum(axis=(1, 2), keepdims=True)) + 1e-6).astype(x.dtype)
-    tall = x.shape[1] > x.shape[2]
-    x = x.swapaxes(1, 2) if tall else x
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.swapaxes(1, 2)
         x = mx.addmm(x, mx.addmm(gram, gram, gram, alpha=c, beta=b), x, beta=a)
-    return (x.swapaxes(1, 2) if tall else x).astype(mx.float32)
+    return x.astype(mx.float32)
 
 
 class Muon(optim.Optimizer):
@@ -306,8 +332,8 @@ class Muon(optim.Optimizer):
 
     Muon (kellerjordan.github.io/posts/muon), a second moment for each row or column after
     orthogonalisation (NorMuon, arXiv:2510.05491), decoupled decay where update and weight agree
-    in sign (arXiv:2510.12402). Matrices of one shape are updated as one stack, the stacks spread
-    over `streams`.
+    in sign (arXiv:2510.12402). Matrices of one shape, tall ones transposed, are updated as one
+    stack, the stacks spread over `streams`. A parameter is a matrix or a stack (n, rows, columns).
     """
 
     def __init__(self, learning_rate, weight_decay, momentum=0.95, beta2=0.95, streams=None):
@@ -320,20 +346,23 @@ class Muon(optim.Optimizer):
 
     def init(self, parameters):
         for name, stack in self._stacks(parameters).items():
-            n, rows, columns = len(stack), *stack[0][1].shape
-            self.state[name] = {
-                "momentum": mx.zeros((n, rows, columns)),
-                "second_moment": mx.zeros((n, rows, 1) if rows >= columns else (n, 1, columns)),
-            }
+            n, rows, columns = self._wide(stack).shape
+            self.state[name] = {"momentum": mx.zeros((n, rows, columns)), "second_moment": mx.zeros((n, 1, columns))}
         self._initialized = True
 
     @staticmethod
     def _stacks(tree):
-        """{"rows x columns": [(path, matrix), …]} of a parameter tree."""
+        """{"rows x columns": [(path, parameter), …]} of a parameter tree, rows <= columns."""
         stacks = {}
-        for path, matrix in tree_flatten(tree):
-            stacks.setdefault("x".join(map(str, matrix.shape)), []).append((path, matrix))
+        for path, parameter in tree_flatten(tree):
+            stacks.setdefault("x".join(map(str, sorted(parameter.shape[-2:]))), []).append((path, parameter))
         return stacks
+
+    @staticmethod
+    def _wide(stack):
+        """All matrices of a stack in one array (n, rows, columns), rows <= columns."""
+        wide = [p.swapaxes(-1, -2) if p.shape[-2] >= p.shape[-1] else p for _, p in stack]
+        return mx.concatenate([p.reshape(-1, *p.shape[-2:]) for p in wide])
 
     def apply_gradients(self, gradients, parameters):
         if not self._initialized:
@@ -342,25 +371,27 @@ class Muon(optim.Optimizer):
         weights, updated = dict(tree_flatten(parameters)), []
         for i, (name, stack) in enumerate(self._stacks(gradients).items()):
             with mx.stream(self.streams[i % len(self.streams)]):
-                gradient = mx.stack([g for _, g in stack])
-                weight = mx.stack([weights[path] for path, _ in stack])
-                new = self._update(gradient, weight, self.state[name])
-                updated += [(path, new[j]) for j, (path, _) in enumerate(stack)]
+                weight = self._wide([(path, weights[path]) for path, _ in stack])
+                sizes = [math.prod(p.shape[:-2]) for _, p in stack]
+                shapes = [max(1, p.shape[-2] / p.shape[-1]) ** 0.5 for _, p in stack]
+                rate = self.learning_rate * mx.array(np.repeat(shapes, sizes))[:, None, None]
+                new = self._update(self._wide(stack), weight, rate, self.state[name])
+                new = mx.split(new, np.cumsum(sizes)[:-1].tolist())
+                for (path, p), w in zip(stack, new, strict=True):
+                    updated.append((path, (w.swapaxes(1, 2) if p.shape[-2] >= p.shape[-1] else w).reshape(p.shape)))
         return tree_unflatten(updated)
 
-    def _update(self, gradient, weight, state):
-        momentum, rows, columns = self.state["momentum"], *gradient.shape[1:]
+    def _update(self, gradient, weight, rate, state):
+        momentum = self.state["momentum"]
         state["momentum"] = momentum * state["momentum"] + (1 - momentum) * gradient
         update = orthogonalize(momentum * state["momentum"] + (1 - momentum) * gradient)  # Nesterov
-        mean_square = mx.square(update).mean(axis=2 if rows >= columns else 1, keepdims=True)
+        mean_square = mx.square(update).mean(axis=1, keepdims=True)
         second = state["second_moment"] = self.beta2 * state["second_moment"] + (1 - self.beta2) * mean_square
         # Divide by the root of the second moment, then restore the norm that the update had.
         scale = mx.rsqrt(mx.maximum(second, 1e-10))
         norms = [mx.sqrt(m.sum(axis=(1, 2), keepdims=True)) for m in (mean_square, mean_square * mx.square(scale))]
         update = update * (scale * norms[0] / mx.maximum(norms[1], 1e-10))
-        rate = self.learning_rate * max(1, rows / columns) ** 0.5
-        decay = rate * self.state["weight_decay"] * weight * (update * weight >= 0)
-        return weight - rate * update - decay
+        return weight - rate * update - rate * self.state["weight_decay"] * weight * (update * weight >= 0)
 
 
 GROUPS = ("matrices", "embeddings", "head", "x0", "resid")
@@ -374,7 +405,7 @@ def parameter_group(path, parameter):
         return "head"
     if path in ("x0_lambdas", "resid_lambdas"):
         return path.split("_")[0]
-    if path.startswith("blocks.") and parameter.ndim == 2:
+    if path.startswith("blocks.") and parameter.ndim in (2, 3):
         return "matrices"
     raise ValueError(f"parameter {path} {parameter.shape} is in no optimizer group: see parameter_group in train.py")
 
