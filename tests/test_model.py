@@ -294,10 +294,10 @@ def test_accumulated_gradients_are_those_of_one_large_batch(streams):
     assert_same(mean, {path: np.array(g, np.float64) for path, g in whole.items()}, 1e-5)
     for _ in range(3):
         assert parts(micro_batches).item() == pytest.approx(large([tokens]).item(), rel=1e-4)
-    # In the mean, since AdamW makes much of single gradients that are nothing but rounding.
+    # In the mean: AdamW makes much of single gradients that are mere rounding, Muon of small singular values.
     a, b = weights(parts.model), weights(large.model)
     for path in a:
-        assert np.sqrt(np.square(a[path] - b[path]).mean()) <= 1e-4 * np.sqrt(np.square(b[path]).mean()), path
+        assert np.sqrt(np.square(a[path] - b[path]).mean()) <= 5e-4 * np.sqrt(np.square(b[path]).mean()), path
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU, MLX compiles with g++, which is not here")
