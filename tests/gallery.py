@@ -208,6 +208,35 @@ class BlocksSoFar(Mix):
         return before[:, mx.arange(T) // 8] @ self.wo
 
 
+class GatedChunks(Mix):
+    """Gated linear attention in chunks of 16. Decays are taken from its end: they cancel, but for rounding."""
+
+    def __call__(self, x, ids):
+        B, T, C = x.shape
+        q, k, decay = ((x @ w)[..., :8].reshape(B, -1, 16, 8) for w in (self.wk, self.wq, self.wo))
+        v, total = (x @ self.wv).reshape(B, -1, 16, C), mx.cumsum(-0.3 * mx.sigmoid(decay), axis=2)
+        end, state, chunks = total[:, :, -1:], 0, []
+        scores = (q * mx.exp(total - end)) @ (k * mx.exp(end - total)).swapaxes(2, 3)
+        inner = mx.where(later(16), 0, scores) @ v
+        for i in range(T // 16):
+            outer = (q[:, i] * mx.exp(total[:, i])) @ state if i else 0
+            chunks.append(inner[:, i] + outer)
+            added = (k * mx.exp(end - total))[:, i].swapaxes(1, 2) @ v[:, i]
+            state = mx.exp(end[:, i]).swapaxes(1, 2) * state + added
+        return mx.concatenate(chunks, axis=1) / 4 @ self.wo
+
+
+class BlockSpectrum(PaddedSpectrum):
+    """A filter of 16 by FFTs of 32, block by block; what hangs over is added to the next block."""
+
+    def __call__(self, x, ids):
+        blocks = x.astype(mx.float32).reshape(len(x), -1, 16, self.width)
+        spectra = [mx.fft.rfft(y, n=32, axis=-2) for y in (blocks, self.filter(16))]
+        y = mx.fft.irfft(spectra[0] * spectra[1], n=32, axis=-2)
+        y = y[:, :, :16] + mx.pad(y[:, :-1, 16:], [(0, 0), (1, 0), (0, 0), (0, 0)])
+        return y.reshape(x.shape).astype(x.dtype) @ self.wo
+
+
 class Gate(Mix):
     """No mixing over time at all."""
 
@@ -217,7 +246,7 @@ class Gate(Mix):
 
 HONEST = [
     Attention, Rope, GroupedHeads, SinkWindow, LinearAttention, Scan, CausalConvolution, PaddedSpectrum, Experts,
-    SortedExperts, TokenShift, RunningMean, BlocksSoFar, Gate,
+    SortedExperts, TokenShift, RunningMean, BlocksSoFar, GatedChunks, BlockSpectrum, Gate,
 ]  # fmt: skip
 
 

@@ -15,6 +15,13 @@ import prepare
 V = 512
 
 
+@pytest.fixture(autouse=True)
+def fewer_rows(monkeypatch):
+    """Half of the rows are scored; the checks ask as much as ever."""
+    rows = prepare.evaluation_rows
+    monkeypatch.setattr(prepare, "evaluation_rows", lambda *which: rows(*which)[::2])
+
+
 class WithDropout(nn.Module):
     """Dropout in the model, and nobody called eval()."""
 
@@ -79,6 +86,9 @@ NAMED = {
         *[gallery.PaddedSpectrum, gallery.Experts] * 2, dtype=mx.bfloat16, logit_scale=3.0
     ),
     "float16, an FFT": network(*[gallery.PaddedSpectrum] * 4, dtype=mx.float16, logit_scale=4.0),
+    "bfloat16, gated chunks, 8 layers": network(*[gallery.GatedChunks] * 8, dtype=mx.bfloat16, logit_scale=3.0),
+    "bfloat16, an FFT by blocks": network(*[gallery.BlockSpectrum] * 8, dtype=mx.bfloat16, logit_scale=3.0),
+    "gated chunks": network(*[gallery.GatedChunks] * 4),
     "an FFT, padded": network(gallery.PaddedSpectrum, gallery.PaddedSpectrum),
     "weight tying": network(gallery.Attention, tied=True),
     "bytes mixed": BytesMixer,
@@ -116,7 +126,7 @@ def random_model(seed):
     return Network(
         V,
         [draw.choice(HONEST) for _ in range(depth)],
-        width=draw.choice([16, 32, 48]),
+        width=draw.choice([16, 24, 32]),
         dtype=draw.choice([mx.float32, mx.float32, mx.float16, mx.bfloat16]),
         logit_scale=draw.choice([0.01, 0.5, 2.0, 3.0, 5.0]),
         tied=draw.random() < 0.3,
@@ -139,19 +149,22 @@ def test_the_mode_of_a_module_is_put_back(tokenizer):
     assert not model.training
 
 
-def test_rounding_stays_far_from_what_is_refused(tokenizer):
-    """The noisiest honest models, and how near they come to each limit; `judge`'s figures stand on this."""
-    found = {}
-    for name in ("bfloat16, an FFT, 8 layers", "bfloat16, an FFT, experts"):
-        seen = []
+def test_rounding_stays_far_from_what_is_refused(tokenizer, monkeypatch):
+    """How near the noise of eight layers in bfloat16 comes to the limits of `judge`, which stand on it."""
+    seen = []
 
-        def note(moved, information, gain, nats_per_bit, reach, seen=seen):
-            seen.append((np.nanmean(moved), np.nanmean(information) / nats_per_bit))
+    def note(moved, information, gain, nats_per_bit, reach, floor=None):
+        seen.append((np.nanmean(moved), np.nanmean(information) / nats_per_bit))
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checks, "judge", note)
-            prepare.evaluate_bpb(NAMED[name](tokenizer), tokenizer, 8)
-        found[name] = np.max(seen, axis=0)
-    for name, (moved, information) in found.items():
-        assert 0 < moved < checks.MOVED / 4, name
-        assert 0 < information < checks.LEAK * 2 / 3, name
+    monkeypatch.setattr(checks, "judge", note)
+    prepare.evaluate_bpb(NAMED["bfloat16, an FFT, 8 layers"](tokenizer), tokenizer, 8)
+    moved, information = np.max(seen, axis=0)
+    assert 0 < moved < checks.MOVED / 10 and 0 < information < checks.LEAK / 3
+
+
+@pytest.mark.parametrize("seed", [1, 6])
+def test_experts_whose_choice_rounding_flips_pass(tokenizer, seed):
+    """Sure of itself, untrained and in bfloat16: what rounding flips is worth more than LEAK, and passes."""
+    mixes = [gallery.PaddedSpectrum, gallery.Experts] * 3
+    model = Network(V, mixes, width=64, dtype=mx.bfloat16, logit_scale=6.0, seed=seed)
+    prepare.evaluate_bpb(model, tokenizer, 8)

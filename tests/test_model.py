@@ -235,15 +235,15 @@ def test_the_gradients_are_those_of_finite_differences():
     parameters = dict(tree_flatten(model.parameters()))
     for path, gradient in tree_flatten(gradients):
         norm = mx.sqrt(mx.square(gradient).sum()).item()
-        step = 2e-3 * mx.sqrt(mx.square(parameters[path]).sum()).item()
+        step = 0.02 * max(1, mx.sqrt(mx.square(parameters[path]).sum()).item())
         losses = []
-        for sign in (1, -1):
-            moved = {**parameters, path: parameters[path] + sign * step / norm * gradient}
+        for steps in (1, -1, 2, -2):  # large steps, since losses are float32; two sizes, to cancel their curvature
+            moved = {**parameters, path: parameters[path] + steps * step / norm * gradient}
             other = tiny()
             other.load_weights(list(moved.items()))
             losses.append(train.loss_fn(other, tokens).item())
-        slope = (losses[0] - losses[1]) / (2 * step)
-        assert slope == pytest.approx(norm, rel=0.05, abs=3e-4), path
+        slope = (8 * (losses[0] - losses[1]) - (losses[2] - losses[3])) / (12 * step)
+        assert slope == pytest.approx(norm, rel=0.01, abs=1e-4), path
 
 
 def test_in_half_precision_the_residual_stream_stays_so_and_the_weights_do_not(monkeypatch):
@@ -294,8 +294,10 @@ def test_accumulated_gradients_are_those_of_one_large_batch(streams):
     assert_same(mean, {path: np.array(g, np.float64) for path, g in whole.items()}, 1e-5)
     for _ in range(3):
         assert parts(micro_batches).item() == pytest.approx(large([tokens]).item(), rel=1e-4)
-    # Muon's matrices start from zeros, and its first steps make rounding large.
-    assert_same(weights(parts.model), weights(large.model), 5e-3)
+    # In the mean: AdamW makes much of single gradients that are mere rounding, Muon of small singular values.
+    a, b = weights(parts.model), weights(large.model)
+    for path in a:
+        assert np.sqrt(np.square(a[path] - b[path]).mean()) <= 5e-4 * np.sqrt(np.square(b[path]).mean()), path
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU, MLX compiles with g++, which is not here")
