@@ -176,8 +176,10 @@ class SortedExperts(Mix):
         choice = mx.argmax((tokens @ self.wq)[:, :4], axis=-1).astype(mx.uint32)
         order = mx.argsort(choice)
         experts = mx.stack([self.wk, self.wv, self.wo, self.wq]).astype(mx.float32)
-        y = mx.gather_mm(tokens[order][:, None], experts, rhs_indices=choice[order], sorted_indices=True)[:, 0]
-        return y[mx.argsort(order)].reshape(x.shape)
+        # Not tokens[order][:, None]: from such a view MLX 0.32 on CUDA takes wrong rows, and `rows` refuses it.
+        each = tokens[order].reshape(-1, 1, x.shape[-1])
+        y = mx.gather_mm(each, experts, rhs_indices=choice[order], sorted_indices=True)
+        return y.reshape(tokens.shape)[mx.argsort(order)].reshape(x.shape)
 
 
 class TokenShift(Mix):
