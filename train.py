@@ -42,7 +42,7 @@ WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: 
 
 TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
 DEVICE_BATCH_SIZE = (2**15 if GPU else 2**12) // SEQUENCE_LENGTH  # rows at once; lower it where memory is short
-EVAL_BATCH_SIZE = DEVICE_BATCH_SIZE  # rows at once in evaluation
+EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 2)  # rows at once in evaluation, whose logits stand whole
 
 MATRIX_LR = 0.03 if GPU else 0.06  # Muon, all matrices of the blocks
 EMBEDDING_LR = 0.3 if GPU else 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
@@ -327,13 +327,19 @@ def orthogonalize(matrices):
     return x.astype(mx.float32)
 
 
+def is_tall(parameter):
+    """Whether a matrix, or each of a stack, has at least as many rows as columns."""
+    return parameter.shape[-2] >= parameter.shape[-1]
+
+
 class Muon(optim.Optimizer):
     """Momentum, orthogonalised, with normalised rows and cautious decay, as upstream has it.
 
     Muon (kellerjordan.github.io/posts/muon), a second moment for each row or column after
     orthogonalisation (NorMuon, arXiv:2510.05491), decoupled decay where update and weight agree
-    in sign (arXiv:2510.12402). Matrices of one shape, tall ones transposed, are updated as one
-    stack, the stacks spread over `streams`. A parameter is a matrix or a stack (n, rows, columns).
+    in sign (arXiv:2510.12402). A parameter is a matrix (rows, columns) or a stack of them
+    (n, rows, columns). Matrices of one shape, tall ones transposed, are updated together as one
+    stack, and the stacks are spread over `streams`.
     """
 
     def __init__(self, learning_rate, weight_decay, momentum=0.95, beta2=0.95, streams=None):
@@ -361,7 +367,7 @@ class Muon(optim.Optimizer):
     @staticmethod
     def _wide(stack):
         """All matrices of a stack in one array (n, rows, columns), rows <= columns."""
-        wide = [p.swapaxes(-1, -2) if p.shape[-2] >= p.shape[-1] else p for _, p in stack]
+        wide = [p.swapaxes(-1, -2) if is_tall(p) else p for _, p in stack]
         return mx.concatenate([p.reshape(-1, *p.shape[-2:]) for p in wide])
 
     def apply_gradients(self, gradients, parameters):
@@ -373,15 +379,16 @@ class Muon(optim.Optimizer):
             with mx.stream(self.streams[i % len(self.streams)]):
                 weight = self._wide([(path, weights[path]) for path, _ in stack])
                 sizes = [math.prod(p.shape[:-2]) for _, p in stack]
-                shapes = [max(1, p.shape[-2] / p.shape[-1]) ** 0.5 for _, p in stack]
-                rate = self.learning_rate * mx.array(np.repeat(shapes, sizes))[:, None, None]
+                scales = [max(1, p.shape[-2] / p.shape[-1]) ** 0.5 for _, p in stack]
+                rate = self.learning_rate * mx.array(np.repeat(scales, sizes))[:, None, None]
                 new = self._update(self._wide(stack), weight, rate, self.state[name])
                 new = mx.split(new, np.cumsum(sizes)[:-1].tolist())
                 for (path, p), w in zip(stack, new, strict=True):
-                    updated.append((path, (w.swapaxes(1, 2) if p.shape[-2] >= p.shape[-1] else w).reshape(p.shape)))
+                    updated.append((path, (w.swapaxes(1, 2) if is_tall(p) else w).reshape(p.shape)))
         return tree_unflatten(updated)
 
     def _update(self, gradient, weight, rate, state):
+        """New weights. gradient, weight: (n, rows, columns), rows <= columns; rate: (n, 1, 1)."""
         momentum = self.state["momentum"]
         state["momentum"] = momentum * state["momentum"] + (1 - momentum) * gradient
         update = orthogonalize(momentum * state["momentum"] + (1 - momentum) * gradient)  # Nesterov
