@@ -179,9 +179,11 @@ def plain_loss(hidden, weight, targets):
     return nn.losses.cross_entropy(logits, targets, reduction="mean")
 
 
+@pytest.mark.parametrize("gpu", [False, True])  # what is written for a GPU runs on a CPU as well
 @pytest.mark.parametrize("rows", [1, 7, 16, 50, 1000])  # of 50: several chunks, a ragged last one, one alone
-def test_the_head_s_loss_and_gradients_are_those_of_a_plain_cross_entropy(monkeypatch, rows):
+def test_the_head_s_loss_and_gradients_are_those_of_a_plain_cross_entropy(monkeypatch, rows, gpu):
     monkeypatch.setattr(train, "LOGITS_AT_ONCE", rows * VOCAB)
+    monkeypatch.setattr(train, "GPU", gpu)
     mx.random.seed(1)
     hidden, weight = mx.random.normal((50, 16)), 3 * mx.random.normal((VOCAB, 16))
     targets = mx.random.randint(0, VOCAB, (50,))
@@ -196,6 +198,37 @@ def test_the_head_s_loss_and_gradients_are_those_of_a_plain_cross_entropy(monkey
     assert a[0].item() == pytest.approx(b[0].item(), rel=1e-5)
     for x, y in zip(a[1], b[1], strict=True):
         assert mx.abs(x - y).max().item() < 1e-5 * mx.abs(y).max().item()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_logits_never_stand_whole(monkeypatch, gpu):
+    monkeypatch.setattr(train, "GPU", gpu)
+    n, vocab = 2048, 512
+    monkeypatch.setattr(train, "LOGITS_AT_ONCE", n * vocab // 64)
+    hidden, weight, targets = mx.random.normal((n, 8)), mx.random.normal((vocab, 8)), mx.random.randint(0, vocab, (n,))
+    mx.eval(hidden, weight, targets)
+    limit = mx.set_memory_limit(1)  # nothing is begun before what went before has ended
+    try:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.value_and_grad(train.head_loss, argnums=(0, 1))(hidden, weight, targets))
+        assert mx.get_peak_memory() - before < 4 * n * vocab / 4
+    finally:
+        mx.set_memory_limit(limit)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_mix_and_its_gradients(dtype):
+    x, x0, weight = (mx.random.normal((2, 5, 8)).astype(dtype) for _ in range(3))
+
+    def gradients(function):
+        loss = mx.value_and_grad(lambda *a: (function(*a) * weight).astype(mx.float32).sum(), argnums=(0, 1, 2, 3))
+        return [np.array(g.astype(mx.float32)) for g in loss(x, x0, mx.array([0.7]), mx.array([-0.2]))[1]]
+
+    plain = gradients(lambda x, x0, a, b: (a * x + b * x0).astype(dtype))
+    assert train.mix(x, x0, mx.array([0.7]), mx.array([-0.2])).dtype == dtype
+    for found, expected in zip(gradients(train.mix), plain, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5 if dtype == mx.float32 else 0.02, abs=1e-5)
 
 
 def test_the_loss_is_the_mean_of_what_the_logits_say():
