@@ -35,7 +35,7 @@ os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
 DATASET = "stdlib"  # one of data_sources.DATASETS
 SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
 
-DEPTH = 4 if GPU else 3  # layers
+DEPTH = 4 if GPU else 2  # layers
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64
 WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: S sees half the context, L all
@@ -44,8 +44,8 @@ TOTAL_BATCH_SIZE = 2**16 if GPU else 2**12  # tokens an optimizer step
 DEVICE_BATCH_SIZE = (2**15 if GPU else 2**12) // SEQUENCE_LENGTH  # rows at once; lower it where memory is short
 EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 2)  # rows at once in evaluation, whose logits stand whole
 
-MATRIX_LR = 0.03 if GPU else 0.06  # Muon, all matrices of the blocks
-EMBEDDING_LR = 0.3 if GPU else 0.6  # AdamW, token and value embeddings (scaled with width, as the next)
+MATRIX_LR = 0.03  # Muon, all matrices of the blocks
+EMBEDDING_LR = 0.3  # AdamW, token and value embeddings (scaled with width, as the next)
 HEAD_LR = 0.008  # AdamW, output head and value gates
 X0_LR = 0.5  # AdamW, x0_lambdas
 RESID_LR = 0.005  # AdamW, resid_lambdas
