@@ -36,7 +36,7 @@ DATASET = "stdlib"  # one of data_sources.DATASETS
 SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
 
 DEPTH = 4 if GPU else 2  # layers
-ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
+ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64
 WINDOW_PATTERN = "SSSL" if GPU and not CUDA else "L"  # a layer each, repeated: S sees half the context, L all
 
