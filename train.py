@@ -259,8 +259,7 @@ def sigmoid(x):
 def capped(logits):
     """The logits softly capped, e to their power, and the slope of the cap; all float32.
 
-    SOFTCAP * tanh(x / SOFTCAP) is 2 * SOFTCAP * sigmoid(2 * x / SOFTCAP) - SOFTCAP: cheaper to compute,
-    and to derive.
+    SOFTCAP * tanh(x / SOFTCAP) is SOFTCAP * (2 * s - 1) for s = sigmoid(2 * x / SOFTCAP).
     """
     s = sigmoid((2 / SOFTCAP) * logits.astype(mx.float32))
     cap = 2 * SOFTCAP * s - SOFTCAP
@@ -301,7 +300,7 @@ def head_loss(hidden, weight, targets):
                 total = exps.sum(axis=1, keepdims=True)
             of_target, exp_of_target, slope = capped(mx.take_along_axis(logits, target, axis=1))
             losses.append(mx.log(total) - of_target)
-            # The gradient times `total`, by which the narrow arrays are divided instead.
+            # The gradient times `total` (float16 could not hold it), by which the narrow arrays are divided instead.
             gradient, at_target = (exps * slopes).astype(h.dtype), ((exp_of_target - total) * slope).astype(h.dtype)
             gradient = mx.put_along_axis(gradient, target, at_target, axis=1)
             hidden_gradients.append((gradient @ w / total).astype(h.dtype))
