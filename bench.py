@@ -22,7 +22,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+import machine
 import prepare
+import record
 import train
 
 TIME_LIMIT = 105  # seconds; what is not measured by then is skipped
@@ -164,7 +166,7 @@ def in_child(rows, compiled):
 def sweep(figures, compiled):
     """DEVICE_BATCH_SIZE in powers of two around the present one: yields {"rows": n, **figures or "why": …}."""
     present, length = train.DEVICE_BATCH_SIZE, prepare.get_dataset(train.DATASET).sequence_length
-    memory_mb, largest = 1024 * (prepare.describe_device()["memory_gb"] or 2**20), {"rows": present, **figures}
+    memory_mb, largest = 1024 * (machine.describe()["memory_gb"] or 2**20), {"rows": present, **figures}
     yield largest
     powers = [n for i in (1, 2, 3) for n in (present * 2**i, present // 2**i)]  # the nearest first
     for n in [n for n in powers if n and train.TOTAL_BATCH_SIZE % (n * length) == 0]:
@@ -189,13 +191,13 @@ def moved(before, after):
             yield f"{shown(name, new)}, {way} {100 * abs(new / old - 1):.1f} %, {'better' if better else 'worse'}"
 
 
-def last_bench(record):
+def last_bench(profile):
     """The newest archived bench of the same machine and dataset, or None."""
-    for path in sorted(prepare.DATA_DIR.glob("bench_*.json"), reverse=True):
+    for path in sorted(record.STORE.glob("bench_*.json"), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or not ours
             old = json.loads(path.read_text())
-            same = [old["device"][key] == record["device"][key] for key in ("name", "backend")]
-            if all(same) and old["dataset"] == record["dataset"] and isinstance(old["figures"], dict):
+            same = [old["device"][key] == profile["device"][key] for key in ("name", "backend")]
+            if all(same) and old["dataset"] == profile["dataset"] and isinstance(old["figures"], dict):
                 return old
     return None
 
@@ -212,13 +214,13 @@ def main():
         figures.update(found)
         print(*(shown(name, value) for name, value in found.items()), sep="\n", flush=True)
 
-    dataset, device, load = prepare.get_dataset(train.DATASET), prepare.describe_device(), os.getloadavg()[0]
+    dataset, device, load = prepare.get_dataset(train.DATASET), machine.describe(), os.getloadavg()[0]
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
     print("train.py on {name} ({backend}, BLAS: {blas}, mlx {mlx}), load {load:.1f}".format(**device, load=load))
     training = Training(rows, 5.0)
     present, compiled = training.figures, training.step.compiled
     start = [sys.executable, "-c", "import train"]
-    note({"import_seconds": seconds_of(lambda: subprocess.run(start, cwd=prepare.HERE, check=True), 0.0)} | present)
+    note({"import_seconds": seconds_of(lambda: subprocess.run(start, cwd=record.ROOT, check=True), 0.0)} | present)
     note(training.parts() | training.arithmetic())
     note(training.packing() | training.evaluation())
     del training  # the children need the memory
@@ -234,16 +236,15 @@ def main():
     fastest = max(sizes, key=lambda size: size.get("tok_sec", 0))["rows"]
     print(f"fastest that fits: DEVICE_BATCH_SIZE = {fastest}")
     now, seconds = datetime.now().astimezone(), time.monotonic() - prepare.PROCESS_START
-    record = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "seconds": seconds}
-    record |= {"commit": prepare.git_commit(), "train_blob": prepare.git_blob_hash(prepare.HERE / "train.py")}
-    record |= {"device": device, "load": load, "dataset": dataset.name, "total_batch_size": train.TOTAL_BATCH_SIZE}
-    record |= {"device_batch_size": rows, "fastest": fastest, "figures": figures, "sweep": sizes}
-    if before := last_bench(record):
+    profile = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "seconds": seconds}
+    profile |= {"commit": record.git("rev-parse", "HEAD"), "train_blob": record.blob_hash(record.ROOT / "train.py")}
+    profile |= {"device": device, "load": load, "dataset": dataset.name, "total_batch_size": train.TOTAL_BATCH_SIZE}
+    profile |= {"device_batch_size": rows, "fastest": fastest, "figures": figures, "sweep": sizes}
+    if before := last_bench(profile):
         print(f"since the bench of {before.get('timestamp')} (machines are noisy: identical runs differ by 3 to 5 %)")
         print(*(list(moved(before["figures"], figures)) or ["  nothing moved by more than 5 %"]), sep="\n")
-    archive = prepare.DATA_DIR / f"bench_{now:%Y%m%d_%H%M%S}.json"
-    prepare.DATA_DIR.mkdir(exist_ok=True)
-    prepare.write_atomically(archive, json.dumps(record, indent=1))
+    archive = record.STORE / f"bench_{now:%Y%m%d_%H%M%S}.json"
+    record.write_atomically(archive, json.dumps(profile, indent=1))
     print(f"archived in data/{archive.name} after {seconds:.0f} s")
 
 

@@ -434,6 +434,15 @@ def clock(seconds, started):
             )
 
 
+def paused(seconds, budget):
+    """The process was at work throughout. seconds: for which it stood still."""
+    if seconds > max(OVERSHOOT * budget, SLACK):
+        raise Refused(
+            f"paused: for {seconds:.0f} s of the budget the process stood still: the machine slept, or the process was "
+            "stopped. That says nothing of the experiment: run it again."
+        )
+
+
 def start_up(seconds, warm_up_steps):
     """Nothing was trained before the clock started. warm_up_steps: batches taken before, in steps."""
     if seconds > STARTUP:
@@ -546,9 +555,9 @@ def definitions(*modules):
 
 
 def harness(loaded, now, defined, defined_now):
-    """The harness is the one that the run began with. loaded, now: `prepare.harness_hash()`."""
+    """The harness is the one that the run began with. loaded, now: hashes of its code."""
     if loaded != now:
-        raise Refused("harness: prepare.py, checks.py or data_sources.py was changed while the run went on.")
+        raise Refused("harness: a file of the harness was changed while the run went on.")
     changed = [name for name in defined if defined[name] != defined_now.get(name)]
     if changed:
         raise Refused(f"harness: {min(changed)} was replaced during the run. Look for assignments to the harness.")

@@ -1,0 +1,450 @@
+"""What a run leaves behind: its record, the archive of all records, and what may be said of them together.
+
+Everything here works without MLX, so that a question about finished runs costs no start-up. It holds no
+opinion either: whether a difference is enough to keep a change is decided in scripts/verdict.py.
+
+    files       text that is written whole or not at all, and is on the disk when the call returns
+    settings    what a person sets for a run, and which program and which harness it is
+    records     one JSON object a run: written, sealed, found again
+    programs    a text of train.py, all its comparable runs, and the noise between runs of one program
+"""
+
+import ast
+import base64
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent
+FORMAT_VERSION = 2
+
+
+def main_worktree(root):
+    """The folder of the clone that `root` is a linked git worktree of; `root` itself where it is none.
+
+    Results belong to the clone: `git worktree remove` takes nothing of them along.
+    """
+    with suppress(OSError, ValueError):
+        folder = Path((root / ".git").read_text().strip().removeprefix("gitdir: "))
+        common = (root / folder / (root / folder / "commondir").read_text().strip()).resolve()
+        return common.parent if common.name == ".git" else common / "autoresearch"
+    return root
+
+
+HOME = main_worktree(ROOT)
+DATA = ROOT / "data"  # of this folder: the newest run
+STORE = HOME / "data"  # of the clone: the archive of all runs
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def to_disk(descriptor):
+    """Return once what was written is on the disk itself, which on macOS takes more than fsync."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # not every file system there knows it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def folder_to_disk(path):
+    """A new or renamed file outlives a power cut only once its folder is on the disk as well."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path, text):
+    """Write a text file so that `path` holds the old content or the new, whatever happens."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            to_disk(out.fileno())
+        temporary.replace(path)
+        folder_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append(path, text, header=""):
+    """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size:  # a line that was cut short ends here, and stays a line of its own
+            header = "" if os.pread(descriptor, 1, size - 1) == b"\n" else "\n"
+        content = (header + text).encode()
+        try:
+            if os.write(descriptor, content) < len(content):
+                raise OSError(28, os.strerror(28))  # ENOSPC
+            to_disk(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            error.filename = str(path)
+            raise
+    finally:
+        os.close(descriptor)
+    if new:
+        folder_to_disk(path.parent)
+
+
+def read_json(path):
+    """The object in a JSON file, or None where there is none that is whole."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def free_name(folder, prefix, suffix):
+    """A path in `folder`, named after this second, that nothing has yet."""
+    stem, number = f"{prefix}_{datetime.now():%Y%m%d_%H%M%S}", 1
+    while (path := folder / (stem + (f"_{number}" if number > 1 else "") + suffix)).exists():
+        number += 1
+    return path
+
+
+# --- settings, programs, harness -------------------------------------------------------------------
+
+BUDGET, SEED = 300.0, 42  # what holds where nothing is set
+
+
+def positive(name, text):
+    """`text` as a positive finite number, or the program ends with one line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        sys.exit(f"error: {name}={text} is not a positive number")
+    return value
+
+
+def whole(name, text):
+    """`text` as a whole number from 0 to 2^32 - 1, or the program ends with one line."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
+        sys.exit(f"error: {name}={text} is not a whole number (0 to {2**32 - 1})")
+    return int(text)
+
+
+def settings():
+    """(budget in seconds, seed) of a run, from the environment."""
+    budget = positive("BUDGET", os.environ.get("AUTORESEARCH_BUDGET") or str(BUDGET))
+    return budget, whole("SEED", os.environ.get("AUTORESEARCH_SEED") or str(SEED))
+
+
+def blob_hash(path):
+    """The hash that git gives a file's content, computed without git: it names a program."""
+    content = Path(path).read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def git(*words, root=ROOT, text=None):
+    """What git prints; None without git or a repository of our own, or where git refuses. `text`: its input."""
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", *words], cwd=root, input=text, capture_output=True, text=True, errors="replace")
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def dataset_of_train():
+    """The constant DATASET of train.py, read without running it."""
+    try:
+        text = (ROOT / "train.py").read_text("utf-8", "replace")
+    except OSError as error:
+        sys.exit(f"error: train.py cannot be read: {error.strerror}")
+    found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
+    if not found:
+        sys.exit('error: train.py has no line of the form DATASET = "name"')
+    return found.group(1)
+
+
+class _WithoutWords(ast.NodeTransformer):
+    """Drops what is said: docstrings, and all that is printed, raised or ended with."""
+
+    SAYING = {"print", "exit", "Refused", "RuntimeError", "ValueError", "add_argument", "ArgumentParser"}
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if (getattr(node.func, "id", None) or getattr(node.func, "attr", None)) in self.SAYING:
+            node.args, node.keywords = [], []
+        return node
+
+    def visit_Expr(self, node):
+        self.generic_visit(node)
+        return ast.Pass() if isinstance(node.value, ast.Constant) else node
+
+
+def code_hash(paths):
+    """SHA-256 over what Python files do: a changed comment, docstring or message makes no other harness."""
+    digest = hashlib.sha256()
+    for path in paths:
+        tree = _WithoutWords().visit(ast.parse(path.read_text("utf-8")))
+        digest.update(path.name.encode() + b"\0" + ast.dump(tree).encode() + b"\0")
+    return digest.hexdigest()
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def seal(record):
+    """SHA-256 over a record's content (without its seal), by which a hand-made one is noticed."""
+    content = {key: value for key, value in record.items() if key != "seal"}
+    return hashlib.sha256(("autoresearch" + json.dumps(content, sort_keys=True)).encode()).hexdigest()
+
+
+def seal_fits(record):
+    """Whether the harness wrote this record, as far as one can tell."""
+    return record.get("seal") == seal(record)
+
+
+def write(train, commit, **content):
+    """Complete a run's record, archive it, and make it data/last_run.json; returns it.
+
+    A reader of data/last_run.json sees the old record or the new one, whole.
+    train: the path of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
+    `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `model`, `training`, `machine`, `result`, `curve`.
+    """
+    now = datetime.now().astimezone()
+    record = {
+        "format_version": FORMAT_VERSION,
+        "run_id": f"{now:%Y%m%d_%H%M%S}-{uuid.uuid4().hex[:12]}",
+        "pid": os.getpid(),
+        "ppid": os.getppid(),
+        "timestamp": now.isoformat(timespec="seconds"),
+        "commit": commit,
+        "train_blob": train,
+        **content,
+    }
+    record["seal"] = seal(record)
+    text = json.dumps(record, indent=1)
+    try:
+        STORE.mkdir(parents=True, exist_ok=True)
+        write_atomically(free_name(STORE, "run", ".json"), text)
+        write_atomically(DATA / "last_run.json", text)
+    except OSError as error:
+        sys.exit(f"error: the record could not be written to {STORE}: {error.strerror or error}")
+    return record
+
+
+def binned(curve, points=256):
+    """A run's curve as means over bins of 2^k steps, so that any two runs can be laid upon each other.
+
+    curve: a (seconds at its end, loss, tokens so far, memory in MB) for each step. k is the least for which `points`
+    bins suffice; the steps of a last bin that is not full are left out, unless it is the only one.
+    """
+    size = 1
+    while len(curve) > points * size:
+        size *= 2
+    full = curve[: len(curve) // size * size] or curve
+    seconds, loss, tokens, memory = np.array(full, np.float64).reshape(-1, 4).T
+    ends = np.arange(size, len(full) + 1, size) - 1 if len(full) >= size else np.array([len(full) - 1])[: len(full)]
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
+    took, trained = (np.diff(x[ends], prepend=0.0) for x in (seconds, tokens))
+    columns = {
+        "seconds": np.round(seconds[ends], 3),
+        "loss": np.round(np.add.reduceat(loss, starts) / (ends - starts + 1), 5) if len(full) else loss,
+        "tok_sec": np.round(trained / np.maximum(took, 1e-9)),
+        "memory_mb": np.round(memory[ends]),
+    }
+    return {"steps_per_bin": size, **{name: column.tolist() for name, column in columns.items()}}
+
+
+def packed(values):
+    """A float array as compact text: little-endian float32 in base64."""
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def unpacked(text):
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
+
+
+# --- what a run says -------------------------------------------------------------------------------
+
+
+def tell_device(device):
+    memory = f", {device['memory_gb']} GB" if device["memory_gb"] else ""
+    print(f"backend: {device['backend']} ({device['name']}{memory}), mlx {device['mlx']}, BLAS: {device['blas']}")
+    if device["backend"] == "cpu" and device["blas"] == "reference":
+        print("note: without OpenBLAS a CPU is ten times slower; `make run` preloads it")
+
+
+def tell_step(curve, budget):
+    """On a terminal, one line that is overwritten. curve: see `binned`."""
+    if not sys.stdout.isatty():
+        return
+    (before, _, fewer, _), (now, loss, tokens, _) = curve[-2] if len(curve) > 1 else (0.0, 0.0, 0, 0.0), curve[-1]
+    share, rate, left = 100 * now / budget, (tokens - fewer) / max(now - before, 1e-9), max(0.0, budget - now)
+    line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
+    print(line, end="", flush=True)
+
+
+def tell(record):
+    """The end of a run's output, a `name: value` a line."""
+    training, model = record["training"], record["model"]
+    bpb, eval_seconds = record["result"]["val_bpb"], training["eval_seconds"]
+    lines = {
+        "val_bpb": "invalid" if bpb is None else f"{bpb:.6f}",
+        "training_seconds": f"{training['seconds']:.1f}",
+        "total_seconds": f"{training['total_seconds']:.1f}",
+        "train_peak_mb": f"{training['training_peak_mb']:.1f}",
+        "peak_memory_mb": f"{training['peak_memory_mb']:.1f}",
+        "eval_seconds": "-" if eval_seconds is None else f"{eval_seconds:.1f}",
+        "total_tokens_M": f"{training['total_tokens'] / 1e6:.2f}",
+        "avg_tok_sec": f"{training['avg_tok_sec']:.0f}",
+        "num_steps": training["total_steps"],
+        "num_params_M": f"{model['num_params'] / 1e6:.2f}",
+        "depth": model["depth"],
+        "dmodel_scale": f"{model['dmodel_scale']:.4f}",
+    }
+    print("\n---" if sys.stdout.isatty() else "---")
+    for name, value in lines.items():
+        print(f"{name}: {value}")
+    if record["reason"]:
+        print(f"error: this run is not valid. {record['reason']}", file=sys.stderr)
+
+
+# --- the archive -----------------------------------------------------------------------------------
+
+
+def archived():
+    """Every valid record of the archive as the harness wrote it, the oldest first; what is damaged is passed over."""
+    for path in sorted(STORE.glob("run_*.json")):
+        record = _read_sealed(path, path.stat().st_mtime_ns)
+        if record and record.get("status") == "valid":
+            yield record
+
+
+@functools.cache
+def _read_sealed(path, changed):
+    record = read_json(path)
+    return record if record and seal_fits(record) else None
+
+
+def differences(new, old):
+    """Why two records may not be compared, a phrase for each reason; empty where they may."""
+    found = []
+    for key in ("dataset", "token_cache", "budget", "harness"):
+        if new.get(key) != old.get(key):
+            a, b = (str(r.get(key))[:12] for r in (new, old))
+            found.append(f"{key} is {a}, was {b}")
+    a, b = new.get("device") or {}, old.get("device") or {}
+    found += [f"device.{k} is {a.get(k)}, was {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    return found
+
+
+# --- programs --------------------------------------------------------------------------------------
+
+
+def bpb(record):
+    return record["result"]["val_bpb"]
+
+
+def tok_sec(record):
+    return record["training"]["avg_tok_sec"]
+
+
+def paused(record):
+    """Seconds for which a run stood still: the machine slept, or somebody stopped the process."""
+    return (record.get("machine") or {}).get("paused_seconds") or 0.0
+
+
+def runs_of(blob, like):
+    """All valid runs of the program `blob` (see `blob_hash`) that may be compared with the record `like`."""
+    return [r for r in archived() if r["train_blob"] == blob and not differences(r, like)]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The standard deviation of one run's figures between runs of one and the same program.
+
+    bpb in bits per byte; rate as a share of the program's mean. Pooled over all programs with more than one
+    run: the squared deviations from each program's own mean, over the degrees of freedom (df), which are the
+    runs less the programs. With df = 0 nothing is known, and both are nan.
+    """
+
+    bpb: float
+    rate: float
+    df: int
+
+
+def noise(like, usable=lambda record: True):
+    """`Noise` of all `usable` runs that may be compared with the record `like`."""
+    programs = {}
+    for record in archived():
+        if usable(record) and not differences(record, like):
+            programs.setdefault(record["train_blob"], []).append(record)
+    squares, df = np.zeros(2), 0
+    for runs in programs.values():
+        figures = np.array([[bpb(r), tok_sec(r)] for r in runs])
+        squares += (((figures - figures.mean(axis=0)) / [1.0, figures[:, 1].mean() or 1.0]) ** 2).sum(axis=0)
+        df += len(runs) - 1
+    return Noise(*(np.sqrt(squares / df) if df else (math.nan, math.nan)), df)
+
+
+# --- pairs: two runs that saw the same text ------------------------------------------------------------
+
+
+def on_same_rows(new, old):
+    """(difference of val_bpb, its standard error) from the losses of the same validation rows, or None.
+
+    The error is that of a finite validation set alone. Both runs were scored on the same rows, so what makes a
+    row hard is in both and cancels: it is far smaller than the error of either result by itself.
+    """
+    a, b = (r["result"].get("row_bits") for r in (new, old))
+    total = new["result"].get("eval_bytes")
+    if not (a and b and total) or total != old["result"].get("eval_bytes"):
+        return None
+    change = unpacked(a) - unpacked(b)
+    return change.sum() / total, math.sqrt(len(change)) * change.std() / total
+
+
+def at_equal_steps(new, old, before=0.5):
+    """(difference of training loss in nats per token, its standard error) at the same steps, or None.
+
+    Two runs of one seed that take as many tokens a step see the same text at the same step, so the difference
+    of their losses is nearly free of noise, and does not know how fast the machine was. Only the steps of the
+    first `before` of the budget count, in which no run has begun to lower its rates, and of those the later half. The
+    error is that of the mean of what are then correlated bins, by the batch means of four stretches.
+    """
+    curves = [r.get("curve") or {} for r in (new, old)]
+    a, b = ((r["seed"], *map(r["training"].get, ("tokens_per_step", "sequence_length"))) for r in (new, old))
+    if a != b or None in a or not all(c.get("loss") for c in curves):
+        return None
+    size = max(c["steps_per_bin"] for c in curves)
+    losses = []
+    for record, curve in zip((new, old), curves, strict=True):
+        times = size // curve["steps_per_bin"]
+        early = int(np.searchsorted(curve["seconds"], before * record["budget"])) // times * times
+        losses.append(np.reshape(curve["loss"][:early], (-1, times)).mean(axis=1))
+    shared = min(map(len, losses))
+    change = (losses[0][:shared] - losses[1][:shared])[shared // 2 :]
+    if len(change) < 8:
+        return None
+    parts = [part.mean() for part in np.array_split(change, 4)]
+    return change.mean(), np.std(parts, ddof=1) / 2
