@@ -533,7 +533,7 @@ class Run:
                 "eval_bytes": evaluation.bytes if evaluation else None,
                 "row_bits": record.packed(evaluation.row_bits) if evaluation else None,
             },
-            curve=record.binned(self._curve[:-1] or self._curve),  # the last step's end is noted otherwise than the rest
+            curve=record.binned(self._curve[:-1] or self._curve),  # the last end is noted otherwise
         )
         record.tell(written)
         if reason:
