@@ -10,8 +10,8 @@ set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-same_dataset
 need_python
+same_dataset
 export PYTHON # built once, known to the others
 scripts/prepare.sh
 BASELINE=1 scripts/run.sh

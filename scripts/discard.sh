@@ -13,7 +13,7 @@ read_git
 refuse_detached
 [ -n "$START" ] || die "discard works in a session, on a branch autoresearch/TAG: make setup TAG=name opens one"
 need_python
-commits=$(ledger kept --tag "$TAG" --head "$HEAD") || exit 1
+commits=$(helper log_result --tag="$TAG" --kept="$HEAD") || exit 1
 
 kept=$START # while nothing was kept, where the session began
 for commit in $commits; do

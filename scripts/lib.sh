@@ -29,23 +29,23 @@ whole() { # NAME VALUE: a whole number, 0 or more
   [[ "$2" =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"
 }
 
-# Python reads these four and nothing else. make's variables win over what the environment holds.
+switch() { # NAME: a variable that means yes, unless it is empty, 0 or no
+  case "${!1:-}" in '' | 0 | no) printf -v "$1" '%s' '' ;; *) printf -v "$1" '%s' 1 ;; esac
+}
+
+# Python reads these four and nothing else (record.settings knows what holds where nothing is set).
 export_settings() {
-  local budget=${BUDGET:-${AUTORESEARCH_BUDGET:-300}} seed=${SEED:-${AUTORESEARCH_SEED:-42}}
-  positive BUDGET "$budget"
-  whole SEED "$seed"
-  export AUTORESEARCH_BUDGET=$budget AUTORESEARCH_SEED=$seed
+  [ -z "${BUDGET:-}" ] || { positive BUDGET "$BUDGET" && export AUTORESEARCH_BUDGET=$BUDGET; }
+  [ -z "${SEED:-}" ] || { whole SEED "$SEED" && export AUTORESEARCH_SEED=$SEED; }
   [ -z "${FILES:-}" ] || export AUTORESEARCH_FILES=$FILES
 }
 
-dataset_of_train() { # the constant DATASET of train.py
-  sed -n "s/^DATASET *= *[\"']\([A-Za-z0-9_]*\)[\"'].*/\1/p" train.py | head -n 1
-}
+dataset_of_train() { "$PYTHON" -c 'import record; print(record.dataset_of_train())'; }
 
 # A run trains on the dataset that train.py names; another one in DATASET would be ignored, so it is refused.
 same_dataset() {
   local of_train
-  of_train=$(dataset_of_train)
+  of_train=$(dataset_of_train) || exit 1
   [ -z "${DATASET:-}" ] || [ "$DATASET" = "$of_train" ] ||
     die "train.py trains on '$of_train', not on '$DATASET': make setup TAG=name DATASET=$DATASET opens a session on it"
 }
@@ -77,23 +77,27 @@ need_python() {
   LAUNCH=("${LAUNCH[@]}" "$PYTHON")
 }
 
-attempt() { PYTHONUTF8=1 "$PYTHON" scripts/attempt.py "$@"; }
-ledger() { PYTHONUTF8=1 "$PYTHON" scripts/ledger.py "$@"; }
+helper() { # NAME [OPTION …]: a Python helper of this folder
+  local name=$1
+  shift
+  PYTHONUTF8=1 "$PYTHON" "scripts/$name.py" "$@"
+}
 
 # One run at a time on the machine's accelerator. The lock goes with descriptor 9, which the Python that
 # works inherits: it is free once all who hold it are gone, however they went.
 take_lock() {
-  local lock=${AUTORESEARCH_LOCK:-/tmp/autoresearch.lock}
-  [ -e "$lock" ] || (umask 0 && : >>"$lock") 2>/dev/null || true
-  [ -r "$lock" ] || die "the machine's lock $lock cannot be opened"
-  exec 9<"$lock"
-  attempt lock --lock "$lock" --pid $$ ${WAIT:+--wait}
+  export AUTORESEARCH_LOCK=${AUTORESEARCH_LOCK:-/tmp/autoresearch.lock}
+  [ -e "$AUTORESEARCH_LOCK" ] || (umask 0 && : >>"$AUTORESEARCH_LOCK") 2>/dev/null || true
+  [ -r "$AUTORESEARCH_LOCK" ] || die "the machine's lock $AUTORESEARCH_LOCK cannot be opened"
+  exec 9<"$AUTORESEARCH_LOCK"
+  switch WAIT
+  helper lock $$ ${WAIT:+--wait}
 }
 
 # --- git -----------------------------------------------------------------------------------------
 
 # What nobody changes during a session. Words without blanks, so it may stand unquoted.
-FROZEN="Makefile prepare.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
+FROZEN="Makefile prepare.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 
 # Sets HEAD (empty without git, a repository of our own or a commit), BRANCH (empty where detached),
 # TAG (the session's, else the branch) and START (the commit where the session began, else empty).

@@ -13,4 +13,4 @@ set -euo pipefail
 read_git
 refuse_detached
 need_python
-ledger log --tag "$TAG" --status "${STATUS:-}" --description "${DESC:-}" --found "${FOUND:-}" --open "${OPEN:-}" "$@"
+helper log_result --tag="$TAG" --status="${STATUS:-}" --description="${DESC:-}" --found="${FOUND:-}" --open="${OPEN:-}" "$@"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Show results.tsv as an aligned table, the best kept run marked.
+# Show the session's table with runs, spread and gain, the best marked, and where the session stands.
 #
 # usage: make results
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
+read_git
 need_python
-ledger results
+helper results --tag="$TAG"

@@ -3,7 +3,7 @@
 #
 # usage: make setup TAG=nov24 [DATASET=climbmix]
 #
-# An older results.tsv is archived in data/. At the end it says whether the dataset is prepared, and if
+# Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the dataset is prepared, and if
 # not, the command that prepares it.
 # exit: 0 the session is open · 1 refused, and why; nothing was changed
 set -euo pipefail
@@ -28,9 +28,9 @@ dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' '
 [ -z "$dirty" ] || die "the tree is dirty ($dirty): commit that or put it back, then make setup again"
 refuse_changed_files
 
-name=${name:-$(dataset_of_train)}
 export_settings
 need_python
+name=${name:-$(dataset_of_train)}
 # an unknown name ends here, with the known ones
 prepared=$("$PYTHON" -c '
 import sys, prepare
@@ -48,7 +48,7 @@ if [ "$name" != "$(dataset_of_train)" ]; then
   cat .train.py.new >train.py && rm .train.py.new # not moved: the file keeps its mode
   git commit -q -m "Session $tag: train on $name" train.py || undo
 fi
-ledger fresh || undo
+helper log_result --tag="$tag" --open-table || undo
 git update-ref "refs/experiments/$tag/start" HEAD || undo
 
 echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
@@ -56,5 +56,8 @@ if [ "$prepared" != True ]; then
   folder=''
   [ "$name" != files ] || folder=" FILES=dir"
   echo "data     not prepared: make prepare DATASET=$name$folder"
+fi
+if [ -f .git ]; then # a linked worktree: nothing of a session goes with it
+  echo "results  are kept in $(dirname "$(git rev-parse --path-format=absolute --git-common-dir)")/data, not in this worktree"
 fi
 echo "next     make baseline"

@@ -1,95 +1,287 @@
-"""The rule for keeping: a record against the last kept run. It reads, and changes nothing."""
+"""The rule for keeping: all runs of a candidate against all runs of the reference. It reads, and changes nothing.
 
-from types import SimpleNamespace
+In this order: the reference's own text is `again`; what a shared machine can explain is `rerun`; what the
+measured noise can explain is `rerun` until there are three runs a side, and then no difference; the rest is a table.
+"""
 
-from records import Incomparable, archives, differences, figures, record_of_row
+import argparse
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import session
+from session import Refused, Session, record, run_command
+
+# --- the thresholds ---------------------------------------------------------------------------------
+
+SAME = 0.001  # bits per byte: within it two results are called equal while noise is unknown
+CLEAR = 0.005  # bits per byte: a gain that may cost throughput
+SMALL = 0.003  # bits per byte: a loss that much throughput may pay for
+SLOWER = 0.15  # share of throughput that a gain may cost without a question
+FASTER, MUCH_FASTER = 0.10, 0.25  # share of throughput that keeps an equal, or a slightly worse, result
+SIMPLER_COSTS = 0.05  # share of throughput that simpler code may cost
+RUNS = 3  # a side, after which it is decided
+
+# A gain in its standard errors, after one, two and three runs of the candidate: below the first number there is
+# none, above the second there is one, between them it is run again. Found by simulation (tests/test_noise.py):
+# of a hundred changes without effect 1.5 are kept; of gains of two standard deviations of a run, two thirds.
+LOOKS = ((0.8, 3.5), (1.2, 3.0), (2.05, 2.05))
+PAIRED_SIGMAS = 4.0  # of the difference at equal steps that asks for a second look
+
+# How much of the cores others may use, by backend: a GPU's host needs few of them.
+OTHERS = {"cpu": lambda cores: 0.05 * cores, "metal": lambda cores: 0.5 * cores, "cuda": lambda cores: cores - 2}
+UNEVEN = 2.0  # times the median step: how long the slowest twentieth may take
+SWAPPED = 256  # MB, moved to disk during the budget
 
 
-def judge(new, old):
-    """The table of the rule for keeping. Returns (verdict, the rule that decided).
+def busy(run):
+    """What disturbed a run, in words, or None. run: a record."""
+    seen = run.get("machine") or {}
+    others, cores, steps = seen.get("other_cores"), seen.get("cores") or 1, seen.get("step_ms")
+    if record.paused(run) > 0.01 * run["budget"]:
+        return f"it stood still for {record.paused(run):.0f} s"
+    if others is not None and others > max(0.05, OTHERS[run["device"].get("backend", "cpu")](cores)):
+        return f"other processes used {others:.1f} of {cores} cores"
+    if steps and steps[2] > UNEVEN * steps[1]:
+        return f"steps were uneven: the slowest twentieth took over {steps[2] / steps[1]:.1f} times the median"
+    if (seen.get("swapped_mb") or 0) > SWAPPED:
+        return f"{seen['swapped_mb']} MB were swapped to disk"
+    if seen.get("speed_limit_percent", 100) < 95:
+        return f"heat held the processor to {seen['speed_limit_percent']} %"
+    return None
 
-    Exact at its edges: val_bpb in whole millionths, throughput in whole tokens a second.
+
+# --- evidence ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Side:
+    """All runs of one program, as far as a verdict looks at them."""
+
+    bpbs: list  # bits per byte, a run
+    rates: list  # tokens a second
+    busy: list = None  # what disturbed it, or None
+    lines: int = 0  # of code
+
+    def __post_init__(self):
+        self.busy = self.busy or [None] * len(self.bpbs)
+        self.quiet = [i for i, reason in enumerate(self.busy) if not reason]
+        self.used = self.quiet or range(len(self.bpbs))  # disturbed runs count only where there are no others
+
+    @property
+    def runs(self):
+        return len(self.used)
+
+    @property
+    def bpb(self):
+        return float(np.mean([self.bpbs[i] for i in self.used]))
+
+    @property
+    def rate(self):
+        return float(np.mean([self.rates[i] for i in self.used]))
+
+    @property
+    def disturbed(self):
+        return next((self.busy[i] for i in self.used if self.busy[i]), None)
+
+
+@dataclass
+class Verdict:
+    word: str  # again, keep, discard, rerun, judge
+    rule: str
+    next: str = ""  # what to type where it is `rerun`
+    new: Side = None
+    old: Side = None
+    gain: float = 0.0  # bits per byte; above 0 the candidate is better
+    error: float = math.nan  # its standard error
+    faster: float = 0.0  # share of throughput won
+    notes: list = field(default_factory=list)
+
+
+def in_t(sigmas, df):
+    """How many standard errors `sigmas` become where the noise was estimated with `df` degrees of freedom.
+
+    The expansion of Student's t about the normal distribution (Abramowitz and Stegun 26.7.5).
     """
-    change = new.micro_bpb - old.micro_bpb  # below 0: improved
-    slower = 100 * new.tok_sec < 85 * old.tok_sec
-
-    def faster(percent):
-        return 100 * new.tok_sec > (100 + percent) * old.tok_sec
-
-    if change < 0 and not slower:
-        return "keep", "val_bpb improved, throughput fell by at most 15 %"
-    if change < 0 and change > -5000:
-        return "discard", "val_bpb improved by less than 0.005, throughput fell by more than 15 %"
-    if change < 0:
-        return "judge", "val_bpb improved by 0.005 or more, throughput fell by more than 15 %"
-    if change <= 1000 and faster(10):
-        return "keep", "val_bpb within 0.001, throughput rose by more than 10 %"
-    if change < 3000 and faster(25):
-        return "keep", "val_bpb worse by less than 0.003, throughput rose by more than 25 %"
-    if change == 0:
-        return "discard", "val_bpb no better, and not enough throughput gained (less code may still be worth it)"
-    return "discard", "val_bpb worse, and not enough throughput gained"
+    z = sigmas
+    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
-def noise(new, old):
-    """The standard error of the difference of two evaluations; below it there is nothing to see."""
-    errors = [r["result"].get("val_bpb_stderr") or 0.0 for r in (new, old)]
-    return sum(e * e for e in errors) ** 0.5
+def decide(new, old, noise, pairs=(), equal_steps=None):
+    """The rule for keeping.
 
-
-def last_kept(rows):
-    kept = [row for row in rows if row.status == "keep"]
-    return kept[-1] if kept else None
-
-
-def decide(record, rows):
-    """Compare a record with the last kept run.
-
-    Returns a namespace: verdict, rule, base (row or None), old and new figures, runs (how many were averaged),
-    old_record (or None), note. Raises Incomparable where the two may not be compared.
+    new, old: `Side`. noise: `record.Noise`. pairs: (difference of val_bpb new - old, ratio of throughput new / old)
+    of runs made in turn on a shared machine. equal_steps: see `record.at_equal_steps`.
     """
-    new, base = figures(record), last_kept(rows)
-    result = SimpleNamespace(verdict="keep", rule="nothing was kept before", base=base, new=new, old=None, runs=1,
-                             old_record=None, note="")  # fmt: skip
-    if base is None:
-        return result
-    old_record = result.old_record = record_of_row(base, but=record["run_id"])
-    result.old = base.figures
-    if old_record is None:
-        result.note = f"the record of {base.commit} is not in data/: its row was compared, dataset and device were not"
-    elif unlike := differences(record, old_record):
-        refusal = Incomparable(f"not comparable with the last kept run {base.commit}: {'; '.join(unlike)}")
-        if len(unlike) == 1 and record["budget"] != old_record["budget"]:
-            refusal.budget = old_record["budget"]
-        raise refusal
-    same = [r for r in archives() if r["train_blob"] == record["train_blob"] and not differences(r, record)]
-    if old_record and old_record["train_blob"] != record["train_blob"] and len(same) > 1:
-        # run again: the mean of all its runs decides
-        result.runs = len(same)
-        result.new = SimpleNamespace(
-            micro_bpb=round(sum(figures(r).micro_bpb for r in same) / len(same)),
-            tok_sec=round(sum(figures(r).tok_sec for r in same) / len(same)),
-        )
-    result.verdict, result.rule = judge(result.new, result.old)
-    gain = result.old.micro_bpb - result.new.micro_bpb
-    if old_record and result.runs == 1 and result.verdict == "keep" and 0 < gain < 1000:
-        if gain < 1e6 * noise(record, old_record) and 100 * new.tok_sec <= 110 * result.old.tok_sec:
-            result.verdict = "rerun"
-            result.rule += "; but by less than 0.001 and within the noise, so look twice: make run AGAIN=1"
+    result = Verdict("", "", new=new, old=old, gain=old.bpb - new.bpb)
+    result.faster = new.rate / old.rate - 1 if old.rate else 0.0
+    sigma, looks, known, fewest = noise.bpb, new.runs, noise.df > 0, min(new.runs, old.runs)
+    spread = math.sqrt(1 / new.runs + 1 / old.runs)
+    again = "make run REFERENCE=1" if old.runs < min(RUNS, new.runs + 1) else "make run AGAIN=1"
+    if new.disturbed or old.disturbed:
+        if not pairs:
+            explains = new.disturbed if result.gain <= 0 else old.disturbed
+            if explains:
+                result.word, result.next = "rerun", "make run PAIR=1"
+                result.rule = f"the machine was shared: {explains}"
+                return result
+        else:  # both ends of a pair were disturbed alike
+            differences = np.array([d for d, _ in pairs])
+            result.gain, result.faster = -differences.mean(), float(np.mean([r for _, r in pairs])) - 1
+            own = differences.std(ddof=1) / math.sqrt(2) if len(pairs) > 1 else 0.0
+            sigma = max(sigma, own) if known else own
+            known, looks, fewest, again = sigma > 0, len(pairs), len(pairs), "make run PAIR=1"
+            spread = math.sqrt(2 / len(pairs))
+            result.notes.append(f"by {len(pairs)} pairs, run in turn")
+    faster, simpler = result.faster > FASTER, new.lines < old.lines
+    if known:
+        result.error = sigma * spread
+        low, high = (in_t(z, max(noise.df, 1)) for z in LOOKS[min(looks, RUNS if fewest >= RUNS else 2) - 1])
+        z = result.gain / max(result.error, 1e-12)
+        seen = 1 if z >= high else -1 if z <= -high else 0
+        open_ = low <= z < high or (z > -high and z < low and (faster or simpler))
+        if equal_steps and looks < 2 and not seen and equal_steps[0] < -PAIRED_SIGMAS * equal_steps[1]:
+            open_ = True
+        if open_ and fewest < RUNS:
+            missing = max(0, RUNS - new.runs) + max(0, RUNS - old.runs)
+            result.word, result.next = "rerun", again
+            result.rule = f"noise could make this difference ({z:+.1f} standard errors); {missing} more runs settle it"
+            return result
+    else:
+        result.notes.append("noise is unknown: make run REFERENCE=1 N=3 measures it")
+        seen = (result.gain > SAME) - (result.gain < -SAME)
+        if not seen and looks < 2 and not faster:
+            result.word, result.next, result.rule = "rerun", again, f"within {SAME} and noise is unknown: look twice"
+            return result
+    result.word, result.rule = table(seen, result.gain, result.faster, simpler)
     return result
 
 
-def change_of(result):
-    """The two figures that decide, and how they moved."""
-    new, old = result.new, result.old
-    bpb = f"val_bpb {new.micro_bpb / 1e6:.6f}"
-    rate = f"{new.tok_sec} tok/s"
+def table(seen, gain, faster, simpler):
+    """What is left to decide: (verdict, rule). seen: 1 a gain, -1 a loss, 0 no difference."""
+    if seen > 0 and faster >= -SLOWER:
+        return "keep", "val_bpb improved, throughput fell by at most 15 %"
+    if seen > 0 and gain < CLEAR:
+        return "discard", f"val_bpb improved by less than {CLEAR}, throughput fell by more than 15 %"
+    if seen > 0:
+        return "judge", f"val_bpb improved by {CLEAR} or more, throughput fell by more than 15 %"
+    if seen == 0 and faster > FASTER:
+        return "keep", "no difference seen, throughput rose by more than 10 %"
+    if seen == 0 and simpler and faster >= -SIMPLER_COSTS:
+        return "keep", "no difference seen with fewer lines (simpler)"
+    if seen < 0 and gain > -SMALL and faster > MUCH_FASTER:
+        return "keep", f"val_bpb worse by less than {SMALL}, throughput rose by more than 25 %"
+    return "discard", "val_bpb worse" if seen < 0 else "no difference seen"
+
+
+# --- from records ----------------------------------------------------------------------------------------
+
+
+class Incomparable(Refused):
+    """The runs differ in more than the experiment. `budget`: the reference's, where that is all."""
+
+    budget = None
+
+
+def side(blob, like):
+    runs = record.runs_of(blob, like)
+    code = session.essence(session.text_of(blob) or "")
+    return Side([record.bpb(r) for r in runs], [record.tok_sec(r) for r in runs], [busy(r) for r in runs],
+                len(code.splitlines()) if code else 0), runs  # fmt: skip
+
+
+def of_attempt(sitting, attempt, rows):
+    """The `Verdict` on a run of the session `sitting`, its reference's row and its record. rows: those before it."""
+    run = session.record_of(attempt)
+    if run is None:
+        raise Refused("the record of the newest run is gone from data/, or was changed: make run AGAIN=1")
+    row = sitting.reference(rows, attempt["commit"])
+    if row is None:
+        return Verdict("keep", "nothing was kept before", new=side(run["train_blob"], run)[0]), None, run, None
+    new, new_runs = side(run["train_blob"], run)
+    old, old_runs = side(row.blob, run)
+    if not old_runs:
+        known = [r for r in record.archived() if r["train_blob"] == row.blob]
+        if known:
+            unlike = record.differences(run, known[-1])
+            refusal = Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
+            if len(unlike) == 1 and run["budget"] != known[-1]["budget"]:
+                refusal.budget = known[-1]["budget"]
+            raise refusal
+        old = Side([row.bpb], [row.rate], lines=old.lines)
+    noise = record.noise(run, lambda r: not busy(r))
+    if row.blob == run["train_blob"]:
+        return Verdict("again", "the reference's own text: it measures noise", new=new, old=old), row, run, run
+    text, kept = session.text_of(run["train_blob"]), session.text_of(row.blob)
+    if text and kept and session.essence(text) == session.essence(kept) is not None:
+        words = "only the seed, comments or layout differ from the reference: no idea to keep"
+        return Verdict("again", words, new=new, old=old), row, run, old_runs and old_runs[-1]
+    pairs, by_id = [], {r["run_id"]: r for r in (*new_runs, *old_runs)}
+    for name in {a["pair"] for a in sitting.attempts() if a.get("pair")}:
+        ends = [by_id.get(a.get("run_id")) for a in sitting.attempts() if a.get("pair") == name]
+        blobs = {r["train_blob"]: r for r in ends if r}
+        a, b = blobs.get(run["train_blob"]), blobs.get(row.blob)
+        if a and b:
+            pairs.append((record.bpb(a) - record.bpb(b), record.tok_sec(a) / record.tok_sec(b)))
+    twin = next((r for r in old_runs if r["seed"] == run["seed"]), None)
+    equal = record.at_equal_steps(run, twin) if twin else None
+    verdict = decide(new, old, noise, pairs, equal)
+    if equal:
+        verdict.notes.append(f"at equal steps training loss differs by {equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
+    other = twin or (old_runs[-1] if old_runs else None)
+    if on_rows := other and record.on_same_rows(run, other):
+        verdict.notes.append(f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}")
+    if not old_runs:
+        verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")
+    return verdict, row, run, other
+
+
+def rows_before(attempt, rows):
+    """The rows that a run is compared with: once logged, those above its own."""
+    return rows[: attempt["row"] - 1] if attempt["row"] else rows
+
+
+def change(verdict):
+    """The figures that decide, and how they moved, in words."""
+    new, old = verdict.new, verdict.old
+    bpb, rate = f"val_bpb {new.bpb:.6f}", f"{new.rate:.0f} tok/s"
     if old:
-        bpb += f" ({(new.micro_bpb - old.micro_bpb) / 1e6:+.6f})"
-        rate += f" ({percent(new.tok_sec, old.tok_sec)})"
-    mean = f"mean of {result.runs} runs: " if result.runs > 1 else ""
-    return f"{mean}{bpb}, {rate}"
+        error = "" if math.isnan(verdict.error) else f" ± {verdict.error:.6f}"
+        bpb += f" ({-verdict.gain:+.6f}{error})"
+        rate += f" ({100 * verdict.faster:+.1f} %)"
+    return f"{bpb}, {rate}, {runs(new.runs)}" + (f" against {old.runs}" if old else "")
 
 
-def percent(new, old):
-    return f"{100 * (new / old - 1):+.1f} %" if old else "-"
+def runs(count):
+    return f"{count} run" + "s" * (count != 1)
+
+
+def show(args):
+    sitting = Session(args.tag)
+    sitting.link()
+    attempt = sitting.candidate()
+    status = attempt["status"]
+    if status == "running":
+        raise Refused("the run has not ended yet")
+    if status in ("interrupted", "paused"):
+        raise Refused(f"the newest run has no result ({attempt['reason']}): make run")
+    if status != "valid":
+        raise Refused(f"the newest run has no valid result ({status}): make log-result STATUS=crash DESC=…")
+    rows, problems = sitting.rows()
+    verdict, row, _, _ = of_attempt(sitting, attempt, rows_before(attempt, rows))
+    print(verdict.word)
+    print(f"rule     {verdict.rule}")
+    print(f"run      {(attempt['commit'] or '0' * 7)[:7]}  {change(verdict)}")
+    if row:
+        print(f"against  {row.commit}  val_bpb {verdict.old.bpb:.6f}, {verdict.old.rate:.0f} tok/s: {row.description}")
+    logged = [f"logged, as row {attempt['row']}"] if attempt.get("logged") else []
+    for note in [*logged, *verdict.notes, *problems]:
+        print(f"note     {note}")
+    if verdict.next:
+        print(f"next     {verdict.next}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tag", default="none")
+    run_command(show, parser.parse_args())

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Compare the newest run with the last kept one: keep, discard, rerun or judge, and the rule that decided.
+# Compare all runs of the newest program with all of the last kept one: again, keep, discard, rerun or judge.
 #
 # usage: make verdict
 #
-# It changes nothing. A marginal win asks to be run again (make run AGAIN=1); then the mean decides.
+# It changes nothing. `rerun` says which run would settle it; `again` is the reference's own text.
 # exit: 0 a verdict · 1 none, and why
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -12,4 +12,4 @@ set -euo pipefail
 read_git
 refuse_detached
 need_python
-ledger verdict --tag "$TAG"
+helper verdict --tag="$TAG"

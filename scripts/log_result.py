@@ -1,0 +1,187 @@
+"""Log the newest run: its row in results.tsv, its entry in today's journal, its commit kept reachable.
+
+usage: log_result.py --tag TAG --status=keep --description=… [--found=… --open=…]    or --open-table, --kept COMMIT
+
+No figure is ever typed by hand. What is about to be written is noted first (session.events), so that a call which
+was cut short is completed by the next one, and nothing is written twice.
+"""
+
+import argparse
+import os
+from datetime import datetime
+
+import session
+import summary
+import verdict
+from session import HEADER, JOURNAL, Refused, Session, one_line, record, run_command, shown
+
+
+def log(args):
+    with session.one_writer():
+        sitting = Session(args.tag)
+        sitting.link()
+        attempt = sitting.candidate()
+        if unfinished := attempt.get("logging") and not attempt.get("logged"):
+            intent = attempt
+        else:
+            refuse_untruthful(args.status, attempt)
+            intent = intended(sitting, attempt, args)
+            sitting.note("logging", id=attempt["id"], **intent)
+        rows = sitting.rows()[0]
+        if len(rows) < intent["row"]:
+            record.append(sitting.table, intent["line"] + "\n", HEADER + "\n")
+        journal = JOURNAL / f"log_{datetime.now():%Y-%m-%d}.md"
+        journals = JOURNAL.glob("log_*.md") if unfinished else ()
+        if not any(attempt["id"] in path.read_text("utf-8", "replace") for path in journals):
+            record.append(journal, intent["entry"], f"# Research journal, {datetime.now():%Y-%m-%d}\n")
+        if attempt["commit"]:
+            ref = f"refs/experiments/{args.tag}/{intent['number']:03d}"
+            if session.git("update-ref", ref, attempt["commit"]) is None:
+                raise Refused(f"git could not write {ref}; mend that, and run the same again")
+        if intent["row_status"] == "keep":
+            keep_weights(attempt)
+        sitting.note("logged", id=attempt["id"])
+    print(f"row {intent['row']}: {intent['line'].expandtabs(1)}")
+    print(f"journal: {shown(journal)}")
+
+
+def refuse_untruthful(status, attempt):
+    """What the row would say must be what happened, and be said once."""
+    outcome = attempt["status"]
+    if attempt.get("logged"):
+        raise Refused(f"this run is logged already, as row {attempt['row']}: change train.py and make run")
+    if outcome == "running":
+        raise Refused("the run has not ended yet")
+    if outcome in ("interrupted", "paused"):
+        raise Refused(f"the run has no result ({attempt['reason']}), and that is not the experiment's fault: make run")
+    if status == "crash" and outcome == "valid":
+        raise Refused("the run was valid, so it is no crash: STATUS=keep or STATUS=discard")
+    if status != "crash" and outcome != "valid":
+        raise Refused(f"the run has no valid result ({outcome}), so it can only be logged as STATUS=crash")
+
+
+def intended(sitting, attempt, args):
+    """What is to be written, as a dict of plain values; refused where it cannot be a row."""
+    description = one_line(args.description)
+    if args.status not in ("keep", "discard", "crash"):
+        raise Refused(f"STATUS={args.status} is none of keep, discard, crash")
+    if not description:
+        raise Refused('DESC is missing: say in one line what was tried, DESC="…"')
+    rows, decision, reference = sitting.rows()[0], None, None
+    if attempt["status"] == "valid":
+        try:
+            decision, reference, run, _ = verdict.of_attempt(sitting, attempt, rows)
+        except verdict.Incomparable:
+            if not args.new_table:
+                raise
+            sitting.archive_table()
+            rows = []
+            decision, reference, run, _ = verdict.of_attempt(sitting, attempt, rows)
+        if decision.word == "again":
+            raise Refused(f"{decision.rule}, and repeats add no row: change train.py, or make discard")
+        same = [row for row in rows if row.blob == attempt["train_blob"] and row.status == args.status]
+        if same:
+            raise Refused(f"row {same[0].number} is this program's, and repeats add no row: make discard")
+        new, memory = decision.new, run["training"]["peak_memory_mb"] / 1024
+        figures = f"{new.bpb:.6f}\t{memory:.1f}\t{round(new.rate)}"
+    else:
+        figures = "0.000000\t0.0\t0"
+    line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
+    number = next_number(args.tag, len(rows))
+    word = decision.word if decision else None
+    return {
+        "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
+        "train_blob": attempt["train_blob"], "description": description, "verdict": word,
+        "rule": decision.rule if decision else None, "reference": reference.commit if reference else None,
+        "gain": decision.gain if decision and decision.old else None,
+        "found": one_line(args.found), "question": one_line(args.open),
+        "entry": entry(sitting, attempt, args, number, description, decision, reference),
+    }  # fmt: skip
+
+
+def entry(sitting, attempt, args, number, description, decision, reference):
+    """The journal's text on an experiment: its figures, its verdict, what went wrong on the way, what was found."""
+    lines = [f"\n## {number}. {args.status}: {description}\n"]
+    if decision:
+        training = session.record_of(attempt)["training"]
+        memory, steps = f"{training['peak_memory_mb'] / 1024:.1f} GB", f"{training['total_steps']} steps"
+        lines.append(f"- {verdict.change(decision)}, {memory}, {steps}, evaluation {training['eval_seconds']:.1f} s")
+        against = f" against {reference.commit}" if reference else ""
+        lines.append(f"- verdict{against}: {decision.word} ({decision.rule})")
+        lines += [f"- {note}" for note in decision.notes]
+    else:
+        lines.append(f"- {attempt['status']}: {one_line(attempt['reason'])}")
+    for other in failed_before(sitting, attempt):
+        commit, reason = (other["commit"] or "none")[:7], one_line(other["reason"])[:300]
+        lines.append(f"- before it, {commit}: {other['status']}, {reason}")
+    made = f", record {attempt['run_id']}" if decision else ""
+    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}{made}")
+    for name, text in (("found", one_line(args.found)), ("open", one_line(args.open))):
+        if text:
+            lines.append(f"- {name}: {text}")
+    return "\n".join(lines) + "\n"
+
+
+def failed_before(sitting, attempt):
+    """What crashed or was refused since the last logged run: it belongs to the same experiment."""
+    since = []
+    for other in sitting.attempts():
+        if other["id"] == attempt["id"]:
+            return since
+        if other.get("logged"):
+            since = []
+        elif other["status"] not in ("valid", "interrupted", "paused"):
+            since.append(other)
+    return since
+
+
+def keep_weights(attempt):
+    """The weights of the newest kept run stay, as data/best.safetensors."""
+    newest = record.read_json(record.DATA / "last_run.json") or {}
+    weights = record.DATA / "last_run.safetensors"
+    if newest.get("run_id") == attempt["run_id"] and weights.exists():
+        os.replace(weights, record.DATA / "best.safetensors")
+
+
+def next_number(tag, rows):
+    """The experiment's number: one more than any row or ref has."""
+    refs = (session.git("for-each-ref", "--format=%(refname)", f"refs/experiments/{tag}/") or "").split()
+    return 1 + max([rows, *(int(last) for ref in refs if (last := ref.rsplit("/", 1)[1]).isdigit())])
+
+
+def open_table(args):
+    """A table of its own for a session that begins."""
+    with session.one_writer():
+        sitting = Session(args.tag)
+        if not sitting.table.exists():
+            record.append(sitting.table, "", HEADER + "\n")
+        sitting.link()
+
+
+def kept(args):
+    """Print the kept commits, the newest first; refused while the run of the commit is not logged (discard.sh)."""
+    sitting = Session(args.tag)
+    sitting.link()
+    rows, attempts = sitting.rows()[0], [a for a in sitting.attempts() if a["role"] == "candidate"]
+    if attempts and attempts[-1]["commit"] == args.kept and not attempts[-1].get("logged"):
+        status = attempts[-1]["status"]
+        if status == "running":
+            raise Refused("the run has not ended yet")
+        if status not in ("valid", "interrupted", "paused") or summary.can_be_a_row(sitting, attempts[-1], rows):
+            word = "discard" if status == "valid" else "crash"
+            raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
+    for row in reversed(rows):
+        if row.status == "keep":
+            print(row.commit)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tag", default="none")
+    parser.add_argument("--new-table", action="store_true", help="archive rows that cannot be compared")
+    parser.add_argument("--open-table", action="store_true", help="only begin the session's table (setup.sh)")
+    parser.add_argument("--kept", metavar="COMMIT", help="only list the kept commits (discard.sh)")
+    for option in ("status", "description", "found", "open"):
+        parser.add_argument(f"--{option}", default="")
+    args = parser.parse_args()
+    run_command(open_table if args.open_table else kept if args.kept is not None else log, args)

@@ -1,0 +1,395 @@
+"""Run train.py under watch: one process group, a time limit, a log, and nothing left behind.
+
+usage: run.py --tag TAG [--head COMMIT] [--session] [--again | --reference | --pair] [--runs N] [--baseline]
+
+What comes before (is it committed, is nothing else changed, is the machine free) is in run.sh; what the agent is
+told at the end in summary.py. Whether a record is of this run is settled by identity, never by a clock.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+import uuid
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import session
+import summary
+from session import ROOT, Refused, Session, record, run_command, say
+
+PATIENCE = 3.0  # seconds between asking a process to end and killing it
+EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
+stopped_by = []  # signals that came
+
+
+# --- processes -------------------------------------------------------------------------------------
+
+
+def descendants(root):
+    """The pids of all that `root` started, and they, in whatever group. From /proc, elsewhere from ps."""
+    parents = {}
+    if os.path.exists("/proc/self/stat"):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError, IndexError, ValueError):
+                facts = Path("/proc", name, "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+                parents[int(name)] = int(facts[1])
+    else:
+        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+        for line in listed.stdout.splitlines():
+            pid, parent = map(int, line.split())
+            parents[pid] = parent
+    found, new = set(), {root}
+    while new:
+        new = {pid for pid, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+def kill_tree(pid):
+    """End a process group and all that came from it: asked first, killed after PATIENCE seconds."""
+    everyone = descendants(pid)
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGTERM)
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and group_lives(pid):
+        time.sleep(0.1)
+    for victim in everyone | descendants(pid):
+        with suppress(OSError):
+            os.kill(victim, signal.SIGKILL)
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def group_lives(group):
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    try:
+        os.killpg(group, 0)
+        return True
+    except PermissionError:  # macOS says so of zombies
+        return False
+    except OSError:
+        return False
+
+
+def adopt_orphans():
+    """On Linux, whatever loses its parent below us becomes our child, so that it is found (prctl(2))."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
+@contextmanager
+def guarded(pid):
+    """Should we be killed without a chance to clean up, a process that waits for just that does it."""
+    end, ours = os.pipe()
+    guard = os.fork()
+    if guard == 0:
+        try:
+            os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            os.closerange(3, end)
+            os.closerange(end + 1, 256)
+            if not os.read(end, 1):
+                kill_tree(pid)
+        finally:
+            os._exit(0)
+    os.close(end)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.write(ours, b"x")
+        os.close(ours)
+        os.waitpid(guard, 0)
+
+
+def keep_awake(pid):
+    """The machine does not go to sleep while `pid` lives, where it has a word for that."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if shutil.which("caffeinate"):
+        return [subprocess.Popen(["caffeinate", "-i", "-w", str(pid)], **quiet)]
+    inhibit = ["systemd-inhibit", "--what=sleep:idle", "--who=autoresearch", "--why=an experiment runs"]
+    if shutil.which(inhibit[0]) and subprocess.run([*inhibit, "true"], **quiet).returncode == 0:
+        wait = f"while kill -0 {pid} 2>/dev/null; do sleep 2; done"
+        return [subprocess.Popen([*inhibit, "sh", "-c", wait], **quiet)]
+    return []
+
+
+class Output:
+    """Where train.py prints to: the log, and on a terminal both. Of an overwritten line the log has the last state."""
+
+    def __init__(self, path):
+        self.log, self.line, self.terminal, self.child_end = open(path, "wb", buffering=0), b"", None, None
+        if sys.stdout.isatty():
+            self.terminal, self.child_end = pty.openpty()
+            with suppress(OSError):
+                fcntl.ioctl(self.child_end, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, b"\0" * 8))
+
+    @property
+    def target(self):
+        return self.log if self.child_end is None else self.child_end
+
+    def pump(self, seconds):
+        """Pass on what came, or wait so long for it."""
+        if self.terminal is None:
+            return
+        while select.select([self.terminal], [], [], seconds)[0]:
+            try:
+                chunk = os.read(self.terminal, 65536)
+            except OSError:  # Linux's way to say that the other side is closed
+                chunk = b""
+            if not chunk:
+                time.sleep(seconds)
+                return
+            os.write(1, chunk)
+            *whole, line = (self.line + chunk.replace(b"\r\n", b"\n")).split(b"\n")
+            self.log.write(b"".join(last_state(text) + b"\n" for text in whole))
+            self.line, seconds = last_state(line), 0
+
+    def close(self):
+        if self.terminal is not None:
+            os.close(self.child_end)
+            self.pump(0)
+            os.close(self.terminal)
+        self.log.write(self.line)
+        self.log.close()
+
+
+def last_state(line):
+    return line[line.rfind(b"\r", 0, -1) + 1 :]
+
+
+def watch(folder, log, timeout):
+    """Run train.py in `folder` to its end: (pid, exit code, whether time ran out)."""
+    output = Output(log)
+    child = subprocess.Popen(
+        [sys.executable, "train.py"], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
+        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[9],
+    )  # fmt: skip
+    helpers, late = keep_awake(child.pid), False
+    with guarded(child.pid):
+        end = time.monotonic() + timeout
+        while child.poll() is None:
+            late = time.monotonic() > end
+            if late or stopped_by:
+                break
+            if output.terminal is None:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(min(0.5, max(0.01, end - time.monotonic())))
+            else:
+                output.pump(0.2)
+        kill_tree(child.pid)  # also what train.py left behind
+        child.wait()
+    for other in helpers:
+        other.kill()
+        other.wait()
+    for orphan in descendants(os.getpid()):
+        with suppress(OSError):
+            os.kill(orphan, signal.SIGKILL)
+    output.close()
+    return child.pid, child.returncode, late
+
+
+# --- one run ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def checked_out(commit):
+    """A folder in which train.py is as `commit` has it; the tree and the branch at hand stay as they are."""
+    if not commit:
+        yield ROOT
+        return
+    with tempfile.TemporaryDirectory(prefix="autoresearch-", ignore_cleanup_errors=True) as parent:
+        folder = Path(parent, "tree")
+        if session.git("worktree", "add", "-q", "--detach", str(folder), commit) is None:
+            raise Refused(f"git could not check out {commit[:7]} in a folder of its own: git worktree prune, and again")
+        try:
+            if (ROOT / ".venv").exists():
+                (folder / ".venv").symlink_to(ROOT / ".venv")
+            yield folder
+        finally:
+            session.git("worktree", "remove", "--force", str(folder))
+
+
+def run_once(sitting, role, commit, head, seed, timeout, pair=None):
+    """Run a program once and note how it ended; returns the attempt.
+
+    role: candidate or reference. commit: what is checked out for it, or None for the folder at hand.
+    """
+    with checked_out(commit) as folder:
+        last, budget = folder / "data" / "last_run.json", record.settings()[0]
+        attempt = {
+            "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
+            "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
+            "train_blob": record.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
+            "launcher": os.getpid(),
+        }  # fmt: skip
+        before = (record.read_json(last) or {}).get("run_id")
+        sitting.note("begin", **attempt)
+        os.environ["AUTORESEARCH_SEED"], start = str(seed), time.monotonic()
+        pid, code, late = watch(folder, ROOT / "run.log", timeout)
+        wall = time.monotonic() - start
+        found = record.read_json(last)
+        status, reason, run = outcome(attempt, pid, code, timeout if late else None, wall, found, before)
+        if run and run.get("run_id") and commit:
+            record.write_atomically(record.DATA / "last_run.json", last.read_text())
+        ended = {"status": status, "reason": reason, "exit_code": code, "wall_seconds": round(wall, 1)}
+        ended["run_id"] = run["run_id"] if run else None
+        sitting.note("end", id=attempt["id"], **ended)
+    return {**attempt, **ended, "row": None}
+
+
+def outcome(attempt, pid, code, late, wall, found, before):
+    """(status, why, record or None) of a run that has ended. late: the limit that it ran past, else None."""
+    if stopped_by:
+        return "interrupted", f"stopped by {signal.Signals(stopped_by[0]).name}", None
+    if late:
+        return "timeout", f"it ran past TIMEOUT={late:g} s and was killed", None
+    stale = None
+    if found is None:
+        stale = "data/last_run.json is missing or damaged"
+    elif found.get("run_id") == before:
+        stale = "data/last_run.json is of an earlier run"
+    elif pid not in (found.get("pid"), found.get("ppid")):
+        stale = "data/last_run.json is of another process"
+    elif not record.seal_fits(found):
+        stale = "data/last_run.json was not written by the harness: its seal does not fit"
+    elif found["train_blob"] != attempt["train_blob"]:
+        stale = "train.py was changed while the run started"
+    if not stale and found["status"] != "valid" and code:
+        return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found
+    if code:
+        return "crash", summary.how_it_died(code, wall), None
+    if stale:
+        return "stale", f"train.py ended without a record of its own: {stale}", None
+    if found["status"] != "valid":
+        return "invalid", found["reason"], found
+    told = found["training"]["total_seconds"]
+    if told < wall - 5 - 0.02 * wall:
+        return "invalid", (
+            f"{wall - told:.0f} s of {wall:.0f} passed that the run does not account for. Look for work above "
+            "`import prepare`, for work after run.finish(), for a clock that stood still."), found  # fmt: skip
+    return "valid", None, found
+
+
+# --- which runs --------------------------------------------------------------------------------------
+
+
+def like_this(sitting):
+    """The newest record of this session that a run made now could be compared with, or None."""
+    budget = record.settings()[0]
+    for attempt in reversed(sitting.attempts()):
+        if attempt["status"] == "valid" and attempt["budget"] == budget:
+            return session.record_of(attempt)
+    return None
+
+
+def seeds_of(sitting, blob):
+    """The seeds that a program was run with, as a list, one for each valid comparable run."""
+    like = like_this(sitting)
+    return [r["seed"] for r in record.runs_of(blob, like)] if like else []
+
+
+def unused(seeds):
+    return next(seed for seed in range(record.SEED, record.SEED + len(seeds) + 1) if seed not in seeds)
+
+
+def refuse_seen(sitting, args):
+    """Refuse a train.py that was run before, and say what came of it; and whatever would push a result aside."""
+    blob, (budget, seed), rows = record.blob_hash(ROOT / "train.py"), record.settings(), sitting.rows()[0]
+    attempts = [a for a in sitting.attempts() if a["role"] == "candidate"]
+    if attempts and not attempts[-1].get("logged"):
+        last = attempts[-1]
+        if last["train_blob"] == blob and (last["budget"], last["seed"]) == (budget, seed):
+            if last["status"] not in ("running", "interrupted", "paused"):
+                raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make run AGAIN=1")
+        elif args.session and last["train_blob"] != blob and summary.can_be_a_row(sitting, last, rows):
+            commit = last["commit"][:7]
+            raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
+    for row in rows:
+        tried = [a for a in attempts if a["train_blob"] == blob and a["status"] == "valid"]
+        if row.blob == blob and (not tried or (budget, seed) in [(a["budget"], a["seed"]) for a in tried]):
+            raise Refused(f"this train.py was run before: {row.line.expandtabs(1)} (make run AGAIN=1 runs it again)")
+
+
+def plan(sitting, args):
+    """The runs to make: [(role, commit or None, seed, pair), …]."""
+    seed, blob = record.settings()[1], record.blob_hash(ROOT / "train.py")
+    chosen = bool(os.environ.get("AUTORESEARCH_SEED"))
+    if not (args.reference or args.pair):
+        if not args.again:
+            refuse_seen(sitting, args)
+            return [("candidate", None, seed, None)]
+        used = seeds_of(sitting, blob)
+        return repeats("candidate", None, used, args.runs or len(used) + 1, seed if chosen else None)
+    row = sitting.reference(sitting.rows()[0], args.head)
+    if row is None or not row.blob or not args.head:
+        raise Refused("there is no reference yet, or git does not know it: make baseline makes one")
+    used = seeds_of(sitting, row.blob)
+    if args.reference:
+        return repeats("reference", row.commit, used, args.runs or len(used) + 1, seed if chosen else None)
+    if row.blob == blob:
+        raise Refused("the program at hand is the reference: there is no pair (make run REFERENCE=1 repeats it)")
+    mine, made = seeds_of(sitting, blob), []
+    count = len({a["pair"] for a in sitting.attempts() if a.get("pair")})
+    for number in range(count, count + (args.runs or 1)):
+        seed = seed if chosen else unused([*used, *mine])
+        ends = [("reference", row.commit, seed), ("candidate", None, seed)]
+        made += [(*end, f"{number + 1}-{uuid.uuid4().hex[:6]}") for end in (ends if number % 2 == 0 else ends[::-1])]
+        made[-1] = (*made[-1][:3], made[-2][3])
+        mine.append(seed)
+    return made
+
+
+def repeats(role, commit, used, wanted, seed):
+    used, made = list(used), []
+    while len(used) + len(made) < wanted:
+        made.append((role, commit, unused([*used, *(m[2] for m in made)]) if seed is None else seed, None))
+    return made
+
+
+def main(args):
+    sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
+    sitting.link()
+    adopt_orphans()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: stopped_by.append(number))
+    if any(a["status"] == "interrupted" and "end" not in a for a in sitting.attempts()[-1:]):
+        say("note: the run before this one was cut off without a word and is not logged")
+    runs = plan(sitting, args)
+    if not runs:
+        print(f"nothing to do: there are {args.runs} runs already")
+    attempt = None
+    for number, (role, commit, seed, pair) in enumerate(runs, 1):
+        attempt = run_once(sitting, role, commit, args.head, seed, timeout, pair)
+        if attempt["status"] != "valid":
+            break
+        if number < len(runs):
+            print(summary.brief(attempt), flush=True)
+    if attempt:
+        print("\n".join(summary.lines(sitting, attempt, args.baseline)))
+        sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tag", default="none")
+    parser.add_argument("--head", default="", help="the checked-out commit")
+    parser.add_argument("--session", action="store_true", help="a session is open")
+    parser.add_argument("--again", action="store_true", help="the program at hand once more, with a seed of its own")
+    parser.add_argument("--reference", action="store_true", help="the last kept program, in a folder of its own")
+    parser.add_argument("--pair", action="store_true", help="reference and candidate in turn")
+    parser.add_argument("--runs", type=int, default=0, help="until there are so many; of pairs, so many more")
+    parser.add_argument("--baseline", action="store_true", help="leave out what to type next")
+    run_command(main, parser.parse_args())

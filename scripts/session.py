@@ -1,0 +1,264 @@
+"""A session's own files: its table, what happened in it, its journal. Read with doubt, written whole.
+
+They belong to the tag and to the clone, in data/sessions/TAG/; results.tsv in the root is a link to the table
+of the session at hand. `events.jsonl` says in order what was run, how it ended and what was logged; nothing in
+it is ever rewritten.
+"""
+
+import ast
+import fcntl
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import record  # noqa: E402
+from record import HOME, ROOT, STORE, git  # noqa: E402
+
+HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
+ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|crash)\t([^\t]*)")
+LINK = ROOT / "results.tsv"
+JOURNAL = HOME / "internal" / "log"
+LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
+
+
+class Refused(Exception):
+    """What was asked cannot be done; the text says why and what to do."""
+
+
+@dataclass
+class Row:
+    """A line of results.tsv. `number` counts from 1; `blob` is the program's, empty where nothing tells it."""
+
+    number: int
+    line: str
+    commit: str
+    bpb: float
+    memory: str
+    rate: int
+    status: str
+    description: str
+    blob: str = ""
+
+
+class Session:
+    """The session of a tag: `Session("nov24")`."""
+
+    def __init__(self, tag):
+        self.tag, self.folder = tag, STORE / "sessions" / quote(tag, safe="")
+        self.table, self.log = self.folder / "results.tsv", self.folder / "events.jsonl"
+
+    # --- the table ---
+
+    def link(self):
+        """Make results.tsv in the root this session's table; a file that stands in its place is never lost."""
+        if self.tag == "none" and not self.table.exists() and not LINK.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath(self.table, ROOT)
+        if LINK.is_symlink():
+            if os.readlink(LINK) == target:
+                return
+            LINK.unlink()
+        elif LINK.exists():
+            if not self.table.exists():
+                LINK.rename(self.table)
+            elif LINK.read_bytes() == self.table.read_bytes():
+                LINK.unlink()
+            else:
+                aside = record.free_name(STORE, "results", ".tsv")
+                LINK.rename(aside)
+                say(f"note: results.tsv was another file than this session's table; it is now {shown(aside)}")
+        LINK.symlink_to(target)
+        if HOME != ROOT and not (ROOT / "internal").exists():
+            (ROOT / "internal").symlink_to(HOME / "internal")
+
+    def rows(self):
+        """The rows of the table, and what is wrong with it: a line that is none does not count."""
+        rows, problems, logged = [], [], self.logged()
+        text = self.table.read_bytes().decode("utf-8", "replace") if self.table.exists() else ""
+        for number, line in enumerate(text.split("\n"), 1):
+            line = line.removesuffix("\r")
+            if match := ROW.fullmatch(line):
+                commit, bpb, memory, rate, status, description = match.groups()
+                event = logged.get(len(rows) + 1) or {}
+                blob = event.get("train_blob", "") if (event.get("commit") or "0" * 7).startswith(commit) else ""
+                rows.append(Row(len(rows) + 1, line, commit, float(bpb), memory, int(rate), status, description, blob))
+            elif line.strip() and line != HEADER:
+                problems.append(f"results.tsv, line {number} is no row and was passed over: {one_line(line)[:60]!r}")
+        if unknown := [row for row in rows if not row.blob]:  # written by hand, or by an earlier version
+            names = "".join(f"{row.commit}:train.py\n" for row in unknown)
+            found = (git("cat-file", "--batch-check=%(objectname)", text=names) or "").splitlines()
+            for row, blob in zip(unknown, found, strict=False):
+                row.blob = blob if re.fullmatch("[0-9a-f]{40}", blob) else ""
+        return rows, problems
+
+    def archive_table(self):
+        """Begin a new table; the old one stays beside it under a name of its own."""
+        if self.table.exists():
+            old = record.free_name(self.folder, "results", ".tsv")
+            self.table.rename(old)
+            self.note("table", archived=old.name)
+            say(f"note: the older results.tsv is now {shown(old)}")
+
+    # --- events ---
+
+    def note(self, event, **content):
+        record.append(self.log, json.dumps({"event": event, "time": now(), **content}) + "\n")
+
+    def events(self):
+        """Everything noted, in order; a line that was cut short does not count."""
+        found = []
+        if self.log.exists():
+            for line in self.log.read_bytes().decode("utf-8", "replace").split("\n"):
+                with suppress(ValueError, RecursionError):
+                    event = json.loads(line)
+                    if isinstance(event, dict) and "event" in event:
+                        found.append(event)
+        return found
+
+    def attempts(self):
+        """Every run that was begun here, the oldest first, with how it ended and where it was logged."""
+        attempts = {}
+        for event in self.events():
+            content = {key: value for key, value in event.items() if key not in ("event", "time")}
+            if event["event"] == "begin":
+                attempts[event["id"]] = {"status": "running", "started": event["time"], "row": None, **content}
+            elif event.get("id") in attempts:
+                attempts[event["id"]].update(content, **{event["event"]: event["time"]})
+        for attempt in attempts.values():
+            if attempt["status"] == "running" and not alive(attempt):
+                attempt.update(status="interrupted", reason="it was cut off without a word")
+        return list(attempts.values())
+
+    def logged(self):
+        """{row number: the event of its logging} of the present table."""
+        rows = {}
+        for event in self.events():
+            if event["event"] == "table":
+                rows = {}
+            elif event["event"] == "logging":
+                rows[event["row"]] = event
+        return rows
+
+    def candidate(self):
+        """The newest run of this session's own making that is no repeat of the reference alone."""
+        own = [a for a in self.attempts() if a["role"] != "reference"]
+        if not own:
+            raise Refused("no run yet in this session: make run")
+        return own[-1]
+
+    def reference(self, rows, head=None):
+        """The last kept row that the commit `head` descends from; without git the last kept one."""
+        kept = [row for row in rows if row.status == "keep"]
+        for row in reversed(kept):
+            if not head or git("merge-base", "--is-ancestor", row.commit, head) is not None:
+                return row
+        return kept[-1] if kept and not head else None
+
+
+def alive(attempt):
+    """Whether the run still holds the machine's lock (see lock.py)."""
+    try:
+        with open(LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return (record.read_json(LOCK) or {}).get("pid") == attempt["launcher"]
+    except OSError:
+        return False
+
+
+def record_of(attempt):
+    """The record of a valid run, or None where it is gone or was changed."""
+    for run in (record.read_json(record.DATA / "last_run.json") or {}, *record.archived()):
+        if run.get("run_id") == attempt["run_id"] and record.seal_fits(run):
+            return run
+    return None
+
+
+@contextmanager
+def one_writer():
+    """One writer at a time, whatever becomes of the others: the kernel drops a dead one's lock."""
+    STORE.mkdir(parents=True, exist_ok=True)
+    with (STORE / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# --- programs as text ------------------------------------------------------------------------------
+
+
+def text_of(blob):
+    """The text of a train.py that git knows, or that stands here; None where neither."""
+    here = ROOT / "train.py"
+    if here.exists() and record.blob_hash(here) == blob:
+        return here.read_text("utf-8", "replace")
+    return git("cat-file", "blob", blob) if blob else None
+
+
+class _Essence(ast.NodeTransformer):
+    def visit_Expr(self, node):
+        call = node.value
+        seeds = isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", "")) == "seed"
+        return None if seeds or isinstance(call, ast.Constant) else node
+
+    def visit_FunctionDef(self, node):
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    visit_ClassDef = visit_FunctionDef
+
+
+def essence(text):
+    """A program's statements without comments, docstrings, layout and the setting of seeds; None if it is no Python."""
+    try:
+        return ast.unparse(_Essence().visit(ast.parse(text)))
+    except (SyntaxError, ValueError, RecursionError, TypeError):
+        return None
+
+
+# --- words -----------------------------------------------------------------------------------------
+
+
+def one_line(text):
+    """Text without tab, newline or any other control character."""
+    text = (text or "").encode("utf-8", "replace").decode("utf-8")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def now():
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
+def shown(path):
+    """A path as a person types it."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def say(text):
+    print(text, file=sys.stderr)
+
+
+def run_command(function, *arguments):
+    """Call it; what went wrong is said in one line."""
+    try:
+        return function(*arguments)
+    except Refused as refused:
+        sys.exit(f"error: {refused}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody listens any more; the work is done all the same
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror or error}; mend that, and run the same again")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+

@@ -1,0 +1,143 @@
+"""What the agent is told when a run has ended: at most 15 lines, the last of them what to type next."""
+
+import re
+import signal
+
+import session
+import verdict
+from session import ROOT, Refused, one_line, record
+
+FRAMES = 4  # of train.py, that a crash shows
+SHOWN = 8  # last lines of run.log where there is no traceback
+
+
+def lines(sitting, attempt, baseline=False):
+    """The summary of a run (see run.py) in the session `sitting`."""
+    commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
+    if status != "valid":
+        return failure(attempt, commit, status)
+    run = session.record_of(attempt)
+    disturbed = [f"busy     {words}" for words in [verdict.busy(run)] if words]
+    if attempt["role"] == "reference" and not attempt["pair"]:
+        return [brief(attempt), *disturbed, standing(attempt["train_blob"], run)]
+    if attempt["role"] == "reference":  # the other half of a pair came before it
+        attempt = sitting.candidate()
+        run = session.record_of(attempt)
+        commit = attempt["commit"][:7]
+    found = [f"valid    {commit}  {attempt['wall_seconds']:.0f} s in all"]
+    decision, row, old, refused = None, None, None, None
+    try:
+        decision, row, _, old = verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, sitting.rows()[0]))
+    except verdict.Incomparable as refusal:
+        refused = refusal
+    found += figures(run, decision, old)
+    if refused:
+        mend = f"make run BUDGET={refused.budget:g}" if refused.budget else "make baseline AGAIN=1"
+        return [*found, *disturbed, f"verdict  none: {refused}", f"next     make discard, or {mend}"]
+    if row:
+        found.append(f"against  {row.commit}  {row.description[:60]}")
+    if row and (decision.new.runs, decision.old.runs) != (1, 1):
+        found.append(f"decided  by {verdict.change(decision)}")
+    found += [f"note     {note}" for note in decision.notes] + disturbed
+    found.append(f"verdict  {decision.word}: {decision.rule}")
+    if baseline:  # baseline.sh does the next step itself
+        return found
+    if decision.word == "again":
+        return [*found, standing(attempt["train_blob"], run)]
+    choice = decision.word if decision.word in ("keep", "discard") else "keep|discard"
+    return [*found, f"next     {decision.next or f'make log-result STATUS={choice} DESC=…'}"]
+
+
+def figures(run, decision, old):
+    """Five figures, the first and the third as means over all runs, with their change against the reference."""
+    new = {key: run["training"][key] for key in ("peak_memory_mb", "avg_tok_sec", "total_steps", "eval_seconds")}
+    change = {key: f"{new[key] - old['training'][key]:+.1f}" if old else "" for key in new}
+    bpb, gain = record.bpb(run), ""
+    if decision and decision.old:
+        bpb, gain = decision.new.bpb, f"{-decision.gain:+.6f}"
+        new["avg_tok_sec"], change["avg_tok_sec"] = decision.new.rate, f"{100 * decision.faster:+.1f} %"
+    if old:
+        change["total_steps"] = f"{new['total_steps'] - old['training']['total_steps']:+d}"
+    return [
+        f"val_bpb        {bpb:>13.6f}  {gain}".rstrip(),
+        f"peak_memory_mb {new['peak_memory_mb']:>13.1f}  {change['peak_memory_mb']}".rstrip(),
+        f"avg_tok_sec    {new['avg_tok_sec']:>13.0f}  {change['avg_tok_sec']}".rstrip(),
+        f"total_steps    {new['total_steps']:>13d}  {change['total_steps']}".rstrip(),
+        f"eval_seconds   {new['eval_seconds']:>13.1f}  {change['eval_seconds']}".rstrip(),
+    ]
+
+
+def brief(attempt):
+    """One line on a run that is one of several."""
+    run = session.record_of(attempt)
+    words = f"{attempt['role']:9} {(attempt['commit'] or '0' * 7)[:7]}  seed {attempt['seed']}"
+    return f"{words}  val_bpb {record.bpb(run):.6f}, {record.tok_sec(run):.0f} tok/s"
+
+
+def standing(blob, run):
+    """All runs of a program in one line, and the noise that they and others show."""
+    side, noise = verdict.side(blob, run)[0], record.noise(run, lambda r: not verdict.busy(r))
+    words = f"stands   {verdict.runs(side.runs)}, mean val_bpb {side.bpb:.6f}"
+    if noise.df:
+        words += f"; noise of a run ± {noise.bpb:.6f}, {100 * noise.rate:.1f} % tok/s ({noise.df} degrees of freedom)"
+    return words
+
+
+# --- how it went wrong ---------------------------------------------------------------------------------
+
+
+def failure(attempt, commit, status):
+    code = {"crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124}.get(status, attempt["exit_code"])
+    found = [f"{status} (exit {code}) {commit}: {one_line(attempt['reason'])}"]
+    if status in ("crash", "stale", "timeout"):
+        found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
+    if status in ("interrupted", "paused"):
+        return [*found, "next     make run"]
+    found.append("log      tail -n 50 run.log")
+    return [*found, 'next     mend it and commit, or: make log-result STATUS=crash DESC="…"']
+
+
+def how_it_died(code, wall):
+    if code == -signal.SIGKILL:
+        return (
+            f"train.py was killed (signal 9) after {wall:.0f} s, as when memory is short: halve DEVICE_BATCH_SIZE, "
+            "or see what else takes memory"
+        )
+    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit {code}"
+    last = last_line(ROOT / "run.log")
+    return f"train.py ended with {how} after {wall:.0f} s" + (f": {last}" if last else "")
+
+
+def printed(path):
+    """The lines at the end of a log, without what a progress line has overwritten and without control characters."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()[-40000:].decode("utf-8", "replace")
+    plain = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n")]
+    plain = ["".join(c if c.isprintable() else " " for c in line).rstrip() for line in plain]
+    return [line for line in plain if line.strip()]
+
+
+def last_line(path):
+    return one_line("".join(printed(path)[-1:]))[:400]
+
+
+def last_words(path):
+    """The frames of train.py in the last traceback, or else the log's last lines but the one that the reason has."""
+    text = [line for line in printed(path) if not re.fullmatch(r"[\s~^]+", line)]
+    starts = [i for i, line in enumerate(text) if line.startswith("Traceback (most recent call last)")]
+    if starts:
+        text = text[starts[-1] :]
+        frames = [i for i, line in enumerate(text) if re.match(r'\s+File ".*train\.py", line \d+', line)]
+        return [line[:160] for i in frames[-FRAMES:] for line in text[i : i + 2]]
+    return [line[:160] for line in text[-SHOWN - 1 : -1]]
+
+
+def can_be_a_row(sitting, attempt, rows):
+    """Whether log-result would take it: a short try with another budget, say, has no place in the table."""
+    if attempt["status"] != "valid":
+        return False
+    try:
+        return verdict.of_attempt(sitting, attempt, rows)[0].word != "again"
+    except Refused:
+        return False
