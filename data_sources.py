@@ -9,19 +9,15 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import sys
 import sysconfig
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import requests
+
+from downloads import download_all, hub_endpoint, hub_listing, is_parquet
 
 SPLITS = ("train", "val", "test")
 EVAL_UNIT = 524_288  # tokens; evaluation sizes are given as multiples of it
@@ -112,25 +108,6 @@ def fingerprint(dataset):
     folder = files_folder()
     listing = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(folder)]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def remove_leftovers(folder):
-    """Delete the temporary `NAME.PID.part` files and folders of processes that were killed."""
-    for path in folder.glob("*.part"):
-        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
-        if pid.isdecimal() and not is_alive(int(pid)):
-            with suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
 
 
 # --- splits and passages -----------------------------------------------------------------------
@@ -317,185 +294,3 @@ def fetch_tinystories(dataset):
             temporary.replace(path)
     for path in shards.glob("source_*.parquet"):
         path.unlink()
-
-
-def hub_listing(repo):
-    """The addresses of a dataset's parquet files, in the hub's order."""
-    url = f"{hub_endpoint()}/api/datasets/{repo}/parquet"
-    with hub_get(url) as response:
-        try:
-            urls = [file for config in response.json().values() for split in config.values() for file in split]
-            # The listing names the hub itself even where a mirror answered.
-            urls = [file.replace("https://huggingface.co/", f"{hub_endpoint()}/", 1) for file in urls]
-        except (ValueError, AttributeError, TypeError):
-            sys.exit(f"error: {url}: the answer is not a listing of parquet files")
-    if not urls:
-        sys.exit(f"error: the hub lists no parquet file for {repo}")
-    return urls
-
-
-# --- downloads -----------------------------------------------------------------------------------
-
-WORKERS = 8  # files at once
-ATTEMPTS = 6  # tries a file
-BACK_OFF = 1.0  # seconds before the second try, doubled for each further one
-PIECE = 2**18  # bytes written at once; a broken transfer loses at most so many
-LONGEST_WAIT = 300.0  # seconds that a busy server may ask for
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of an answer
-NEVER = threading.Event()  # for downloads that nothing stops
-
-
-def hub_endpoint():
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def hub_get(url, stop=NEVER, **options):
-    """GET with retries and, towards the hub itself, the user's HF_TOKEN."""
-    headers = dict(options.pop("headers", {}))
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token and url.startswith(hub_endpoint() + "/"):
-        headers["Authorization"] = f"Bearer {token}"
-    for attempt in range(ATTEMPTS):
-        wait = BACK_OFF * 2**attempt
-        try:
-            response = requests.get(url, headers=headers, timeout=TIMEOUT, **options)
-        except ValueError:  # how requests calls a malformed address
-            sys.exit(f"error: {url} is no address to fetch from; HF_ENDPOINT is the hub's, with https://")
-        except requests.RequestException as error:
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            status = response.status_code
-            if response.ok or status == 416:
-                return response
-            response.close()
-            if status in (401, 403):
-                sys.exit(f"error: {url}: access denied ({status}); set HF_TOKEN to a token that may read it")
-            if status in (404, 410):
-                sys.exit(f"error: {url}: not found ({status})")
-            reason, asked = f"status {status}", response.headers.get("Retry-After", "")
-            if asked.isdecimal():
-                wait = max(wait, min(float(asked), LONGEST_WAIT))
-        if attempt + 1 < ATTEMPTS:
-            pause(wait, stop)
-    give_up(url, reason)
-
-
-def pause(seconds, stop):
-    """Sleep; ends the thread where another one's failure stops the work."""
-    if stop.wait(seconds):
-        raise SystemExit
-
-
-def give_up(url, reason):
-    sys.exit(f"error: {url}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")
-
-
-def is_parquet(path):
-    """Whether `path` is a whole parquet file (its footer can be read)."""
-    try:
-        pq.ParquetFile(path).close()
-        return True
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def download(url, path, progress=lambda n: None, stop=NEVER):
-    """Fetch one parquet file. `path` appears only once the length and the footer are right.
-
-    A broken transfer goes on where it stopped if the server has the same file still (If-Range
-    with its ETag), else from the start. Raises SystemExit with one line when it is given up.
-    """
-    if is_parquet(path):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    etag, reason = None, ""
-    try:
-        part.write_bytes(b"")
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                pause(BACK_OFF * 2 ** (attempt - 1), stop)
-            have = part.stat().st_size if etag else 0
-            headers = {"Accept-Encoding": "identity"}  # a compressed answer has another length
-            if have:
-                headers |= {"Range": f"bytes={have}-", "If-Range": etag}
-            try:
-                with hub_get(url, stop, headers=headers, stream=True) as response:
-                    answered = response.headers
-                    if response.status_code != 200 and not continues(response, have, etag):
-                        reason, etag = f"status {response.status_code}, and not what was asked for", None
-                        continue
-                    if response.status_code == 200:
-                        have = 0
-                    tag, length = answered.get("ETag", ""), answered.get("Content-Length", "")
-                    etag = tag if tag and not tag.startswith("W/") else None
-                    expected = have + int(length) if length.isdecimal() else None
-                    with part.open("ab" if have else "wb") as out:
-                        for piece in response.iter_content(PIECE):
-                            out.write(piece)
-                            progress(len(piece))
-                        out.flush()
-                        os.fsync(out.fileno())
-            except requests.RequestException as error:
-                reason = f"{type(error).__name__}: {error}"
-                continue
-            size = part.stat().st_size
-            if expected is not None and size != expected:
-                reason = f"{size} bytes arrived of {expected}"
-            elif not is_parquet(part):
-                reason, etag = "what arrived is no whole parquet file", None
-            else:
-                part.replace(path)
-                return
-        give_up(url, reason)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def continues(response, have, etag):
-    """Whether an answer holds the rest, from byte `have` on, of the very file that `etag` names."""
-    start = response.headers.get("Content-Range", "")
-    same = response.headers.get("ETag") == etag
-    return response.status_code == 206 and same and start.startswith(f"bytes {have}-")
-
-
-def download_all(jobs):
-    """Fetch (url, path) pairs, several at once. The first failure ends the program; what is whole stays."""
-    for folder in {path.parent for _, path in jobs}:
-        remove_leftovers(folder)
-    missing = [(url, path) for url, path in jobs if not is_parquet(path)]
-    if not missing:
-        return
-    lock, stop, done, size = threading.Lock(), threading.Event(), 0, 0
-    start, tty = time.monotonic(), sys.stderr.isatty()
-
-    def progress(n):
-        nonlocal size
-        if stop.is_set():
-            raise SystemExit
-        with lock:
-            size += n
-            if tty:
-                rate = size / 1e6 / max(time.monotonic() - start, 1e-3)
-                print(f"\r{done}/{len(missing)} files, {size / 1e6:,.0f} MB, {rate:.0f} MB/s ", end="", file=sys.stderr)
-
-    def job(pair):
-        nonlocal done
-        download(*pair, progress, stop)
-        with lock:
-            done += 1
-            if not tty:
-                print(f"downloaded {pair[1].name} ({done}/{len(missing)})", file=sys.stderr, flush=True)
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        futures = [pool.submit(job, pair) for pair in missing]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            if tty:
-                print(file=sys.stderr)

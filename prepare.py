@@ -35,6 +35,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 import checks  # noqa: E402
 import data_sources  # noqa: E402
+import downloads  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
 import token_cache  # noqa: E402
@@ -60,7 +61,7 @@ def is_prepared(dataset):
 def prepare(dataset):
     """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there."""
     start, root = time.monotonic(), cache_dir(dataset)
-    data_sources.remove_leftovers(root)
+    downloads.remove_leftovers(root)
     if is_prepared(dataset):
         print(f"{dataset.name}: prepared in {root}")
         return

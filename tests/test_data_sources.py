@@ -5,7 +5,6 @@ import gc
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -13,165 +12,32 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import hub as faulty
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import Hub, listing, parquet, serving
+from hub import Hub, leftovers, listing, parquet, refusal, serving, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_sources
-from data_sources import DATASETS, SPLITS, documents, download, download_all, fetch
+import downloads
+from data_sources import DATASETS, SPLITS, documents, fetch
 
 ROOT = Path(data_sources.__file__).parent
 CLIMBMIX, TINYSTORIES, FILES, STDLIB = (DATASETS[name] for name in ("climbmix", "tinystories", "files", "stdlib"))
 
 
-def texts(first, count):
-    """Different short texts, numbered."""
-    words = "the river a lamp on an old stone bridge morning under no one quick letters winter slow".split()
-    return [f"{n}: " + " ".join(random.Random(n).choices(words, k=30)) for n in range(first, first + count)]
-
-
-def refusal(work, *arguments):
-    """The one line that `work` ends the program with."""
-    with pytest.raises(SystemExit) as ended:
-        result = work(*arguments)
-        list(result or ())
-    line = ended.value.code
-    assert line.startswith("error: ") and "\n" not in line
-    return line
-
-
-def leftovers(folder):
-    return [path.name for path in folder.rglob("*") if ".part" in path.name]
+OLD = parquet(20 * texts(0, 600))
 
 
 @pytest.fixture
 def hub(cache, monkeypatch):
     """A hub that HF_ENDPOINT names, and no waiting between tries."""
-    monkeypatch.setattr(data_sources, "BACK_OFF", 0.0)
+    monkeypatch.setattr(downloads, "BACK_OFF", 0.0)
     hub = Hub()
     with serving(hub) as hub.address:
         monkeypatch.setenv("HF_ENDPOINT", hub.address)
         yield hub
-
-
-# --- one file ------------------------------------------------------------------------------------
-
-SHARD = "/shard.parquet"
-OLD, NEW = (parquet(20 * part) for part in (texts(0, 600), [t.upper() for t in texts(0, 600)]))  # of one length
-
-FAULTS = {
-    "server errors": [500, 502, 503],
-    "too many requests": [faulty.busy(0)],
-    "connection reset": [faulty.reset, faulty.reset],
-    "reset midway": [faulty.reset_midway],
-    "cut short": [faulty.cut],
-    "cut short again and again": [faulty.cut, faulty.cut, faulty.cut],
-    "length too large": [faulty.claims_more],
-    "length too small": [faulty.claims_less],
-    "no length, cut short": [faulty.no_length_cut],
-    "range ignored": [faulty.cut, faulty.range_ignored],
-    "another range than asked for": [faulty.cut, faulty.wrong_range],
-    "range refused": [faulty.cut, 416],
-    "all of it together": [503, faulty.cut, faulty.reset, faulty.busy(0), faulty.claims_less, faulty.no_length_cut],
-}
-
-
-@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
-def test_a_download_comes_whole_through_any_fault(hub, tmp_path, faults):
-    hub.files[SHARD], hub.faults[SHARD] = OLD, list(faults)
-    path = tmp_path / "shards" / "shard.parquet"
-    download(hub.address + SHARD, path, lambda n: path.exists() and pytest.fail("there before it is whole"))
-    assert path.read_bytes() == OLD
-    assert not hub.faults[SHARD]  # all of them were met
-    assert not leftovers(tmp_path)
-
-
-def test_a_broken_transfer_goes_on_where_it_stopped(hub, tmp_path):
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [faulty.cut]
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    (first, _), (second, status) = hub.requests(SHARD)
-    assert "Range" not in first
-    start = int(second["Range"].removeprefix("bytes=").removesuffix("-"))
-    assert (len(OLD) // 3 - start) < data_sources.PIECE < start
-    assert second["If-Range"]  # of the same file alone
-    assert status == 206
-
-
-@pytest.mark.parametrize("obeys", [True, False], ids=["server knows If-Range", "server ignores If-Range"])
-def test_a_file_that_changes_midway_is_never_mixed(hub, tmp_path, obeys):
-    assert len(OLD) == len(NEW)
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [faulty.cut, faulty.other_file(NEW, obeys)]
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    assert (tmp_path / "shard.parquet").read_bytes() == NEW
-
-
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [(500, "status 500"), (faulty.reset, "Connection"), (faulty.claims_less, "no whole parquet"),
-     (faulty.no_length_cut, "no whole parquet"), (faulty.claims_more, ""), (416, "")],
-)  # fmt: skip
-def test_what_never_gets_better_is_given_up_and_leaves_nothing(hub, tmp_path, fault, words):
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [fault] * 100
-    line = refusal(download, hub.address + SHARD, tmp_path / "shard.parquet")
-    assert f"given up after {data_sources.ATTEMPTS} attempts" in line and words in line and SHARD in line
-    assert len(hub.seen) == data_sources.ATTEMPTS
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_something_else_than_parquet_is_refused(hub, tmp_path):
-    hub.files[SHARD] = b"<html>log in first</html>" * 100
-    assert "no whole parquet" in refusal(download, hub.address + SHARD, tmp_path / "shard.parquet")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_waits_between_tries_grow_and_a_busy_server_is_heard(hub, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(data_sources, "BACK_OFF", 1.0)
-    monkeypatch.setattr(data_sources, "pause", lambda seconds, stop: waits.append(seconds))
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [500, 500, 500, faulty.busy(90), faulty.busy(10**6)]
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    assert waits == [1, 2, 4, 90, data_sources.LONGEST_WAIT]
-
-
-@pytest.mark.parametrize(("status", "word"), [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "not found")])
-def test_a_refusal_ends_at_once(hub, tmp_path, status, word):
-    hub.faults[SHARD] = [status] * 9
-    line = refusal(download, hub.address + SHARD, tmp_path / "shard.parquet")
-    assert word in line and str(status) in line and SHARD in line
-    assert len(hub.seen) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_token_goes_to_the_hub_and_to_no_other_host(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret\n")
-    store = Hub()
-    store.files[SHARD] = OLD
-    with serving(store) as address:
-        hub.faults[SHARD] = [faulty.to(address.replace("127.0.0.1", "localhost"))]
-        download(hub.address + SHARD, tmp_path / "shard.parquet")
-        store.files["/direct.parquet"] = OLD
-        download(address + "/direct.parquet", tmp_path / "direct.parquet")
-    ((asked, status),) = hub.requests(SHARD)
-    assert (asked["Authorization"], status) == ("Bearer secret", 302)
-    assert len(store.seen) == 2 and not any("Authorization" in headers for _, headers, _ in store.seen)
-    assert (tmp_path / "shard.parquet").read_bytes() == OLD
-
-
-def test_without_a_token_none_is_sent(hub, tmp_path):
-    hub.files[SHARD] = OLD
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    assert "Authorization" not in hub.seen[0][1]
-
-
-def test_an_address_that_is_none_is_said_at_once(cache, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
-    assert "HF_ENDPOINT" in refusal(fetch, TINYSTORIES)
-    monkeypatch.setenv("HF_ENDPOINT", "")
-    assert data_sources.hub_endpoint() == "https://huggingface.co"
 
 
 # --- many files ----------------------------------------------------------------------------------
@@ -197,7 +63,7 @@ def test_files_come_several_at_once_and_only_once(hub):
     hub.barrier = threading.Barrier(4)  # nobody is answered before four have asked
     fetch(CLIMBMIX)
     hub.barrier = None
-    assert 4 <= hub.most_at_once <= data_sources.WORKERS
+    assert 4 <= hub.most_at_once <= downloads.WORKERS
     seen = len(hub.seen)
     assert seen == 12
     fetch(CLIMBMIX)
@@ -213,27 +79,6 @@ def test_a_damaged_shard_is_fetched_again(hub, cache):
     fetch(CLIMBMIX)
     assert shard.read_bytes() == whole
     assert len(hub.seen) == 13
-
-
-def test_one_failure_stops_the_other_downloads_and_whole_files_stay(hub, tmp_path):
-    told = threading.Event()
-
-    def endless(handler):
-        handler.send(200, b"", 200 << 20)
-        try:
-            for _ in range(200):
-                handler.wfile.write(bytes(1 << 20))
-        except OSError:
-            told.set()  # the client has gone
-
-    hub.files["/whole.parquet"] = OLD
-    download_all([(hub.address + "/whole.parquet", tmp_path / "whole.parquet")])
-    hub.faults["/endless.parquet"] = [endless] * 9
-    names = ["whole", "endless", "missing"]
-    line = refusal(download_all, [(f"{hub.address}/{name}.parquet", tmp_path / f"{name}.parquet") for name in names])
-    assert "missing.parquet: not found (404)" in line
-    assert told.wait(20)
-    assert [path.name for path in tmp_path.glob("*")] == ["whole.parquet"]
 
 
 def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
@@ -262,14 +107,6 @@ def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
     fetch(CLIMBMIX)
     assert len(list(documents(CLIMBMIX, "train"))) == 50000
     assert not leftovers(cache)
-
-
-def test_a_living_process_keeps_its_temporary_files(tmp_path):
-    for name in (f"a.parquet.{os.getpid()}.part", f"tokens.{os.getppid()}.part", "mine.part"):
-        (tmp_path / name).touch()
-    (tmp_path / "tokens.999999999.part").mkdir()
-    data_sources.remove_leftovers(tmp_path)
-    assert len(leftovers(tmp_path)) == 3
 
 
 def tinystories_files(hub):

@@ -15,25 +15,17 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
-from hub import Hub, listing, parquet, serving
+from hub import Hub, listing, parquet, refusal, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_sources
 import prepare
+import token_cache
 from data_sources import DATASETS, SPLITS, documents
 from prepare import TokenCache, Tokenizer
 
 ROOT = Path(prepare.__file__).parent
-
-
-def refusal(work, *arguments):
-    """The one line that `work` ends the program with."""
-    with pytest.raises(SystemExit) as ended:
-        work(*arguments)
-    line = ended.value.code
-    assert line.startswith("error: ") and "\n" not in line
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +82,7 @@ def test_the_special_tokens_come_last_and_have_no_bytes(small_files, tokenizer):
     assert tokenizer.bos == dataset.vocab_size - 4
     assert tokenizer.token_bytes[-4:].tolist() == [0, 0, 0, 0]
     assert tokenizer.token_bytes[:-4].min() == 1
-    for name in prepare.SPECIAL_TOKENS:
+    for name in token_cache.SPECIAL_TOKENS:
         assert tokenizer.decode(tokenizer.encode(name)) == name
         assert len(tokenizer.encode(name)) > 1
 
@@ -103,8 +95,8 @@ def test_it_learns_from_the_training_split_alone_and_always_the_same(small_files
 
 
 def test_a_long_document_does_not_dominate(small_files, monkeypatch):
-    monkeypatch.setattr(prepare, "DOCUMENT_CHARACTERS", 100)
-    monkeypatch.setattr(prepare, "TRAINING_CHARACTERS", 300)
+    monkeypatch.setattr(token_cache, "DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(token_cache, "TRAINING_CHARACTERS", 300)
     texts = iter(["ab" * 50 + "xyz" * 1000, "cd" * 50, "ef" * 50, "gh" * 50, "never asked for"])
     tokens = Tokenizer.train(small_files[0], texts).ranks
     assert b"ab" in tokens and b"ef" in tokens and b"xyz" not in tokens and b"gh" not in tokens
@@ -203,7 +195,7 @@ def bytewise(dataset):
 
 
 def split_texts(tokenizer, folder, split, texts, held_out):
-    found = prepare.write_split(tokenizer, texts, folder, split, held_out)
+    found = token_cache.write_split(tokenizer, texts, folder, split, held_out)
     tokens, offsets = np.load(folder / f"{split}_tokens.npy"), np.load(folder / f"{split}_offsets.npy")
     assert found == {"documents": len(offsets) - 1, "tokens": len(tokens)}
     return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)]
