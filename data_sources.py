@@ -2,22 +2,25 @@
 
 A `Dataset` is a frozen value that is passed along. `fetch(dataset)` makes its source complete on
 disk; `documents(dataset, split)` then yields its texts, always in the same order. No document is
-in two splits. Everything downstream (tokenizer, token cache, batches) is in prepare.py.
+in two splits. How text becomes tokens stands in token_cache.py, how files come from the hub in downloads.py.
 """
 
+import codecs
 import hashlib
 import json
 import os
 import random
+import re
 import sys
 import sysconfig
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from downloads import download_all, hub_endpoint, hub_listing, is_parquet
+from downloads import download_all, hub_endpoint, hub_listing, is_parquet, move_into_place, printable
 
 SPLITS = ("train", "val", "test")
 EVAL_UNIT = 524_288  # tokens; evaluation sizes are given as multiples of it
@@ -35,6 +38,7 @@ class Dataset:
     eval_fraction: float = 1.0  # ... and at most this share of the corpus
     repo: str = ""  # Hugging Face dataset repository, where there is one
     train_shards: int = 0  # parquet shards used for training
+    column: str = "text"  # of parquet, or field of a JSON line, that holds the text
 
 
 DATASETS = {
@@ -70,33 +74,39 @@ def cache_dir(dataset):
 def fetch(dataset):
     """Make the dataset's source complete on disk; does nothing where it is."""
     if dataset.name == "climbmix":
-        names = [climbmix_shard(i) for i in range(dataset.train_shards)]
-        names += [climbmix_shard(CLIMBMIX_VAL), climbmix_shard(CLIMBMIX_TEST)]
+        names = [shard_name(i) for i in range(dataset.train_shards)]
+        names += [shard_name(CLIMBMIX_VAL), shard_name(CLIMBMIX_TEST)]
         url = f"{hub_endpoint()}/datasets/{dataset.repo}/resolve/main"
         download_all([(f"{url}/{name}", shard_dir(dataset) / name) for name in names])
     elif dataset.name == "tinystories":
         fetch_tinystories(dataset)
     elif dataset.name == "files":
-        files_folder()  # nothing to fetch; says at once where the folder is missing
+        tell_files(dataset)
     elif not stdlib_files():
         sys.exit(f"error: this Python ({sys.executable}) ships no standard library sources; use another one")
 
 
 def documents(dataset, split):
-    """Yield the texts of one split (`train`, `val` or `test`), in a fixed order."""
+    """The texts of one split (`train`, `val` or `test`), in a fixed order: an iterator of str."""
+    return (text for _, text in located(dataset, split))
+
+
+def located(dataset, split):
+    """`documents`, each with its place: an iterator of ((file, number of its row or passage), text)."""
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
     sys.audit("data_sources.documents", dataset.name, split)  # see checks.HeldOutWatch
     if dataset.name == "stdlib":
-        return split_by_content(stdlib_documents(), split, share=0.05)
+        groups = ((key, [((key, i), text) for i, text in enumerate(part, 1)]) for key, part in stdlib_documents())
+        return split_by_content(groups, split, share=0.05)
     if dataset.name == "files":
         return files_documents(dataset, split)
-    if dataset.name == "climbmix":
-        numbers = {"train": range(dataset.train_shards), "val": [CLIMBMIX_VAL], "test": [CLIMBMIX_TEST]}
-        return parquet_texts(shard_dir(dataset) / climbmix_shard(i) for i in numbers[split])
     n = dataset.train_shards
     numbers = {"train": range(n), "val": [n], "test": [n + 1]}
-    return parquet_texts(shard_dir(dataset) / f"shard_{i:05d}.parquet" for i in numbers[split])
+    if dataset.name == "climbmix":
+        numbers |= {"val": [CLIMBMIX_VAL], "test": [CLIMBMIX_TEST]}
+    paths = (shard_dir(dataset) / shard_name(i) for i in numbers[split])
+    return (((path, row), text) for path in paths for row, text in parquet_rows(path, dataset.column) if text)
 
 
 def fingerprint(dataset):
@@ -107,7 +117,7 @@ def fingerprint(dataset):
         return None  # training from a finished cache needs no source
     folder = files_folder()
     listing = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(folder)]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([column_of(dataset), *listing]).encode()).hexdigest()
 
 
 # --- splits and passages -----------------------------------------------------------------------
@@ -119,6 +129,7 @@ def split_by_content(groups, split, share):
     The key's hash decides, `share` of the groups going to `val` and as many to `test`, so a
     group's split does not depend on what else is in the corpus.
     """
+    sys.audit("data_sources.documents", "", split)  # see checks.HeldOutWatch
     for key, texts in groups:
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         where = int.from_bytes(digest[:8], "big") / 2**64
@@ -131,9 +142,11 @@ def passages(text, limit, separators=("\n\n",)):
 
     A document longer than a training row loses its tail to the packing's cropping rule, so long
     files are cut beforehand, where a reader would cut them. A passage that is still longer than
-    `limit` is cut at the next of `separators`, where there is one.
+    `limit` is cut at the next of `separators`, where there is one; the empty one is between any two letters.
     """
     separator, *finer = separators
+    if not separator:
+        return [text[first : first + limit] for first in range(0, len(text), limit)]
     pieces, piece, size = [], [], 0
     for block in text.split(separator):
         if piece and size + len(block) > limit:
@@ -143,7 +156,8 @@ def passages(text, limit, separators=("\n\n",)):
         size += len(block) + len(separator)
     pieces.append(separator.join(piece))
     if finer:
-        pieces = [p for long in pieces for p in (passages(long, limit, finer) if len(long) > limit else [long])]
+        most = limit if finer[0] else limit + len(separator)  # words keep the blank behind them
+        pieces = [p for long in pieces for p in (passages(long, limit, finer) if len(long) > most else [long])]
     return [p for p in pieces if p.strip()]
 
 
@@ -172,7 +186,72 @@ def stdlib_documents():
             yield path.relative_to(root).as_posix(), passages(text, limit=800)
 
 
-# --- files -------------------------------------------------------------------------------------
+# --- parquet -------------------------------------------------------------------------------------
+
+
+class Damaged(SystemExit):
+    """A file of text that cannot be read. Attributes: `path`, and `code`, the line that the program ends with."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"error: {printable(path)} cannot be read: {printable(reason)}")
+        self.path = Path(path)
+
+
+def parquet_rows(path, column):
+    """Yield (row, text or None), rows counted from 1, with one row group in memory at a time.
+
+    Raises `Damaged` where the file cannot be read; a column that is missing or no text ends the program.
+    """
+    row = 0
+    try:
+        with path.open("rb") as source, pq.ParquetFile(source) as file:  # any name: Arrow's own takes UTF-8 alone
+            check_column(path, file.schema_arrow, column)
+            for group in range(file.num_row_groups):
+                texts = file.read_row_group(group, columns=[column]).column(0)
+                for row, text in enumerate(texts.cast(pa.large_string()).to_pylist(), row + 1):  # noqa: B020
+                    yield row, text
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise Damaged(path, f"{error} (after row {row})") from None
+
+
+def check_column(path, schema, column):
+    """End the program where a file with the Arrow `schema` holds no texts in one column of this name."""
+    found = [field.type for field in schema if field.name == column]
+    if not found:
+        sys.exit(f"error: {printable(path)} has no column '{column}', but {told_names(schema.names)}; {CHOOSE}")
+    if len(found) > 1:
+        sys.exit(f"error: {printable(path)} has {len(found)} columns '{column}'; one of them needs another name")
+    kind = getattr(found[0], "value_type", found[0]) if pa.types.is_dictionary(found[0]) else found[0]
+    if not any(test(kind) for test in TEXT_TYPES):
+        names = told_names([name for name in schema.names if name != column])
+        told = f"column '{column}' holds {printable(kind)}, no text, beside {names}"
+        sys.exit(f"error: {printable(path)}: {told}; {CHOOSE}")
+
+
+CHOOSE = "COLUMN=name chooses (make prepare DATASET=files)"
+TEXT_TYPES = [getattr(pa.types, f"is_{name}") for name in ("string", "large_string", "string_view", "null")]
+TEXT_TYPES += [getattr(pa.types, f"is_{name}") for name in ("binary", "large_binary", "binary_view")]
+
+
+def told_names(names, most=8, width=40):
+    """Some names, `most` of `width` characters, for a line on a terminal."""
+    names = [printable(name)[:width] for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+
+
+# --- files: a person's own folder ------------------------------------------------------------------
+
+KINDS = (".parquet", ".jsonl", ".txt")
+PASSAGE = 8000  # characters: about a row of 2048 tokens
+SEPARATORS = ("\n\n", "\n", " ", "")
+WIDE = {  # what a file in UTF-16 or UTF-32 begins with; the longer ones first, whose beginning is a shorter one
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+BAD = "\ufffd"  # what stands in a text for bytes that are none
+NO_TEXT = re.compile(f"[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f{BAD}]")  # characters that text has few of
+MOST_BAD = 0.1  # share of them at the beginning of a file that is read
+ENOUGH = (32, 4)  # documents, and rows, that val and test get at least where documents stay whole
 
 
 def files_folder():
@@ -181,69 +260,201 @@ def files_folder():
         sys.exit("error: dataset 'files' needs a folder of text: make prepare DATASET=files FILES=dir")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        sys.exit(f"error: FILES={name} is not a folder")
+        sys.exit(f"error: FILES={printable(name)} is not a folder")
     if not text_files(folder):
-        sys.exit(f"error: FILES={name} holds no .parquet, .jsonl or .txt file")
+        sys.exit(f"error: FILES={printable(name)} holds no .parquet, .jsonl or .txt file")
     return folder
 
 
+def column_of(dataset):
+    """The column or field that holds the text of `files`."""
+    return os.environ.get("AUTORESEARCH_COLUMN") or dataset.column
+
+
 def text_files(folder):
-    """The files that hold text, hidden ones aside: macOS leaves a `._name` beside each on foreign disks."""
-    kinds = (".parquet", ".jsonl", ".txt")
-    return sorted(p for p in folder.rglob("*") if p.suffix in kinds and p.name[0] != "." and p.is_file())
+    return walk(folder)[0]
 
 
-def files_texts(folder):
-    """Yield every text below `folder`: parquet and jsonl rows as they are, .txt in passages."""
-    for path in text_files(folder):
-        try:
-            if path.suffix == ".parquet":
-                yield from parquet_texts([path])
-            elif path.suffix == ".jsonl":
-                yield from jsonl_texts(path)
+def walk(folder):
+    """(paths of the files of our kinds, sorted; how many others there are; names of the folders left out).
+
+    Hidden ones are left out: a repository's or an environment's own files, and the `._name` that macOS leaves
+    beside each file on foreign disks. A link to a folder is not followed; it may lead round in a circle.
+    """
+
+    def refuse(error):
+        raise Damaged(error.filename, error.strerror)
+
+    found, others, left_out = [], 0, []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        left_out += [f"{name} (hidden)" for name in folders if name[0] == "."]
+        folders[:] = [name for name in folders if name[0] != "."]
+        left_out += [f"{name} (a link)" for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in names:
+            path = Path(place, name)
+            if path.suffix.lower() in KINDS and name[0] != "." and path.is_file():
+                found.append(path)
             else:
-                yield from txt_texts(path)
-        except OSError as error:
-            sys.exit(f"error: {path} cannot be read: {error.strerror or error}")
+                others += name[0] != "."
+    return sorted(found), others, left_out
 
 
-def jsonl_texts(path):
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+def encoding_of(path):
+    """(name of the encoding, share of what is no text in the first 64 kB) of a file of text."""
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    codec = next((codec for mark, codec in WIDE.items() if head.startswith(mark)), "utf-8-sig")
+    text = codecs.getincrementaldecoder(codec)("replace").decode(head)
+    return codec, len(NO_TEXT.findall(text)) / max(len(text), 1)
+
+
+def file_rows(path, column):
+    """Yield (row or passage, text or None) of one file; nothing where it holds no text."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from parquet_rows(path, column)
+            return
+        codec, bad = encoding_of(path)
+        if bad > MOST_BAD:
+            return
+        if path.suffix.lower() == ".jsonl":
+            yield from jsonl_rows(path, column, codec)
+        else:
+            yield from enumerate(txt_texts(path, codec=codec), 1)
+    except OSError as error:
+        raise Damaged(path, error.strerror or error) from None
+
+
+def files_texts(folder, column):
+    """Yield ((path, row), text) of every text below `folder`: parquet and jsonl rows as they are, .txt in passages."""
+    for path in text_files(folder):
+        for row, text in file_rows(path, column):
+            if text and text.strip():
+                yield (path, row), text
+
+
+def jsonl_rows(path, column, codec="utf-8-sig"):
+    with path.open(encoding=codec, errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                sys.exit(f"error: {path}, line {number}: not a JSON object with a 'text'")
-            if isinstance(text, str):
-                yield text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or column not in record:
+                names = f", but with {told_names(record)}; {CHOOSE}" if isinstance(record, dict) else ""
+                sys.exit(f"error: {printable(path)}, line {number}: not a JSON object with a '{column}'{names}")
+            text = record[column]
+            # JSON can hold half a surrogate pair
+            yield number, text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
 
-def txt_texts(path, at_once=2**24):
+def txt_texts(path, at_once=2**24, codec="utf-8-sig"):
     """Passages of a text file, read `at_once` characters at a time."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with path.open(encoding=codec, errors="replace") as file:
         rest = ""
         while block := file.read(at_once):
-            pieces = passages(rest + block, 8000, ("\n\n", "\n", " "))
+            pieces = passages(rest + block, PASSAGE, SEPARATORS)
             yield from pieces[:-1]
             rest = pieces[-1] if pieces else ""
         if rest:
             yield rest
 
 
+def tell_files(dataset):
+    """Read all of `files` once, and say what is read and what is not: before the work, not in the midst of it."""
+    folder, column = files_folder(), column_of(dataset)
+    paths, others, left_out = walk(folder)
+    kinds, texts, size, empty, bad, shares, wide, skipped = Counter(), 0, 0, 0, 0, {}, [], []
+    for path in paths:
+        name, kind, of_file = printable(path.relative_to(folder)), path.suffix.lower(), Counter()
+        for _, text in file_rows(path, column):
+            if text and text.strip():
+                of_file += Counter(texts=1, size=len(text), bad=text.count(BAD))
+            else:
+                empty += 1
+        if kind != ".parquet":
+            codec, share = encoding_of(path)
+            if share > MOST_BAD:
+                skipped.append(f"{name} ({share:.0%} bad characters at its beginning)")
+                continue
+            if codec in WIDE.values():
+                wide.append(f"{name} ({codec.upper()})")
+        kinds[kind] += 1
+        texts, size, bad = texts + of_file["texts"], size + of_file["size"], bad + of_file["bad"]
+        shares[name] = of_file["bad"] / max(of_file["size"], 1)
+    read = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items()) or "nothing"
+    without = f"; {empty:,} rows without text" if empty else ""
+    print(f"files: read {read}: {texts:,} texts, {size:,} characters{without}")
+    if bad:
+        worst = max(shares, key=shares.get)
+        print(f"files: {bad / size:.2%} of the characters are bad, most in {worst} ({shares[worst]:.2%}): not in UTF-8")
+    lists = {"decoded": wide, "skipped as no text, or not in UTF-8:": skipped, "folders not read:": left_out}
+    for what, names in lists.items():
+        if names:
+            print(f"files: {what} {told_names(names, width=100)}")
+    if others:
+        print(f"files: not read for their kind: {others:,} files")
+    if not texts:
+        sys.exit(f"error: FILES={printable(folder)} has too little text: none in column or field '{column}'")
+
+
+def text_hash(text):
+    """16 bytes that stand for a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
 def files_documents(dataset, split):
-    """The texts of one split, each once. The text's own hash decides, so copies stay together."""
-    folder = files_folder()
+    """((path, row), text) of one split, each text once. The text's own hash decides, so copies stay together.
+
+    Documents stay whole where there are enough of them. A few long ones would leave next to nothing for `val`, or
+    all that there is: they are cut into passages, and those with the smallest hashes are held out.
+    """
+    folder, column = files_folder(), column_of(dataset)
     total = sum(p.stat().st_size for p in text_files(folder))
     # Half as much again as evaluation can use, at about four bytes a token; a large corpus gives less.
     share = min(dataset.eval_fraction, 1.5 * 4 * dataset.eval_tokens / max(total, 1))
+
+    def whole(split):
+        groups = ((text, [(place, text)]) for place, text in files_texts(folder, column))
+        return once(split_by_content(groups, split, share))
+
+    def cut():
+        for place, text in files_texts(folder, column):
+            yield from ((place, piece) for piece in passages(text, PASSAGE, SEPARATORS))
+
+    if all(is_enough(whole(held_out), dataset) for held_out in ("val", "test")):
+        yield from whole(split)
+        return
+    sizes = {text_hash(text): len(text) for _, text in cut()}
+    order, places = sorted(sizes, reverse=True), {}
+    for held_out in ("val", "test"):
+        room = share * sum(sizes.values())
+        while order and room > 0:
+            places[order[-1]] = held_out
+            room -= sizes[order.pop()]
+    yield from ((place, text) for place, text in once(cut()) if places.get(text_hash(text), "train") == split)
+
+
+def is_enough(located_texts, dataset):
+    """Whether the texts of a split are as many, and as long in all, as ENOUGH asks for; reads no further than that."""
+    documents, characters = 0, 0
+    for _, text in located_texts:
+        documents, characters = documents + 1, characters + len(text)
+        if documents >= ENOUGH[0] and characters >= ENOUGH[1] * 4 * dataset.sequence_length:
+            return True
+    return False
+
+
+def once(located_texts):
+    """The (place, text) pairs without the repetitions of a text."""
     seen = set()
-    for text in split_by_content(((text, [text]) for text in files_texts(folder)), split, share):
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            yield text
+    for place, text in located_texts:
+        name = text_hash(text)
+        if name not in seen:
+            seen.add(name)
+            yield place, text
 
 
 # --- climbmix and tinystories, from the hub ------------------------------------------------------
@@ -251,7 +462,7 @@ def files_documents(dataset, split):
 CLIMBMIX_VAL, CLIMBMIX_TEST = 6542, 6541
 
 
-def climbmix_shard(i):
+def shard_name(i):
     return f"shard_{i:05d}.parquet"
 
 
@@ -259,38 +470,22 @@ def shard_dir(dataset):
     return cache_dir(dataset) / "shards"
 
 
-def parquet_texts(paths):
-    """Yield column `text` of parquet files, one row group in memory at a time."""
-    for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                if "text" not in file.schema_arrow.names:
-                    sys.exit(f"error: {path} has no column 'text'")
-                for group in range(file.num_row_groups):
-                    column = file.read_row_group(group, columns=["text"])["text"]
-                    for text in column.cast(pa.large_string()).to_pylist():
-                        if text:
-                            yield text
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            sys.exit(f"error: {path} cannot be read: {error}")
-
-
 def fetch_tinystories(dataset):
     """Download what the hub lists, shuffle with a fixed seed, write 20 + 1 + 1 shards."""
     shards = shard_dir(dataset)
-    targets = [shards / f"shard_{i:05d}.parquet" for i in range(dataset.train_shards + 2)]
+    targets = [shards / shard_name(i) for i in range(dataset.train_shards + 2)]
     if not all(is_parquet(path) for path in targets):
         urls = hub_listing(dataset.repo)
         sources = [shards / f"source_{i:05d}.parquet" for i in range(len(urls))]
         download_all(list(zip(urls, sources, strict=True)))
         # Each story once: the hub's copies would otherwise stand in two splits.
-        texts = list(dict.fromkeys(parquet_texts(sources)))
+        texts = list(dict.fromkeys(t for path in sources for _, t in parquet_rows(path, dataset.column) if t))
         random.Random(0).shuffle(texts)
         n = len(targets)
         for i, path in enumerate(targets):
             part = texts[i * len(texts) // n : (i + 1) * len(texts) // n]
             temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-            pq.write_table(pa.table({"text": pa.array(part, pa.string())}), temporary, row_group_size=4096)
-            temporary.replace(path)
+            pq.write_table(pa.table({dataset.column: pa.array(part, pa.string())}), temporary, row_group_size=4096)
+            move_into_place(temporary, path)
     for path in shards.glob("source_*.parquet"):
         path.unlink()

@@ -133,7 +133,7 @@ def told(error):
     """What went wrong, in one line that a terminal can show."""
     root = root_of(error)
     text = re.sub(r"^(<[^>]*>|HTTPS?Connection\([^)]*\)): ", "", " ".join(str(root).split()))
-    return "".join(c if c.isprintable() else "?" for c in f"{type(root).__name__}: {text}")
+    return printable(f"{type(root).__name__}: {text}")
 
 
 def proxy_of(url):
@@ -244,8 +244,6 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
                         for piece in response.iter_content(PIECE):
                             out.write(piece)
                             progress(len(piece))
-                        out.flush()
-                        to_disk(out.fileno())
             except requests.RequestException as error:
                 reason = told(error)
                 continue
@@ -255,8 +253,7 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
             elif not is_parquet(part):
                 reason, etag = "what arrived is no whole parquet file", None
             else:
-                part.replace(path)
-                folder_to_disk(path.parent)
+                move_into_place(part, path)
                 return
         give_up(url, reason)
     finally:
@@ -312,7 +309,20 @@ def download_all(jobs):
                 print(file=sys.stderr)
 
 
-# --- temporary files ---------------------------------------------------------------------------------
+# --- files on this machine ---------------------------------------------------------------------------
+
+
+def move_into_place(temporary, path):
+    """Give a finished file its name, so that it is whole under it even after a power cut."""
+    with open(temporary, "rb") as file:
+        to_disk(file.fileno())
+    temporary.replace(path)
+    folder_to_disk(path.parent)
+
+
+def printable(text):
+    """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def remove_leftovers(folder):

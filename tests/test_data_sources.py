@@ -1,14 +1,18 @@
 """Every dataset, from where its text comes to its splits; the hub is a server on this machine."""
 
+import codecs
 import dataclasses
 import gc
+import hashlib
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -186,11 +190,45 @@ def test_copies_of_a_text_are_in_one_split_and_once(folder):
 
 
 def test_a_text_stays_in_its_split_when_others_come(folder):
-    write_jsonl(folder / "m.jsonl", [{"text": t} for t in texts(0, 300)])
-    before = all_texts()
-    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(300, 300)])
-    after = all_texts()
+    small = dataclasses.replace(FILES, sequence_length=16)
+    write_jsonl(folder / "m.jsonl", [{"text": t} for t in texts(0, 1500)])
+    before = all_texts(small)
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(1500, 300)])
+    after = all_texts(small)
     assert all(set(before[split]) <= set(after[split]) for split in SPLITS)
+    assert before == {split: by_hash(texts(0, 1500), split) for split in SPLITS}
+
+
+def by_hash(found, split):
+    """What a text's own hash says of its split; a cache made long ago and one made today agree."""
+    shares = ((t, int(hashlib.sha256(t.encode()).hexdigest()[:16], 16) / 2**64) for t in found)
+    return [t for t, share in shares if split == ("val" if share < 0.05 else "test" if share < 0.1 else "train")]
+
+
+@pytest.mark.parametrize("long_ones", [1, 2, 3, 10])
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " ", ""])
+def test_a_few_long_documents_are_cut_into_passages_for_three_splits(folder, long_ones, separator):
+    size = 400_000 // long_ones
+    long = [separator.join(texts(size * i, 1 + size // 150))[:size] for i in range(long_ones)]
+    write_jsonl(folder / "a.jsonl", [{"text": text} for text in long[::2] + texts(0, 40)])
+    (folder / "b.parquet").write_bytes(parquet([*long[1::2], long[0]]))
+    found = all_texts()
+    sizes = {split: sum(map(len, found[split])) for split in SPLITS}
+    total = sum(sizes.values())
+    assert total > 0.98 * 400_000
+    for split in ("val", "test"):
+        assert total / 20 <= sizes[split] <= total / 20 + 8001
+        assert any(len(text) > 5000 for text in found[split])
+    every = [text for split in SPLITS for text in found[split]]
+    assert len(every) == len(set(every))  # no passage twice, and none in two splits
+    assert Counter("".join(every)) - Counter("".join([*long, *texts(0, 40)])) == Counter()
+
+
+def test_many_short_documents_beside_a_few_long_ones_do_not_hide_that_these_are_few(folder):
+    long = "\n\n".join(texts(10_000, 4000))
+    write_jsonl(folder / "a.jsonl", [{"text": f"{i} is short"} for i in range(1000)] + [{"text": long}] * 50)
+    found = all_texts()
+    assert all(sum(map(len, found[split])) > len(long) / 21 for split in ("val", "test"))
 
 
 def test_the_held_out_share_shrinks_where_evaluation_needs_less(folder):
@@ -200,7 +238,7 @@ def test_the_held_out_share_shrinks_where_evaluation_needs_less(folder):
 
 
 def test_odd_text_is_taken_as_far_as_it_is_text(folder):
-    huge = "word " * 1_000_000
+    huge = "word " * 1000
     (folder / "a.jsonl").write_bytes(
         b'\xef\xbb\xbf{"text": "a byte order mark"}\n\n'
         + b'{"text": "bad \xff byte"}\r\n'
@@ -232,8 +270,165 @@ def test_parquet_that_does_not_serve_is_named(folder):
     assert "a.parquet cannot be read" in refusal(documents, FILES, "train")
     (folder / "a.parquet").write_bytes(OLD.replace(b"river", b"\xff\xfe\xfdxx"))
     assert "a.parquet cannot be read" in refusal(documents, FILES, "train")
-    pq.write_table(pa.table({"text": [["a", "list"]]}), folder / "a.parquet")
-    assert "a.parquet cannot be read" in refusal(documents, FILES, "train")
+    for odd in ([["a", "list"]], [1, 2], [{"text": "x"}]):
+        pq.write_table(pa.table({"text": odd, "n": [0] * len(odd)}), folder / "a.parquet")
+        line = refusal(documents, FILES, "train")
+        assert "a.parquet: column 'text' holds " in line and "no text, beside n;" in line
+    two = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(two, folder / "a.parquet")
+    assert "a.parquet has 2 columns 'text'" in refusal(documents, FILES, "train")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.null(),
+                                  pa.dictionary(pa.int32(), pa.string())], ids=str)  # fmt: skip
+def test_text_is_read_from_a_column_of_any_kind_of_text(folder, kind):
+    wanted = [None] * 50 if kind == pa.null() else texts(0, 50)
+    pq.write_table(pa.table({"text": pa.array(wanted).cast(kind)}), folder / "a.parquet")
+    found = [t for part in all_texts().values() for t in part]
+    assert sorted(found) == sorted(filter(None, wanted))
+
+
+@pytest.mark.parametrize("name", ["content", "a.b", "Text", "тело"])
+def test_another_column_can_be_chosen_and_is_named_where_text_is_missing(folder, monkeypatch, name):
+    (folder / "a.parquet").write_bytes(parquet(texts(0, 50), column=name))
+    write_jsonl(folder / "b.jsonl", [{name: t, "id": 7} for t in texts(50, 50)])
+    line = refusal(documents, FILES, "train")
+    assert f"a.parquet has no column 'text', but {name}; COLUMN=name" in line
+    before = data_sources.fingerprint(FILES)
+    monkeypatch.setenv("AUTORESEARCH_COLUMN", name)
+    assert sorted(t for part in all_texts().values() for t in part) == sorted(texts(0, 100))
+    assert data_sources.fingerprint(FILES) != before
+    (folder / "a.parquet").unlink()
+    monkeypatch.delenv("AUTORESEARCH_COLUMN")
+    assert f"b.jsonl, line 1: not a JSON object with a 'text', but with {name}, id; " in refusal(
+        documents, FILES, "train"
+    )
+
+
+def test_the_column_is_that_of_files_alone(cache, monkeypatch):
+    (cache / "shards").mkdir(parents=True)
+    for i in (*range(10), 6541, 6542):
+        (cache / "shards" / f"shard_{i:05d}.parquet").write_bytes(parquet(["a text"]))
+    monkeypatch.setenv("AUTORESEARCH_COLUMN", "content")
+    assert list(documents(CLIMBMIX, "val")) == ["a text"]
+
+
+NAMES = ["a\nb.{}", "a\x1b[2J.{}", "a\udcff.{}", "-a '$(touch x)`.{}", "a\u202eb.{}"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_a_file_s_odd_name_is_told_in_one_line(folder, capsys, name, kind):
+    path = folder / name.format(kind)
+    path.write_bytes(os.urandom(2000))  # no text
+    if kind == "jsonl":
+        path.write_text('{"a\x1b[2Jb": 1}')
+    if kind == "txt":
+        (folder / "b.txt").write_text("text")
+        fetch(FILES)
+    else:
+        refusal(fetch, FILES)
+    said = capsys.readouterr().out
+    assert all(line.isprintable() for line in said.splitlines()) and said.count("\n") <= 2
+
+
+# --- what is text ----------------------------------------------------------------------------------
+
+PROSE = "Die Füße sind so groß wie die Hände, und der Apfelbaum blüht. " * 50
+
+
+def told(folder, capsys):
+    fetch(FILES)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_byte_order_mark_is_obeyed(folder, capsys, codec, kind):
+    content = PROSE if kind == "txt" else json.dumps({"text": PROSE}, ensure_ascii=False) + "\n"
+    (folder / f"a.{kind}").write_bytes(content.encode(codec))
+    swapped = {"utf-16": codecs.BOM_UTF16_BE, "utf-32": codecs.BOM_UTF32_BE}.get(codec)
+    if swapped:
+        (folder / f"b.{kind}").write_bytes(swapped + content.encode(f"{codec}-be"))
+    (folder / f"c.{kind}").write_text('{"text": "another"}')
+    said = told(folder, capsys)
+    assert ("decoded" in said and f"a.{kind} ({codec.upper()})" in said) == bool(swapped)
+    assert "bad" not in said and "skipped" not in said
+    assert PROSE in [t for part in all_texts().values() for t in part]
+
+
+def test_latin_1_is_read_with_its_share_of_bad_characters(folder, capsys):
+    (folder / "a.txt").write_bytes(PROSE.encode("latin-1"))
+    (folder / "b.txt").write_text("b" + PROSE * 9)
+    share = sum(character > "~" for character in PROSE) / len(PROSE)
+    of_all = share * len(PROSE) / (10 * len(PROSE) + 1)
+    assert f"files: {of_all:.2%} of the characters are bad, most in a.txt ({share:.2%})" in told(folder, capsys)
+
+
+NO_TEXT = {
+    "random": lambda: random.Random(1).randbytes(10_000),
+    "a few random bytes": lambda: random.Random(2).randbytes(60),
+    "UTF-16 without its mark": lambda: PROSE.encode("utf-16-le"),
+    "another UTF-16": lambda: PROSE.encode("utf-16-be"),
+    "Chinese in UTF-16": lambda: ("天地玄黃宇宙洪荒" * 50).encode("utf-16-le"),
+    "Cyrillic in one byte": lambda: ("Широка страна моя родная " * 50).encode("koi8-r"),
+    "Shift JIS": lambda: ("春はあけぼのやうやう白くなり行く" * 50).encode("shift-jis"),
+    "compressed": lambda: zlib.compress(PROSE.encode() + random.Random(3).randbytes(500)),
+    "NULs": lambda: bytes(5000),
+    "a program": lambda: Path(sys.executable).resolve().read_bytes()[:200_000],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "TXT"])
+@pytest.mark.parametrize("content", NO_TEXT.values(), ids=NO_TEXT.keys())
+def test_what_is_no_text_is_skipped_and_named(folder, capsys, content, kind):
+    (folder / f"a.{kind}").write_bytes(content())
+    line = refusal(fetch, FILES)
+    assert "too little text" in line and f"skipped as no text, or not in UTF-8: a.{kind} (" in capsys.readouterr().out
+    (folder / "b.txt").write_text(PROSE)
+    said = told(folder, capsys)
+    assert "read 1 .txt: 1 texts" in said and f"a.{kind} (" in said
+    assert [t for part in all_texts().values() for t in part] == [PROSE]
+
+
+@pytest.mark.parametrize(
+    "text", ["天地玄黃宇宙洪荒" * 9000, "🙂" * 20_000, "Широка страна " * 9000, "a\tb\x0c\r\n\x1b[1m" * 99, ""]
+)
+def test_text_of_any_script_is_text(folder, text):
+    (folder / "a.txt").write_text(text, newline="")  # 64 kB may end within a letter
+    assert data_sources.encoding_of(folder / "a.txt") == ("utf-8-sig", pytest.approx(0, abs=1e-4))
+
+
+def test_hidden_folders_and_links_to_folders_are_not_read_and_named(folder, tmp_path, capsys):
+    for place in (".git", ".venv/lib", "sub/.cache", "elsewhere"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "a.txt").write_text(f"of {place}")
+    (folder / "elsewhere").rename(tmp_path / "elsewhere")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    (folder / "sub" / "B.TXT").write_text("read")
+    (folder / "notes.md").write_text("of another kind")
+    said = told(folder, capsys)
+    assert [t for part in all_texts().values() for t in part] == ["read"]
+    assert all(f"{name} (hidden)" in said for name in (".git", ".venv", ".cache"))
+    assert "link (a link)" in said and "circle (a link)" in said and "1 files" in said
+    hidden = folder / ".hidden"  # but where it is what was asked for
+    hidden.mkdir()
+    (hidden / "a.txt").write_text("of it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_FILES", str(hidden))
+        assert [t for part in all_texts().values() for t in part] == ["of it"]
+
+
+def test_rows_without_text_are_counted(folder, capsys):
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in ("one", None, "", " ", 7, ["x"], "two")])
+    assert "read 1 .jsonl: 2 texts, 6 characters; 5 rows without text" in told(folder, capsys)
+
+
+def test_what_cannot_be_read_is_said_before_any_work(folder, capsys):
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(0, 100)])
+    (folder / "z.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    assert "z.jsonl, line 2" in refusal(fetch, FILES)
 
 
 @pytest.mark.skipif(not os.path.isfile("/proc/self/mem"), reason="needs a file that even root cannot read")
