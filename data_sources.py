@@ -124,12 +124,17 @@ def fingerprint(dataset):
 
 
 def split_by_content(groups, split, share):
-    """Yield the texts of `split` from (key, [text, …]) groups; a group is never divided.
+    """The texts of `split` from (key, [text, …]) groups, an iterator; a group is never divided.
 
     The key's hash decides, `share` of the groups going to `val` and as many to `test`, so a
     group's split does not depend on what else is in the corpus.
     """
     sys.audit("data_sources.documents", "", split)  # see checks.HeldOutWatch
+    return by_hash(groups, split, share)
+
+
+def by_hash(groups, split, share):
+    """`split_by_content`, for those who look at held-out text only to find the training split."""
     for key, texts in groups:
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         where = int.from_bytes(digest[:8], "big") / 2**64
@@ -218,13 +223,17 @@ def check_column(path, schema, column):
     """End the program where a file with the Arrow `schema` holds no texts in one column of this name."""
     found = [field.type for field in schema if field.name == column]
     if not found:
-        sys.exit(f"error: {printable(path)} has no column '{column}', but {told_names(schema.names)}; {CHOOSE}")
+        sys.exit(
+            f"error: {printable(path)} has no column '{printable(column)}', but {told_names(schema.names)}; {CHOOSE}"
+        )
     if len(found) > 1:
-        sys.exit(f"error: {printable(path)} has {len(found)} columns '{column}'; one of them needs another name")
+        sys.exit(
+            f"error: {printable(path)} has {len(found)} columns '{printable(column)}'; one of them needs another name"
+        )
     kind = getattr(found[0], "value_type", found[0]) if pa.types.is_dictionary(found[0]) else found[0]
     if not any(test(kind) for test in TEXT_TYPES):
         names = told_names([name for name in schema.names if name != column])
-        told = f"column '{column}' holds {printable(kind)}, no text, beside {names}"
+        told = f"column '{printable(column)}' holds {printable(kind)}, no text, beside {names}"
         sys.exit(f"error: {printable(path)}: {told}; {CHOOSE}")
 
 
@@ -344,7 +353,9 @@ def jsonl_rows(path, column, codec="utf-8-sig"):
                 record = None
             if not isinstance(record, dict) or column not in record:
                 names = f", but with {told_names(record)}; {CHOOSE}" if isinstance(record, dict) else ""
-                sys.exit(f"error: {printable(path)}, line {number}: not a JSON object with a '{column}'{names}")
+                sys.exit(
+                    f"error: {printable(path)}, line {number}: not a JSON object with a '{printable(column)}'{names}"
+                )
             text = record[column]
             # JSON can hold half a surrogate pair
             yield number, text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
@@ -389,15 +400,20 @@ def tell_files(dataset):
     print(f"files: read {read}: {texts:,} texts, {size:,} characters{without}")
     if bad:
         worst = max(shares, key=shares.get)
-        print(f"files: {bad / size:.2%} of the characters are bad, most in {worst} ({shares[worst]:.2%}): not in UTF-8")
-    lists = {"decoded": wide, "skipped as no text, or not in UTF-8:": skipped, "folders not read:": left_out}
+        what = f"{bad:,} characters ({bad / size:.2%}) are bad (U+FFFD, most often of text that is not in UTF-8)"
+        print(f"files: {what}; of {worst} {shares[worst]:.2%}")
+    lists = {
+        "decoded": wide,
+        "skipped as no text, or not in UTF-8 (iconv converts):": skipped,
+        "folders not read:": left_out,
+    }
     for what, names in lists.items():
         if names:
             print(f"files: {what} {told_names(names, width=100)}")
     if others:
         print(f"files: not read for their kind: {others:,} files")
     if not texts:
-        sys.exit(f"error: FILES={printable(folder)} has too little text: none in column or field '{column}'")
+        sys.exit(f"error: FILES={printable(folder)} has too little text: none in column or field '{printable(column)}'")
 
 
 def text_hash(text):
@@ -418,7 +434,7 @@ def files_documents(dataset, split):
 
     def whole(split):
         groups = ((text, [(place, text)]) for place, text in files_texts(folder, column))
-        return once(split_by_content(groups, split, share))
+        return once(by_hash(groups, split, share))
 
     def cut():
         for place, text in files_texts(folder, column):

@@ -105,7 +105,7 @@ def hub_get(url, stop=NEVER, **options):
                 sys.exit(f"error: {url}: not found ({status})")
             reason, wait = f"status {status}", max(wait, asked_to_wait(response))
         if attempt + 1 < ATTEMPTS:
-            if wait > 10:
+            if wait > 20:
                 print(f"{url}: {reason}; next try in {wait:.0f} s", file=sys.stderr, flush=True)
             pause(wait, stop)
     give_up(url, reason)

@@ -1,6 +1,7 @@
 """A hub on this machine: real HTTP and real parquet, and every fault that a network has."""
 
 import json
+import os
 import random
 import socket
 import ssl
@@ -36,6 +37,14 @@ def refusal(work, *arguments):
     line = ended.value.code
     assert line.startswith("error: ") and "\n" not in line and line.isprintable()
     return line
+
+
+def fresh_login(monkeypatch, home):
+    """No token, no .netrc, no proxy and no choice of whoever runs the tests."""
+    foreign = ("HF_", "NETRC", "XDG_CACHE_HOME", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AUTORESEARCH_COLUMN")
+    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith(foreign)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
 
 
 def leftovers(folder):

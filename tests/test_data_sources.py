@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import Hub, leftovers, listing, parquet, refusal, serving, texts
+from hub import Hub, fresh_login, leftovers, listing, parquet, refusal, serving, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +32,11 @@ CLIMBMIX, TINYSTORIES, FILES, STDLIB = (DATASETS[name] for name in ("climbmix", 
 
 
 OLD = parquet(20 * texts(0, 600))
+
+
+@pytest.fixture(autouse=True)
+def a_fresh_login(tmp_path_factory, monkeypatch):
+    fresh_login(monkeypatch, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
@@ -353,7 +358,7 @@ def test_a_byte_order_mark_is_obeyed(folder, capsys, codec, kind):
     (folder / f"c.{kind}").write_text('{"text": "another"}')
     said = told(folder, capsys)
     assert ("decoded" in said and f"a.{kind} ({codec.upper()})" in said) == bool(swapped)
-    assert "bad" not in said and "skipped" not in said
+    assert " bad " not in said and "skipped" not in said
     assert PROSE in [t for part in all_texts().values() for t in part]
 
 
@@ -362,7 +367,8 @@ def test_latin_1_is_read_with_its_share_of_bad_characters(folder, capsys):
     (folder / "b.txt").write_text("b" + PROSE * 9)
     share = sum(character > "~" for character in PROSE) / len(PROSE)
     of_all = share * len(PROSE) / (10 * len(PROSE) + 1)
-    assert f"files: {of_all:.2%} of the characters are bad, most in a.txt ({share:.2%})" in told(folder, capsys)
+    said = told(folder, capsys)
+    assert f"({of_all:.2%}) are bad" in said and f"; of a.txt {share:.2%}" in said
 
 
 NO_TEXT = {
@@ -384,7 +390,10 @@ NO_TEXT = {
 def test_what_is_no_text_is_skipped_and_named(folder, capsys, content, kind):
     (folder / f"a.{kind}").write_bytes(content())
     line = refusal(fetch, FILES)
-    assert "too little text" in line and f"skipped as no text, or not in UTF-8: a.{kind} (" in capsys.readouterr().out
+    assert (
+        "too little text" in line
+        and f"skipped as no text, or not in UTF-8 (iconv converts): a.{kind} (" in capsys.readouterr().out
+    )
     (folder / "b.txt").write_text(PROSE)
     said = told(folder, capsys)
     assert "read 1 .txt: 1 texts" in said and f"a.{kind} (" in said
@@ -521,6 +530,22 @@ def test_groups_are_never_divided_and_do_not_depend_on_each_other():
     assert all(60 <= len(files[split]) <= 140 for split in ("val", "test"))
     fewer = list(data_sources.split_by_content(groups[::7], "val", 0.05))
     assert fewer == [t for t in found["val"] if int(t.split(".")[0]) % 7 == 0]
+
+
+def test_who_asks_for_held_out_text_is_heard_and_who_asks_for_training_text_is_not(folder):
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(0, 200)])
+    code = """if True:
+        import sys, data_sources as d
+        def note(event, words):
+            if event == "data_sources.documents":
+                print(*words)
+        sys.addaudithook(note)
+        list(d.documents(d.DATASETS["files"], "train"))
+        list(d.documents(d.DATASETS["files"], "test"))
+        d.split_by_content([], "val", 0.05)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "files train\nfiles test\n val\n"
 
 
 def test_stdlib_is_split_by_file_and_always_the_same(cache):

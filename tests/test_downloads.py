@@ -10,7 +10,7 @@ from pathlib import Path
 import hub as faulty
 import pytest
 import requests
-from hub import Hub, leftovers, listing, parquet, refusal, serving, texts
+from hub import Hub, fresh_login, leftovers, listing, parquet, refusal, serving, texts
 
 import downloads
 from downloads import download, download_all
@@ -20,12 +20,7 @@ ROOT = Path(downloads.__file__).parent
 
 @pytest.fixture(autouse=True)
 def a_fresh_login(tmp_path_factory, monkeypatch):
-    """No token, no .netrc, no proxy of whoever runs the tests."""
-    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith("HF_")]:
-        monkeypatch.delenv(name)
-    for name in ("NETRC", "XDG_CACHE_HOME", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    fresh_login(monkeypatch, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
