@@ -379,10 +379,10 @@ def tell_files(dataset):
     paths, others, left_out = walk(folder)
     kinds, texts, size, empty, bad, shares, wide, skipped = Counter(), 0, 0, 0, 0, {}, [], []
     for path in paths:
-        name, kind, of_file = printable(path.relative_to(folder)), path.suffix.lower(), Counter()
+        name, kind, size_before, bad_before = printable(path.relative_to(folder)), path.suffix.lower(), size, bad
         for _, text in file_rows(path, column):
             if text and text.strip():
-                of_file += Counter(texts=1, size=len(text), bad=text.count(BAD))
+                texts, size, bad = texts + 1, size + len(text), bad + text.count(BAD)
             else:
                 empty += 1
         if kind != ".parquet":
@@ -393,8 +393,7 @@ def tell_files(dataset):
             if codec in WIDE.values():
                 wide.append(f"{name} ({codec.upper()})")
         kinds[kind] += 1
-        texts, size, bad = texts + of_file["texts"], size + of_file["size"], bad + of_file["bad"]
-        shares[name] = of_file["bad"] / max(of_file["size"], 1)
+        shares[name] = (bad - bad_before) / max(size - size_before, 1)
     read = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items()) or "nothing"
     without = f"; {empty:,} rows without text" if empty else ""
     print(f"files: read {read}: {texts:,} texts, {size:,} characters{without}")

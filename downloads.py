@@ -230,7 +230,7 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
             try:
                 with hub_get(url, stop, headers=headers, stream=True) as response:
                     answered = response.headers
-                    if "text/html" in answered.get("Content-Type", "").lower():
+                    if response.ok and "text/html" in answered.get("Content-Type", "").lower():
                         sys.exit(f"error: {url}: a web page came in its place; a login, or a proxy in between?")
                     if response.status_code != 200 and not continues(response, have, etag):
                         reason, etag = f"status {response.status_code}, and not what was asked for", None

@@ -242,6 +242,11 @@ def web_page(handler):
     handler.send(200, b"<html>log in first</html>", Content_Type="text/html; charset=utf-8")
 
 
+def no_such_range(handler):
+    """As web servers say it: with a page for people."""
+    handler.send(416, b"<html>416</html>", Content_Type="text/html")
+
+
 def too_long(handler):
     """More than was announced; what follows would be taken for the next answer."""
     body = handler.server.hub.files[handler.path]

@@ -51,6 +51,7 @@ FAULTS = {
     "range ignored": [faulty.cut, faulty.range_ignored],
     "another range than asked for": [faulty.cut, faulty.wrong_range],
     "range refused": [faulty.cut, 416],
+    "range refused by a page": [faulty.cut, faulty.no_such_range],
     "more than announced": [faulty.cut, faulty.too_long],
     "silence": [faulty.stall(1.5)],
     "all of it together": [503, faulty.cut, faulty.reset, faulty.busy(0), faulty.claims_less, faulty.no_length_cut],

@@ -79,8 +79,8 @@ def test_the_saved_ranks_mean_what_tiktoken_makes_of_them(small_files, tokenizer
 
 
 BLANKS = (" ", "\t", " \t", "\u2028", "\u3000 ", "\n", "\r\n", " \n", "\x1c")
-LETTERS = ("a", " a", "A1", "'s", "e\u0301", "\u0301", "東", "ა", "1", "Ⅷ")
-OTHERS = ("_", "!", "! ", "!\n", "\x00", "\u200b", "🙂", "\ufffd", "\ue000", "\U0010ffff")
+LETTERS = ("a", " a", "'s", "e\u0301", "\u0301", "東", "Ⅷ")
+OTHERS = ("1", "_", "!\n", "\x00", "\u200b", "🙂", "\U0010ffff")
 
 
 @pytest.mark.parametrize("unit", BLANKS + LETTERS + OTHERS, ids=ascii)
