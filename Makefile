@@ -4,7 +4,7 @@
 # Variables, given as NAME=value after the target:
 #
 #   DATASET   stdlib, climbmix, tinystories or files (prepare, setup)
-#   FILES     the folder of text for DATASET=files (prepare)
+#   FILES     the folder of text for DATASET=files (prepare); COLUMN: which column of it holds the text (text)
 #   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (600); SEED (42)
 #   AGAIN     1: run a train.py that was run before; WAIT=1: wait for another run to end
 #   TAG       the session's name (setup)
@@ -16,8 +16,9 @@ override DESC := $(value DESC)
 override FOUND := $(value FOUND)
 override OPEN := $(value OPEN)
 override FILES := $(value FILES)
+override COLUMN := $(value COLUMN)
 override PYTHON := $(value PYTHON)
-export DESC FOUND OPEN FILES PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN WAIT
+export DESC FOUND OPEN FILES COLUMN PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN WAIT
 
 .PHONY: help prepare bench setup baseline run verdict log-result discard results test lint clean
 

@@ -2,26 +2,25 @@
 
 A `Dataset` is a frozen value that is passed along. `fetch(dataset)` makes its source complete on
 disk; `documents(dataset, split)` then yields its texts, always in the same order. No document is
-in two splits. Everything downstream (tokenizer, token cache, batches) is in prepare.py.
+in two splits. How text becomes tokens stands in token_cache.py, how files come from the hub in downloads.py.
 """
 
+import codecs
 import hashlib
 import json
 import os
 import random
-import shutil
+import re
 import sys
 import sysconfig
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import requests
+
+from downloads import download_all, hub_endpoint, hub_listing, is_parquet, move_into_place, printable
 
 SPLITS = ("train", "val", "test")
 EVAL_UNIT = 524_288  # tokens; evaluation sizes are given as multiples of it
@@ -39,6 +38,7 @@ class Dataset:
     eval_fraction: float = 1.0  # ... and at most this share of the corpus
     repo: str = ""  # Hugging Face dataset repository, where there is one
     train_shards: int = 0  # parquet shards used for training
+    column: str = "text"  # of parquet, or field of a JSON line, that holds the text
 
 
 DATASETS = {
@@ -74,33 +74,39 @@ def cache_dir(dataset):
 def fetch(dataset):
     """Make the dataset's source complete on disk; does nothing where it is."""
     if dataset.name == "climbmix":
-        names = [climbmix_shard(i) for i in range(dataset.train_shards)]
-        names += [climbmix_shard(CLIMBMIX_VAL), climbmix_shard(CLIMBMIX_TEST)]
+        names = [shard_name(i) for i in range(dataset.train_shards)]
+        names += [shard_name(CLIMBMIX_VAL), shard_name(CLIMBMIX_TEST)]
         url = f"{hub_endpoint()}/datasets/{dataset.repo}/resolve/main"
         download_all([(f"{url}/{name}", shard_dir(dataset) / name) for name in names])
     elif dataset.name == "tinystories":
         fetch_tinystories(dataset)
     elif dataset.name == "files":
-        files_folder()  # nothing to fetch; says at once where the folder is missing
+        tell_files(dataset)
     elif not stdlib_files():
         sys.exit(f"error: this Python ({sys.executable}) ships no standard library sources; use another one")
 
 
 def documents(dataset, split):
-    """Yield the texts of one split (`train`, `val` or `test`), in a fixed order."""
+    """The texts of one split (`train`, `val` or `test`), in a fixed order: an iterator of str."""
+    return (text for _, text in located(dataset, split))
+
+
+def located(dataset, split):
+    """`documents`, each with its place: an iterator of ((file, number of its row or passage), text)."""
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}'; known: {', '.join(SPLITS)}")
     sys.audit("data_sources.documents", dataset.name, split)  # see checks.HeldOutWatch
     if dataset.name == "stdlib":
-        return split_by_content(stdlib_documents(), split, share=0.05)
+        groups = ((key, [((key, i), text) for i, text in enumerate(part, 1)]) for key, part in stdlib_documents())
+        return split_by_content(groups, split, share=0.05)
     if dataset.name == "files":
         return files_documents(dataset, split)
-    if dataset.name == "climbmix":
-        numbers = {"train": range(dataset.train_shards), "val": [CLIMBMIX_VAL], "test": [CLIMBMIX_TEST]}
-        return parquet_texts(shard_dir(dataset) / climbmix_shard(i) for i in numbers[split])
     n = dataset.train_shards
     numbers = {"train": range(n), "val": [n], "test": [n + 1]}
-    return parquet_texts(shard_dir(dataset) / f"shard_{i:05d}.parquet" for i in numbers[split])
+    if dataset.name == "climbmix":
+        numbers |= {"val": [CLIMBMIX_VAL], "test": [CLIMBMIX_TEST]}
+    paths = (shard_dir(dataset) / shard_name(i) for i in numbers[split])
+    return (((path, row), text) for path in paths for row, text in parquet_rows(path, dataset.column) if text)
 
 
 def fingerprint(dataset):
@@ -111,37 +117,24 @@ def fingerprint(dataset):
         return None  # training from a finished cache needs no source
     folder = files_folder()
     listing = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(folder)]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def remove_leftovers(folder):
-    """Delete the temporary `NAME.PID.part` files and folders of processes that were killed."""
-    for path in folder.glob("*.part"):
-        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
-        if pid.isdecimal() and not is_alive(int(pid)):
-            with suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True
+    return hashlib.sha256(json.dumps([column_of(dataset), *listing]).encode()).hexdigest()
 
 
 # --- splits and passages -----------------------------------------------------------------------
 
 
 def split_by_content(groups, split, share):
-    """Yield the texts of `split` from (key, [text, …]) groups; a group is never divided.
+    """The texts of `split` from (key, [text, …]) groups, an iterator; a group is never divided.
 
     The key's hash decides, `share` of the groups going to `val` and as many to `test`, so a
     group's split does not depend on what else is in the corpus.
     """
+    sys.audit("data_sources.documents", "", split)  # see checks.HeldOutWatch
+    return by_hash(groups, split, share)
+
+
+def by_hash(groups, split, share):
+    """`split_by_content`, for those who look at held-out text only to find the training split."""
     for key, texts in groups:
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         where = int.from_bytes(digest[:8], "big") / 2**64
@@ -154,9 +147,11 @@ def passages(text, limit, separators=("\n\n",)):
 
     A document longer than a training row loses its tail to the packing's cropping rule, so long
     files are cut beforehand, where a reader would cut them. A passage that is still longer than
-    `limit` is cut at the next of `separators`, where there is one.
+    `limit` is cut at the next of `separators`, where there is one; the empty one is between any two letters.
     """
     separator, *finer = separators
+    if not separator:
+        return [text[first : first + limit] for first in range(0, len(text), limit)]
     pieces, piece, size = [], [], 0
     for block in text.split(separator):
         if piece and size + len(block) > limit:
@@ -166,7 +161,8 @@ def passages(text, limit, separators=("\n\n",)):
         size += len(block) + len(separator)
     pieces.append(separator.join(piece))
     if finer:
-        pieces = [p for long in pieces for p in (passages(long, limit, finer) if len(long) > limit else [long])]
+        most = limit if finer[0] else limit + len(separator)  # words keep the blank behind them
+        pieces = [p for long in pieces for p in (passages(long, limit, finer) if len(long) > most else [long])]
     return [p for p in pieces if p.strip()]
 
 
@@ -195,7 +191,76 @@ def stdlib_documents():
             yield path.relative_to(root).as_posix(), passages(text, limit=800)
 
 
-# --- files -------------------------------------------------------------------------------------
+# --- parquet -------------------------------------------------------------------------------------
+
+
+class Damaged(SystemExit):
+    """A file of text that cannot be read. Attributes: `path`, and `code`, the line that the program ends with."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"error: {printable(path)} cannot be read: {printable(reason)}")
+        self.path = Path(path)
+
+
+def parquet_rows(path, column):
+    """Yield (row, text or None), rows counted from 1, with one row group in memory at a time.
+
+    Raises `Damaged` where the file cannot be read; a column that is missing or no text ends the program.
+    """
+    row = 0
+    try:
+        with path.open("rb") as source, pq.ParquetFile(source) as file:  # any name: Arrow's own takes UTF-8 alone
+            check_column(path, file.schema_arrow, column)
+            for group in range(file.num_row_groups):
+                texts = file.read_row_group(group, columns=[column]).column(0)
+                for row, text in enumerate(texts.cast(pa.large_string()).to_pylist(), row + 1):  # noqa: B020
+                    yield row, text
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise Damaged(path, f"{error} (after row {row})") from None
+
+
+def check_column(path, schema, column):
+    """End the program where a file with the Arrow `schema` holds no texts in one column of this name."""
+    found = [field.type for field in schema if field.name == column]
+    if not found:
+        sys.exit(
+            f"error: {printable(path)} has no column '{printable(column)}', but {told_names(schema.names)}; {CHOOSE}"
+        )
+    if len(found) > 1:
+        sys.exit(
+            f"error: {printable(path)} has {len(found)} columns '{printable(column)}'; one of them needs another name"
+        )
+    kind = getattr(found[0], "value_type", found[0]) if pa.types.is_dictionary(found[0]) else found[0]
+    if not any(test(kind) for test in TEXT_TYPES):
+        names = told_names([name for name in schema.names if name != column])
+        told = f"column '{printable(column)}' holds {printable(kind)}, no text, beside {names}"
+        sys.exit(f"error: {printable(path)}: {told}; {CHOOSE}")
+
+
+CHOOSE = "COLUMN=name chooses (make prepare DATASET=files)"
+TEXT_TYPES = [getattr(pa.types, f"is_{name}") for name in ("string", "large_string", "string_view", "null")]
+TEXT_TYPES += [getattr(pa.types, f"is_{name}") for name in ("binary", "large_binary", "binary_view")]
+
+
+def told_names(names, most=8, width=40):
+    """Some names, `most` of `width` characters, for a line on a terminal."""
+    names = [printable(name)[:width] for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+
+
+# --- files: a person's own folder ------------------------------------------------------------------
+
+KINDS = (".parquet", ".jsonl", ".txt")
+PASSAGE = 8000  # characters: about a row of 2048 tokens
+SEPARATORS = ("\n\n", "\n", " ", "")
+WIDE = {  # what a file in UTF-16 or UTF-32 begins with; the longer ones first, whose beginning is a shorter one
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+BAD = "\ufffd"  # what stands in a text for bytes that are none
+NO_TEXT = re.compile(f"[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f{BAD}]")  # characters that text has few of
+MOST_BAD = 0.1  # share of them at the beginning of a file that is read
+ENOUGH = (32, 4)  # documents, and rows, that val and test get at least where documents stay whole
 
 
 def files_folder():
@@ -204,69 +269,207 @@ def files_folder():
         sys.exit("error: dataset 'files' needs a folder of text: make prepare DATASET=files FILES=dir")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        sys.exit(f"error: FILES={name} is not a folder")
+        sys.exit(f"error: FILES={printable(name)} is not a folder")
     if not text_files(folder):
-        sys.exit(f"error: FILES={name} holds no .parquet, .jsonl or .txt file")
+        sys.exit(f"error: FILES={printable(name)} holds no .parquet, .jsonl or .txt file")
     return folder
 
 
+def column_of(dataset):
+    """The column or field that holds the text of `files`."""
+    return os.environ.get("AUTORESEARCH_COLUMN") or dataset.column
+
+
 def text_files(folder):
-    """The files that hold text, hidden ones aside: macOS leaves a `._name` beside each on foreign disks."""
-    kinds = (".parquet", ".jsonl", ".txt")
-    return sorted(p for p in folder.rglob("*") if p.suffix in kinds and p.name[0] != "." and p.is_file())
+    return walk(folder)[0]
 
 
-def files_texts(folder):
-    """Yield every text below `folder`: parquet and jsonl rows as they are, .txt in passages."""
-    for path in text_files(folder):
-        try:
-            if path.suffix == ".parquet":
-                yield from parquet_texts([path])
-            elif path.suffix == ".jsonl":
-                yield from jsonl_texts(path)
+def walk(folder):
+    """(paths of the files of our kinds, sorted; how many others there are; names of the folders left out).
+
+    Hidden ones are left out: a repository's or an environment's own files, and the `._name` that macOS leaves
+    beside each file on foreign disks. A link to a folder is not followed; it may lead round in a circle.
+    """
+
+    def refuse(error):
+        raise Damaged(error.filename, error.strerror)
+
+    found, others, left_out = [], 0, []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        left_out += [f"{name} (hidden)" for name in folders if name[0] == "."]
+        folders[:] = [name for name in folders if name[0] != "."]
+        left_out += [f"{name} (a link)" for name in folders if os.path.islink(os.path.join(place, name))]
+        for name in names:
+            path = Path(place, name)
+            if path.suffix.lower() in KINDS and name[0] != "." and path.is_file():
+                found.append(path)
             else:
-                yield from txt_texts(path)
-        except OSError as error:
-            sys.exit(f"error: {path} cannot be read: {error.strerror or error}")
+                others += name[0] != "."
+    return sorted(found), others, left_out
 
 
-def jsonl_texts(path):
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+def encoding_of(path):
+    """(name of the encoding, share of what is no text in the first 64 kB) of a file of text."""
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    codec = next((codec for mark, codec in WIDE.items() if head.startswith(mark)), "utf-8-sig")
+    text = codecs.getincrementaldecoder(codec)("replace").decode(head)
+    return codec, len(NO_TEXT.findall(text)) / max(len(text), 1)
+
+
+def file_rows(path, column):
+    """Yield (row or passage, text or None) of one file; nothing where it holds no text."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from parquet_rows(path, column)
+            return
+        codec, bad = encoding_of(path)
+        if bad > MOST_BAD:
+            return
+        if path.suffix.lower() == ".jsonl":
+            yield from jsonl_rows(path, column, codec)
+        else:
+            yield from enumerate(txt_texts(path, codec=codec), 1)
+    except OSError as error:
+        raise Damaged(path, error.strerror or error) from None
+
+
+def files_texts(folder, column):
+    """Yield ((path, row), text) of every text below `folder`: parquet and jsonl rows as they are, .txt in passages."""
+    for path in text_files(folder):
+        for row, text in file_rows(path, column):
+            if text and text.strip():
+                yield (path, row), text
+
+
+def jsonl_rows(path, column, codec="utf-8-sig"):
+    with path.open(encoding=codec, errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                sys.exit(f"error: {path}, line {number}: not a JSON object with a 'text'")
-            if isinstance(text, str):
-                yield text.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or column not in record:
+                names = f", but with {told_names(record)}; {CHOOSE}" if isinstance(record, dict) else ""
+                sys.exit(
+                    f"error: {printable(path)}, line {number}: not a JSON object with a '{printable(column)}'{names}"
+                )
+            text = record[column]
+            # JSON can hold half a surrogate pair
+            yield number, text.encode("utf-8", "replace").decode() if isinstance(text, str) else None
 
 
-def txt_texts(path, at_once=2**24):
+def txt_texts(path, at_once=2**24, codec="utf-8-sig"):
     """Passages of a text file, read `at_once` characters at a time."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with path.open(encoding=codec, errors="replace") as file:
         rest = ""
         while block := file.read(at_once):
-            pieces = passages(rest + block, 8000, ("\n\n", "\n", " "))
+            pieces = passages(rest + block, PASSAGE, SEPARATORS)
             yield from pieces[:-1]
             rest = pieces[-1] if pieces else ""
         if rest:
             yield rest
 
 
+def tell_files(dataset):
+    """Read all of `files` once, and say what is read and what is not: before the work, not in the midst of it."""
+    folder, column = files_folder(), column_of(dataset)
+    paths, others, left_out = walk(folder)
+    kinds, texts, size, empty, bad, shares, wide, skipped = Counter(), 0, 0, 0, 0, {}, [], []
+    for path in paths:
+        name, kind, size_before, bad_before = printable(path.relative_to(folder)), path.suffix.lower(), size, bad
+        for _, text in file_rows(path, column):
+            if text and text.strip():
+                texts, size, bad = texts + 1, size + len(text), bad + text.count(BAD)
+            else:
+                empty += 1
+        if kind != ".parquet":
+            codec, share = encoding_of(path)
+            if share > MOST_BAD:
+                skipped.append(f"{name} ({share:.0%} bad characters at its beginning)")
+                continue
+            if codec in WIDE.values():
+                wide.append(f"{name} ({codec.upper()})")
+        kinds[kind] += 1
+        shares[name] = (bad - bad_before) / max(size - size_before, 1)
+    read = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items()) or "nothing"
+    without = f"; {empty:,} rows without text" if empty else ""
+    print(f"files: read {read}: {texts:,} texts, {size:,} characters{without}")
+    if bad:
+        worst = max(shares, key=shares.get)
+        what = f"{bad:,} characters ({bad / size:.2%}) are bad (U+FFFD, most often of text that is not in UTF-8)"
+        print(f"files: {what}; of {worst} {shares[worst]:.2%}")
+    lists = {
+        "decoded": wide,
+        "skipped as no text, or not in UTF-8 (iconv converts):": skipped,
+        "folders not read:": left_out,
+    }
+    for what, names in lists.items():
+        if names:
+            print(f"files: {what} {told_names(names, width=100)}")
+    if others:
+        print(f"files: not read for their kind: {others:,} files")
+    if not texts:
+        sys.exit(f"error: FILES={printable(folder)} has too little text: none in column or field '{printable(column)}'")
+
+
+def text_hash(text):
+    """16 bytes that stand for a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
 def files_documents(dataset, split):
-    """The texts of one split, each once. The text's own hash decides, so copies stay together."""
-    folder = files_folder()
+    """((path, row), text) of one split, each text once. The text's own hash decides, so copies stay together.
+
+    Documents stay whole where there are enough of them. A few long ones would leave next to nothing for `val`, or
+    all that there is: they are cut into passages, and those with the smallest hashes are held out.
+    """
+    folder, column = files_folder(), column_of(dataset)
     total = sum(p.stat().st_size for p in text_files(folder))
     # Half as much again as evaluation can use, at about four bytes a token; a large corpus gives less.
     share = min(dataset.eval_fraction, 1.5 * 4 * dataset.eval_tokens / max(total, 1))
+
+    def whole(split):
+        groups = ((text, [(place, text)]) for place, text in files_texts(folder, column))
+        return once(by_hash(groups, split, share))
+
+    def cut():
+        for place, text in files_texts(folder, column):
+            yield from ((place, piece) for piece in passages(text, PASSAGE, SEPARATORS))
+
+    if all(is_enough(whole(held_out), dataset) for held_out in ("val", "test")):
+        yield from whole(split)
+        return
+    sizes = {text_hash(text): len(text) for _, text in cut()}
+    order, places = sorted(sizes, reverse=True), {}
+    for held_out in ("val", "test"):
+        room = share * sum(sizes.values())
+        while order and room > 0:
+            places[order[-1]] = held_out
+            room -= sizes[order.pop()]
+    yield from ((place, text) for place, text in once(cut()) if places.get(text_hash(text), "train") == split)
+
+
+def is_enough(located_texts, dataset):
+    """Whether the texts of a split are as many, and as long in all, as ENOUGH asks for; reads no further than that."""
+    documents, characters = 0, 0
+    for _, text in located_texts:
+        documents, characters = documents + 1, characters + len(text)
+        if documents >= ENOUGH[0] and characters >= ENOUGH[1] * 4 * dataset.sequence_length:
+            return True
+    return False
+
+
+def once(located_texts):
+    """The (place, text) pairs without the repetitions of a text."""
     seen = set()
-    for text in split_by_content(((text, [text]) for text in files_texts(folder)), split, share):
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
-        if text.strip() and digest not in seen:
-            seen.add(digest)
-            yield text
+    for place, text in located_texts:
+        name = text_hash(text)
+        if name not in seen:
+            seen.add(name)
+            yield place, text
 
 
 # --- climbmix and tinystories, from the hub ------------------------------------------------------
@@ -274,7 +477,7 @@ def files_documents(dataset, split):
 CLIMBMIX_VAL, CLIMBMIX_TEST = 6542, 6541
 
 
-def climbmix_shard(i):
+def shard_name(i):
     return f"shard_{i:05d}.parquet"
 
 
@@ -282,220 +485,22 @@ def shard_dir(dataset):
     return cache_dir(dataset) / "shards"
 
 
-def parquet_texts(paths):
-    """Yield column `text` of parquet files, one row group in memory at a time."""
-    for path in paths:
-        try:
-            with pq.ParquetFile(path) as file:
-                if "text" not in file.schema_arrow.names:
-                    sys.exit(f"error: {path} has no column 'text'")
-                for group in range(file.num_row_groups):
-                    column = file.read_row_group(group, columns=["text"])["text"]
-                    for text in column.cast(pa.large_string()).to_pylist():
-                        if text:
-                            yield text
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            sys.exit(f"error: {path} cannot be read: {error}")
-
-
 def fetch_tinystories(dataset):
     """Download what the hub lists, shuffle with a fixed seed, write 20 + 1 + 1 shards."""
     shards = shard_dir(dataset)
-    targets = [shards / f"shard_{i:05d}.parquet" for i in range(dataset.train_shards + 2)]
+    targets = [shards / shard_name(i) for i in range(dataset.train_shards + 2)]
     if not all(is_parquet(path) for path in targets):
         urls = hub_listing(dataset.repo)
         sources = [shards / f"source_{i:05d}.parquet" for i in range(len(urls))]
         download_all(list(zip(urls, sources, strict=True)))
         # Each story once: the hub's copies would otherwise stand in two splits.
-        texts = list(dict.fromkeys(parquet_texts(sources)))
+        texts = list(dict.fromkeys(t for path in sources for _, t in parquet_rows(path, dataset.column) if t))
         random.Random(0).shuffle(texts)
         n = len(targets)
         for i, path in enumerate(targets):
             part = texts[i * len(texts) // n : (i + 1) * len(texts) // n]
             temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-            pq.write_table(pa.table({"text": pa.array(part, pa.string())}), temporary, row_group_size=4096)
-            temporary.replace(path)
+            pq.write_table(pa.table({dataset.column: pa.array(part, pa.string())}), temporary, row_group_size=4096)
+            move_into_place(temporary, path)
     for path in shards.glob("source_*.parquet"):
         path.unlink()
-
-
-def hub_listing(repo):
-    """The addresses of a dataset's parquet files, in the hub's order."""
-    url = f"{hub_endpoint()}/api/datasets/{repo}/parquet"
-    with hub_get(url) as response:
-        try:
-            urls = [file for config in response.json().values() for split in config.values() for file in split]
-            # The listing names the hub itself even where a mirror answered.
-            urls = [file.replace("https://huggingface.co/", f"{hub_endpoint()}/", 1) for file in urls]
-        except (ValueError, AttributeError, TypeError):
-            sys.exit(f"error: {url}: the answer is not a listing of parquet files")
-    if not urls:
-        sys.exit(f"error: the hub lists no parquet file for {repo}")
-    return urls
-
-
-# --- downloads -----------------------------------------------------------------------------------
-
-WORKERS = 8  # files at once
-ATTEMPTS = 6  # tries a file
-BACK_OFF = 1.0  # seconds before the second try, doubled for each further one
-PIECE = 2**18  # bytes written at once; a broken transfer loses at most so many
-LONGEST_WAIT = 300.0  # seconds that a busy server may ask for
-TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of an answer
-NEVER = threading.Event()  # for downloads that nothing stops
-
-
-def hub_endpoint():
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def hub_get(url, stop=NEVER, **options):
-    """GET with retries and, towards the hub itself, the user's HF_TOKEN."""
-    headers = dict(options.pop("headers", {}))
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token and url.startswith(hub_endpoint() + "/"):
-        headers["Authorization"] = f"Bearer {token}"
-    for attempt in range(ATTEMPTS):
-        wait = BACK_OFF * 2**attempt
-        try:
-            response = requests.get(url, headers=headers, timeout=TIMEOUT, **options)
-        except ValueError:  # how requests calls a malformed address
-            sys.exit(f"error: {url} is no address to fetch from; HF_ENDPOINT is the hub's, with https://")
-        except requests.RequestException as error:
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            status = response.status_code
-            if response.ok or status == 416:
-                return response
-            response.close()
-            if status in (401, 403):
-                sys.exit(f"error: {url}: access denied ({status}); set HF_TOKEN to a token that may read it")
-            if status in (404, 410):
-                sys.exit(f"error: {url}: not found ({status})")
-            reason, asked = f"status {status}", response.headers.get("Retry-After", "")
-            if asked.isdecimal():
-                wait = max(wait, min(float(asked), LONGEST_WAIT))
-        if attempt + 1 < ATTEMPTS:
-            pause(wait, stop)
-    give_up(url, reason)
-
-
-def pause(seconds, stop):
-    """Sleep; ends the thread where another one's failure stops the work."""
-    if stop.wait(seconds):
-        raise SystemExit
-
-
-def give_up(url, reason):
-    sys.exit(f"error: {url}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")
-
-
-def is_parquet(path):
-    """Whether `path` is a whole parquet file (its footer can be read)."""
-    try:
-        pq.ParquetFile(path).close()
-        return True
-    except (OSError, pa.ArrowException):
-        return False
-
-
-def download(url, path, progress=lambda n: None, stop=NEVER):
-    """Fetch one parquet file. `path` appears only once the length and the footer are right.
-
-    A broken transfer goes on where it stopped if the server has the same file still (If-Range
-    with its ETag), else from the start. Raises SystemExit with one line when it is given up.
-    """
-    if is_parquet(path):
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    etag, reason = None, ""
-    try:
-        part.write_bytes(b"")
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                pause(BACK_OFF * 2 ** (attempt - 1), stop)
-            have = part.stat().st_size if etag else 0
-            headers = {"Accept-Encoding": "identity"}  # a compressed answer has another length
-            if have:
-                headers |= {"Range": f"bytes={have}-", "If-Range": etag}
-            try:
-                with hub_get(url, stop, headers=headers, stream=True) as response:
-                    answered = response.headers
-                    if response.status_code != 200 and not continues(response, have, etag):
-                        reason, etag = f"status {response.status_code}, and not what was asked for", None
-                        continue
-                    if response.status_code == 200:
-                        have = 0
-                    tag, length = answered.get("ETag", ""), answered.get("Content-Length", "")
-                    etag = tag if tag and not tag.startswith("W/") else None
-                    expected = have + int(length) if length.isdecimal() else None
-                    with part.open("ab" if have else "wb") as out:
-                        for piece in response.iter_content(PIECE):
-                            out.write(piece)
-                            progress(len(piece))
-                        out.flush()
-                        os.fsync(out.fileno())
-            except requests.RequestException as error:
-                reason = f"{type(error).__name__}: {error}"
-                continue
-            size = part.stat().st_size
-            if expected is not None and size != expected:
-                reason = f"{size} bytes arrived of {expected}"
-            elif not is_parquet(part):
-                reason, etag = "what arrived is no whole parquet file", None
-            else:
-                part.replace(path)
-                return
-        give_up(url, reason)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def continues(response, have, etag):
-    """Whether an answer holds the rest, from byte `have` on, of the very file that `etag` names."""
-    start = response.headers.get("Content-Range", "")
-    same = response.headers.get("ETag") == etag
-    return response.status_code == 206 and same and start.startswith(f"bytes {have}-")
-
-
-def download_all(jobs):
-    """Fetch (url, path) pairs, several at once. The first failure ends the program; what is whole stays."""
-    for folder in {path.parent for _, path in jobs}:
-        remove_leftovers(folder)
-    missing = [(url, path) for url, path in jobs if not is_parquet(path)]
-    if not missing:
-        return
-    lock, stop, done, size = threading.Lock(), threading.Event(), 0, 0
-    start, tty = time.monotonic(), sys.stderr.isatty()
-
-    def progress(n):
-        nonlocal size
-        if stop.is_set():
-            raise SystemExit
-        with lock:
-            size += n
-            if tty:
-                rate = size / 1e6 / max(time.monotonic() - start, 1e-3)
-                print(f"\r{done}/{len(missing)} files, {size / 1e6:,.0f} MB, {rate:.0f} MB/s ", end="", file=sys.stderr)
-
-    def job(pair):
-        nonlocal done
-        download(*pair, progress, stop)
-        with lock:
-            done += 1
-            if not tty:
-                print(f"downloaded {pair[1].name} ({done}/{len(missing)})", file=sys.stderr, flush=True)
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        futures = [pool.submit(job, pair) for pair in missing]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            if tty:
-                print(file=sys.stderr)

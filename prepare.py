@@ -35,6 +35,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 import checks  # noqa: E402
 import data_sources  # noqa: E402
+import downloads  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
 import token_cache  # noqa: E402
@@ -58,31 +59,50 @@ def is_prepared(dataset):
 
 
 def prepare(dataset):
-    """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there."""
+    """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there and whole."""
     start, root = time.monotonic(), cache_dir(dataset)
-    data_sources.remove_leftovers(root)
-    if is_prepared(dataset):
-        print(f"{dataset.name}: prepared in {root}")
-        return
     try:
+        downloads.remove_leftovers(root)
+        if is_prepared(dataset):
+            changed = TokenCache.load(dataset).changed_file()
+            if not changed:
+                print(f"{dataset.name}: prepared in {root}")
+                return
+            print(f"{dataset.name}: {changed} is not as it was prepared; preparing anew", flush=True)
         root.mkdir(parents=True, exist_ok=True)
-        data_sources.fetch(dataset)
-        temporary = root / f"tokens.{os.getpid()}.part"
-        temporary.mkdir()
         try:
-            meta = write_token_cache(dataset, temporary)
-            # First the old cache goes, whole: at no time does one stand beside a tokenizer that is not its own.
-            if (root / "tokens").exists():
-                (root / "tokens").rename(temporary / "old")
-            (temporary / "tokenizer.json").replace(root / "tokenizer.json")
-            (temporary / "tokens").rename(root / "tokens")
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            meta = prepare_anew(dataset, root)
+        except data_sources.Damaged as error:
+            if not dataset.repo:
+                raise  # a person's own file
+            print(f"{error.code.removeprefix('error: ')}; fetching it anew", flush=True)
+            error.path.unlink()
+            meta = prepare_anew(dataset, root)
     except OSError as error:
         sys.exit(f"error: {root}: {error.strerror or error}; AUTORESEARCH_CACHE moves the cache elsewhere")
     for split in SPLITS:
         print("{}: {} {documents:,} documents, {tokens:,} tokens".format(dataset.name, split, **meta[split]))
     print(f"{dataset.name}: prepared in {time.monotonic() - start:.0f} s in {root}")
+
+
+def prepare_anew(dataset, root):
+    """Fetch, make tokenizer and tokens in a temporary folder, move them to `root`; returns the cache's meta."""
+    data_sources.fetch(dataset)
+    temporary = root / f"tokens.{os.getpid()}.part"
+    temporary.mkdir()
+    try:
+        meta = write_token_cache(dataset, temporary)
+        # First the old cache goes, whole: at no time does one stand beside a tokenizer that is not its own.
+        if (root / "tokens").exists():
+            (root / "tokens").rename(temporary / "old")
+            record.folder_to_disk(root)
+        (temporary / "tokenizer.json").replace(root / "tokenizer.json")
+        record.folder_to_disk(root)
+        (temporary / "tokens").rename(root / "tokens")
+        record.folder_to_disk(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return meta
 
 
 # --- batches -----------------------------------------------------------------------------------

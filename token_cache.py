@@ -8,8 +8,10 @@ import base64
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,8 @@ import tiktoken
 
 import data_sources
 from data_sources import SPLITS, cache_dir
-from record import write_atomically
+from downloads import printable
+from record import to_disk, write_atomically
 
 # --- tokenizer ---------------------------------------------------------------------------------
 
@@ -31,6 +34,21 @@ SPLIT_PATTERN = (
 SPECIAL_TOKENS = ("<|document|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>")
 TRAINING_CHARACTERS = 250_000_000  # enough for merges to settle; more only takes longer
 DOCUMENT_CHARACTERS = 10_000  # of one document, so that none dominates
+RUN = 10_000  # characters of one kind, after which a word ends in any case
+ONE_KIND = re.compile(r"[^\W\d_]++|[\W_]++")  # what SPLIT_PATTERN may take for one word, and more
+
+
+def without_long_runs(text):
+    """The parts of `text`, in order, cut so that less than 2 RUN letters, or other characters, stand in a row.
+
+    The engine of SPLIT_PATTERN notes a state for each blank of a run, to go back to, and panics after a million of
+    them. Any run of 2 RUN fills one of the stretches that are looked at here; ordinary text fills none.
+    """
+    cuts = {0, len(text)}
+    for first in range(0, len(text) - RUN + 1, RUN):
+        if ONE_KIND.fullmatch(text, first, first + RUN):
+            cuts |= {first, first + RUN}
+    return [text[a:b] for a, b in pairwise(sorted(cuts))]
 
 
 class Tokenizer:
@@ -59,7 +77,7 @@ class Tokenizer:
         def limited():
             seen = 0
             for text in texts:
-                yield text[:DOCUMENT_CHARACTERS]
+                yield from without_long_runs(text[:DOCUMENT_CHARACTERS])
                 seen += min(len(text), DOCUMENT_CHARACTERS)
                 if seen >= TRAINING_CHARACTERS:
                     return
@@ -70,7 +88,13 @@ class Tokenizer:
 
     def encode(self, text):
         """Token ids of `text`; special tokens written out in it are ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        return [i for part in without_long_runs(text) for i in self.encoding.encode_ordinary(part)]
+
+    def encode_all(self, texts):
+        """`encode` of each of a list of texts, on all cores."""
+        parts = [without_long_runs(text) for text in texts]
+        ids = iter(self.encoding.encode_ordinary_batch([*chain(*parts)], num_threads=os.cpu_count() or 1))
+        return [[*chain.from_iterable(islice(ids, len(of_text)))] for of_text in parts]
 
     def decode(self, ids):
         """The text of `ids`."""
@@ -204,14 +228,20 @@ def file_hash(path):
 def write_token_cache(dataset, folder):
     """Write `tokenizer.json` and `tokens/` of the fetched dataset into `folder`; returns the cache's meta."""
     print(f"{dataset.name}: training the tokenizer", flush=True)
-    tokenizer = Tokenizer.train(dataset, data_sources.documents(dataset, "train"))
+    try:
+        tokenizer = Tokenizer.train(dataset, data_sources.documents(dataset, "train"))
+    except BaseException as error:
+        end_with_its_text(error, dataset, "train", lambda text: Tokenizer.train(dataset, [text]))
     tokenizer.save(folder / "tokenizer.json")
     tokens, held_out = folder / "tokens", set()
     tokens.mkdir()
     meta = {"dataset": asdict(dataset), "source": data_sources.fingerprint(dataset), "sha256": {}}
     for split in ("val", "test", "train"):  # held-out first: train gives way to them
         print(f"{dataset.name}: tokenizing {split}", flush=True)
-        meta[split] = write_split(tokenizer, data_sources.documents(dataset, split), tokens, split, held_out)
+        try:
+            meta[split] = write_split(tokenizer, data_sources.documents(dataset, split), tokens, split, held_out)
+        except BaseException as error:
+            end_with_its_text(error, dataset, split, tokenizer.encode)
         needed = 0 if split == "train" else dataset.sequence_length  # training rows may repeat a document
         if meta[split]["tokens"] <= needed:
             sys.exit(
@@ -222,6 +252,24 @@ def write_token_cache(dataset, folder):
         meta["sha256"][path.name] = file_hash(path)
     write_atomically(tokens / "meta.json", json.dumps(meta, indent=1))
     return meta
+
+
+def end_with_its_text(error, dataset, split, work):
+    """Raise `error`; where a text of the split broke `work`, end with one line that names file and row instead.
+
+    A panic in the tokenizer's library is no Exception, and says nothing of the text.
+    """
+    if isinstance(error, OSError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+        raise error
+    for (path, row), text in data_sources.located(dataset, split):
+        try:
+            work(text)
+        except BaseException as again:
+            if type(again) is type(error):
+                reason = printable(f"{type(again).__name__}: {again}")[:120]
+                sys.exit(f"error: {printable(path)}, row {row}: the tokenizer fails here, take it out ({reason})")
+            raise
+    raise error
 
 
 def write_split(tokenizer, texts, folder, split, held_out):
@@ -238,8 +286,8 @@ def write_split(tokenizer, texts, folder, split, held_out):
         return document, document_hash(document)
 
     with raw.open("wb") as out:
-        for texts_of_chunk in chunks(texts, 1024):
-            for ids in tokenizer.encoding.encode_ordinary_batch(texts_of_chunk, num_threads=os.cpu_count() or 1):
+        for some in chunks(texts):
+            for ids in tokenizer.encode_all(some):
                 whole, name = stored(ids)
                 if name in held_out or len(ids) == 0:
                     continue
@@ -257,20 +305,25 @@ def write_split(tokenizer, texts, folder, split, held_out):
                     numbers.append(number)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     tokens = np.memmap(raw, np.uint16, "r") if lengths else np.empty(0, np.uint16)
-    np.save(folder / f"{split}_tokens.npy", tokens)
-    np.save(folder / f"{split}_offsets.npy", offsets)
-    np.save(folder / f"{split}_hashes.npy", np.array(hashes, np.uint64))
-    np.save(folder / f"{split}_pieces.npy", np.array(numbers, np.int32))
+    arrays = {"tokens": tokens, "offsets": offsets}
+    arrays |= {"hashes": np.array(hashes, np.uint64), "pieces": np.array(numbers, np.int32)}
+    for kind, array in arrays.items():
+        with (folder / f"{split}_{kind}.npy").open("wb") as file:
+            np.save(file, array)
+            file.flush()
+            to_disk(file.fileno())
     raw.unlink()
     return {"documents": len(lengths), "tokens": int(offsets[-1])}
 
 
-def chunks(iterable, size):
-    chunk = []
-    for item in iterable:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def chunks(texts, most=1024, characters=2**24):
+    """Yield `texts` in lists of at most so many, or of so many characters that one more text goes beyond them."""
+    some, size = [], 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if len(some) == most or size >= characters:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some

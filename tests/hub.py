@@ -1,14 +1,19 @@
 """A hub on this machine: real HTTP and real parquet, and every fault that a network has."""
 
 import json
+import os
+import random
 import socket
+import ssl
 import struct
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 
 def parquet(texts, column="text"):
@@ -16,6 +21,34 @@ def parquet(texts, column="text"):
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({column: texts}), sink, compression="none", row_group_size=200)
     return sink.getvalue().to_pybytes()
+
+
+def texts(first, count):
+    """Different short texts, numbered."""
+    words = "the river a lamp on an old stone bridge morning under no one quick letters winter slow".split()
+    return [f"{n}: " + " ".join(random.Random(n).choices(words, k=30)) for n in range(first, first + count)]
+
+
+def refusal(work, *arguments):
+    """The one line that `work` ends the program with."""
+    with pytest.raises(SystemExit) as ended:
+        result = work(*arguments)
+        list(result or ())
+    line = ended.value.code
+    assert line.startswith("error: ") and "\n" not in line and line.isprintable()
+    return line
+
+
+def fresh_login(monkeypatch, home):
+    """No token, no .netrc, no proxy and no choice of whoever runs the tests."""
+    foreign = ("HF_", "NETRC", "XDG_CACHE_HOME", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AUTORESEARCH_COLUMN")
+    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith(foreign)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+
+
+def leftovers(folder):
+    return [path.name for path in folder.rglob("*") if ".part" in path.name]
 
 
 class Hub:
@@ -102,14 +135,18 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(hub):
-    """Run `hub` on a free port; gives its address."""
+def serving(hub, certificate=None):
+    """Run `hub` on a free port, behind TLS where a file with key and certificate is given; gives its address."""
     server = Server(("127.0.0.1", 0), Handler)
     server.hub = hub
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
@@ -187,6 +224,33 @@ def to(address):
 
 def busy(seconds):
     return lambda handler: handler.send(429, b"slow down", Retry_After=str(seconds))
+
+
+def stall(seconds):
+    """A third of the file, then nothing for a while, with the connection open."""
+
+    def fault(handler):
+        body = handler.server.hub.files[handler.path]
+        handler.send(200, body[: len(body) // 3], len(body), ETag=f'"{hash(body)}"')
+        time.sleep(seconds)
+        handler.close_connection = True
+
+    return fault
+
+
+def web_page(handler):
+    handler.send(200, b"<html>log in first</html>", Content_Type="text/html; charset=utf-8")
+
+
+def no_such_range(handler):
+    """As web servers say it: with a page for people."""
+    handler.send(416, b"<html>416</html>", Content_Type="text/html")
+
+
+def too_long(handler):
+    """More than was announced; what follows would be taken for the next answer."""
+    body = handler.server.hub.files[handler.path]
+    handler.send(200, body + b"more", len(body), close=True)
 
 
 def listing(*urls):

@@ -1,7 +1,9 @@
 """Every dataset, from where its text comes to its splits; the hub is a server on this machine."""
 
+import codecs
 import dataclasses
 import gc
+import hashlib
 import itertools
 import json
 import os
@@ -10,168 +12,41 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
-import hub as faulty
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import Hub, listing, parquet, serving
+from hub import Hub, fresh_login, leftovers, listing, parquet, refusal, serving, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_sources
-from data_sources import DATASETS, SPLITS, documents, download, download_all, fetch
+import downloads
+from data_sources import DATASETS, SPLITS, documents, fetch
 
 ROOT = Path(data_sources.__file__).parent
 CLIMBMIX, TINYSTORIES, FILES, STDLIB = (DATASETS[name] for name in ("climbmix", "tinystories", "files", "stdlib"))
 
 
-def texts(first, count):
-    """Different short texts, numbered."""
-    words = "the river a lamp on an old stone bridge morning under no one quick letters winter slow".split()
-    return [f"{n}: " + " ".join(random.Random(n).choices(words, k=30)) for n in range(first, first + count)]
+OLD = parquet(20 * texts(0, 600))
 
 
-def refusal(work, *arguments):
-    """The one line that `work` ends the program with."""
-    with pytest.raises(SystemExit) as ended:
-        result = work(*arguments)
-        list(result or ())
-    line = ended.value.code
-    assert line.startswith("error: ") and "\n" not in line
-    return line
-
-
-def leftovers(folder):
-    return [path.name for path in folder.rglob("*") if ".part" in path.name]
+@pytest.fixture(autouse=True)
+def a_fresh_login(tmp_path_factory, monkeypatch):
+    fresh_login(monkeypatch, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture
 def hub(cache, monkeypatch):
     """A hub that HF_ENDPOINT names, and no waiting between tries."""
-    monkeypatch.setattr(data_sources, "BACK_OFF", 0.0)
+    monkeypatch.setattr(downloads, "BACK_OFF", 0.0)
     hub = Hub()
     with serving(hub) as hub.address:
         monkeypatch.setenv("HF_ENDPOINT", hub.address)
         yield hub
-
-
-# --- one file ------------------------------------------------------------------------------------
-
-SHARD = "/shard.parquet"
-OLD, NEW = (parquet(20 * part) for part in (texts(0, 600), [t.upper() for t in texts(0, 600)]))  # of one length
-
-FAULTS = {
-    "server errors": [500, 502, 503],
-    "too many requests": [faulty.busy(0)],
-    "connection reset": [faulty.reset, faulty.reset],
-    "reset midway": [faulty.reset_midway],
-    "cut short": [faulty.cut],
-    "cut short again and again": [faulty.cut, faulty.cut, faulty.cut],
-    "length too large": [faulty.claims_more],
-    "length too small": [faulty.claims_less],
-    "no length, cut short": [faulty.no_length_cut],
-    "range ignored": [faulty.cut, faulty.range_ignored],
-    "another range than asked for": [faulty.cut, faulty.wrong_range],
-    "range refused": [faulty.cut, 416],
-    "all of it together": [503, faulty.cut, faulty.reset, faulty.busy(0), faulty.claims_less, faulty.no_length_cut],
-}
-
-
-@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
-def test_a_download_comes_whole_through_any_fault(hub, tmp_path, faults):
-    hub.files[SHARD], hub.faults[SHARD] = OLD, list(faults)
-    path = tmp_path / "shards" / "shard.parquet"
-    download(hub.address + SHARD, path, lambda n: path.exists() and pytest.fail("there before it is whole"))
-    assert path.read_bytes() == OLD
-    assert not hub.faults[SHARD]  # all of them were met
-    assert not leftovers(tmp_path)
-
-
-def test_a_broken_transfer_goes_on_where_it_stopped(hub, tmp_path):
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [faulty.cut]
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    (first, _), (second, status) = hub.requests(SHARD)
-    assert "Range" not in first
-    start = int(second["Range"].removeprefix("bytes=").removesuffix("-"))
-    assert (len(OLD) // 3 - start) < data_sources.PIECE < start
-    assert second["If-Range"]  # of the same file alone
-    assert status == 206
-
-
-@pytest.mark.parametrize("obeys", [True, False], ids=["server knows If-Range", "server ignores If-Range"])
-def test_a_file_that_changes_midway_is_never_mixed(hub, tmp_path, obeys):
-    assert len(OLD) == len(NEW)
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [faulty.cut, faulty.other_file(NEW, obeys)]
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    assert (tmp_path / "shard.parquet").read_bytes() == NEW
-
-
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [(500, "status 500"), (faulty.reset, "Connection"), (faulty.claims_less, "no whole parquet"),
-     (faulty.no_length_cut, "no whole parquet"), (faulty.claims_more, ""), (416, "")],
-)  # fmt: skip
-def test_what_never_gets_better_is_given_up_and_leaves_nothing(hub, tmp_path, fault, words):
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [fault] * 100
-    line = refusal(download, hub.address + SHARD, tmp_path / "shard.parquet")
-    assert f"given up after {data_sources.ATTEMPTS} attempts" in line and words in line and SHARD in line
-    assert len(hub.seen) == data_sources.ATTEMPTS
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_something_else_than_parquet_is_refused(hub, tmp_path):
-    hub.files[SHARD] = b"<html>log in first</html>" * 100
-    assert "no whole parquet" in refusal(download, hub.address + SHARD, tmp_path / "shard.parquet")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_waits_between_tries_grow_and_a_busy_server_is_heard(hub, tmp_path, monkeypatch):
-    waits = []
-    monkeypatch.setattr(data_sources, "BACK_OFF", 1.0)
-    monkeypatch.setattr(data_sources, "pause", lambda seconds, stop: waits.append(seconds))
-    hub.files[SHARD], hub.faults[SHARD] = OLD, [500, 500, 500, faulty.busy(90), faulty.busy(10**6)]
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    assert waits == [1, 2, 4, 90, data_sources.LONGEST_WAIT]
-
-
-@pytest.mark.parametrize(("status", "word"), [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "not found")])
-def test_a_refusal_ends_at_once(hub, tmp_path, status, word):
-    hub.faults[SHARD] = [status] * 9
-    line = refusal(download, hub.address + SHARD, tmp_path / "shard.parquet")
-    assert word in line and str(status) in line and SHARD in line
-    assert len(hub.seen) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_token_goes_to_the_hub_and_to_no_other_host(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret\n")
-    store = Hub()
-    store.files[SHARD] = OLD
-    with serving(store) as address:
-        hub.faults[SHARD] = [faulty.to(address.replace("127.0.0.1", "localhost"))]
-        download(hub.address + SHARD, tmp_path / "shard.parquet")
-        store.files["/direct.parquet"] = OLD
-        download(address + "/direct.parquet", tmp_path / "direct.parquet")
-    ((asked, status),) = hub.requests(SHARD)
-    assert (asked["Authorization"], status) == ("Bearer secret", 302)
-    assert len(store.seen) == 2 and not any("Authorization" in headers for _, headers, _ in store.seen)
-    assert (tmp_path / "shard.parquet").read_bytes() == OLD
-
-
-def test_without_a_token_none_is_sent(hub, tmp_path):
-    hub.files[SHARD] = OLD
-    download(hub.address + SHARD, tmp_path / "shard.parquet")
-    assert "Authorization" not in hub.seen[0][1]
-
-
-def test_an_address_that_is_none_is_said_at_once(cache, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "mirror.example")
-    assert "HF_ENDPOINT" in refusal(fetch, TINYSTORIES)
-    monkeypatch.setenv("HF_ENDPOINT", "")
-    assert data_sources.hub_endpoint() == "https://huggingface.co"
 
 
 # --- many files ----------------------------------------------------------------------------------
@@ -197,7 +72,7 @@ def test_files_come_several_at_once_and_only_once(hub):
     hub.barrier = threading.Barrier(4)  # nobody is answered before four have asked
     fetch(CLIMBMIX)
     hub.barrier = None
-    assert 4 <= hub.most_at_once <= data_sources.WORKERS
+    assert 4 <= hub.most_at_once <= downloads.WORKERS
     seen = len(hub.seen)
     assert seen == 12
     fetch(CLIMBMIX)
@@ -213,27 +88,6 @@ def test_a_damaged_shard_is_fetched_again(hub, cache):
     fetch(CLIMBMIX)
     assert shard.read_bytes() == whole
     assert len(hub.seen) == 13
-
-
-def test_one_failure_stops_the_other_downloads_and_whole_files_stay(hub, tmp_path):
-    told = threading.Event()
-
-    def endless(handler):
-        handler.send(200, b"", 200 << 20)
-        try:
-            for _ in range(200):
-                handler.wfile.write(bytes(1 << 20))
-        except OSError:
-            told.set()  # the client has gone
-
-    hub.files["/whole.parquet"] = OLD
-    download_all([(hub.address + "/whole.parquet", tmp_path / "whole.parquet")])
-    hub.faults["/endless.parquet"] = [endless] * 9
-    names = ["whole", "endless", "missing"]
-    line = refusal(download_all, [(f"{hub.address}/{name}.parquet", tmp_path / f"{name}.parquet") for name in names])
-    assert "missing.parquet: not found (404)" in line
-    assert told.wait(20)
-    assert [path.name for path in tmp_path.glob("*")] == ["whole.parquet"]
 
 
 def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
@@ -262,14 +116,6 @@ def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
     fetch(CLIMBMIX)
     assert len(list(documents(CLIMBMIX, "train"))) == 50000
     assert not leftovers(cache)
-
-
-def test_a_living_process_keeps_its_temporary_files(tmp_path):
-    for name in (f"a.parquet.{os.getpid()}.part", f"tokens.{os.getppid()}.part", "mine.part"):
-        (tmp_path / name).touch()
-    (tmp_path / "tokens.999999999.part").mkdir()
-    data_sources.remove_leftovers(tmp_path)
-    assert len(leftovers(tmp_path)) == 3
 
 
 def tinystories_files(hub):
@@ -349,11 +195,45 @@ def test_copies_of_a_text_are_in_one_split_and_once(folder):
 
 
 def test_a_text_stays_in_its_split_when_others_come(folder):
-    write_jsonl(folder / "m.jsonl", [{"text": t} for t in texts(0, 300)])
-    before = all_texts()
-    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(300, 300)])
-    after = all_texts()
+    small = dataclasses.replace(FILES, sequence_length=16)
+    write_jsonl(folder / "m.jsonl", [{"text": t} for t in texts(0, 1500)])
+    before = all_texts(small)
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(1500, 300)])
+    after = all_texts(small)
     assert all(set(before[split]) <= set(after[split]) for split in SPLITS)
+    assert before == {split: by_hash(texts(0, 1500), split) for split in SPLITS}
+
+
+def by_hash(found, split):
+    """What a text's own hash says of its split; a cache made long ago and one made today agree."""
+    shares = ((t, int(hashlib.sha256(t.encode()).hexdigest()[:16], 16) / 2**64) for t in found)
+    return [t for t, share in shares if split == ("val" if share < 0.05 else "test" if share < 0.1 else "train")]
+
+
+@pytest.mark.parametrize("long_ones", [1, 2, 3, 10])
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " ", ""])
+def test_a_few_long_documents_are_cut_into_passages_for_three_splits(folder, long_ones, separator):
+    size = 400_000 // long_ones
+    long = [separator.join(texts(size * i, 1 + size // 150))[:size] for i in range(long_ones)]
+    write_jsonl(folder / "a.jsonl", [{"text": text} for text in long[::2] + texts(0, 40)])
+    (folder / "b.parquet").write_bytes(parquet([*long[1::2], long[0]]))
+    found = all_texts()
+    sizes = {split: sum(map(len, found[split])) for split in SPLITS}
+    total = sum(sizes.values())
+    assert total > 0.98 * 400_000
+    for split in ("val", "test"):
+        assert total / 20 <= sizes[split] <= total / 20 + 8001
+        assert any(len(text) > 5000 for text in found[split])
+    every = [text for split in SPLITS for text in found[split]]
+    assert len(every) == len(set(every))  # no passage twice, and none in two splits
+    assert Counter("".join(every)) - Counter("".join([*long, *texts(0, 40)])) == Counter()
+
+
+def test_many_short_documents_beside_a_few_long_ones_do_not_hide_that_these_are_few(folder):
+    long = "\n\n".join(texts(10_000, 4000))
+    write_jsonl(folder / "a.jsonl", [{"text": f"{i} is short"} for i in range(1000)] + [{"text": long}] * 50)
+    found = all_texts()
+    assert all(sum(map(len, found[split])) > len(long) / 21 for split in ("val", "test"))
 
 
 def test_the_held_out_share_shrinks_where_evaluation_needs_less(folder):
@@ -363,7 +243,7 @@ def test_the_held_out_share_shrinks_where_evaluation_needs_less(folder):
 
 
 def test_odd_text_is_taken_as_far_as_it_is_text(folder):
-    huge = "word " * 1_000_000
+    huge = "word " * 1000
     (folder / "a.jsonl").write_bytes(
         b'\xef\xbb\xbf{"text": "a byte order mark"}\n\n'
         + b'{"text": "bad \xff byte"}\r\n'
@@ -395,8 +275,169 @@ def test_parquet_that_does_not_serve_is_named(folder):
     assert "a.parquet cannot be read" in refusal(documents, FILES, "train")
     (folder / "a.parquet").write_bytes(OLD.replace(b"river", b"\xff\xfe\xfdxx"))
     assert "a.parquet cannot be read" in refusal(documents, FILES, "train")
-    pq.write_table(pa.table({"text": [["a", "list"]]}), folder / "a.parquet")
-    assert "a.parquet cannot be read" in refusal(documents, FILES, "train")
+    for odd in ([["a", "list"]], [1, 2], [{"text": "x"}]):
+        pq.write_table(pa.table({"text": odd, "n": [0] * len(odd)}), folder / "a.parquet")
+        line = refusal(documents, FILES, "train")
+        assert "a.parquet: column 'text' holds " in line and "no text, beside n;" in line
+    two = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(two, folder / "a.parquet")
+    assert "a.parquet has 2 columns 'text'" in refusal(documents, FILES, "train")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.null(),
+                                  pa.dictionary(pa.int32(), pa.string())], ids=str)  # fmt: skip
+def test_text_is_read_from_a_column_of_any_kind_of_text(folder, kind):
+    wanted = [None] * 50 if kind == pa.null() else texts(0, 50)
+    pq.write_table(pa.table({"text": pa.array(wanted).cast(kind)}), folder / "a.parquet")
+    found = [t for part in all_texts().values() for t in part]
+    assert sorted(found) == sorted(filter(None, wanted))
+
+
+@pytest.mark.parametrize("name", ["content", "a.b", "Text", "тело"])
+def test_another_column_can_be_chosen_and_is_named_where_text_is_missing(folder, monkeypatch, name):
+    (folder / "a.parquet").write_bytes(parquet(texts(0, 50), column=name))
+    write_jsonl(folder / "b.jsonl", [{name: t, "id": 7} for t in texts(50, 50)])
+    line = refusal(documents, FILES, "train")
+    assert f"a.parquet has no column 'text', but {name}; COLUMN=name" in line
+    before = data_sources.fingerprint(FILES)
+    monkeypatch.setenv("AUTORESEARCH_COLUMN", name)
+    assert sorted(t for part in all_texts().values() for t in part) == sorted(texts(0, 100))
+    assert data_sources.fingerprint(FILES) != before
+    (folder / "a.parquet").unlink()
+    monkeypatch.delenv("AUTORESEARCH_COLUMN")
+    assert f"b.jsonl, line 1: not a JSON object with a 'text', but with {name}, id; " in refusal(
+        documents, FILES, "train"
+    )
+
+
+def test_the_column_is_that_of_files_alone(cache, monkeypatch):
+    (cache / "shards").mkdir(parents=True)
+    for i in (*range(10), 6541, 6542):
+        (cache / "shards" / f"shard_{i:05d}.parquet").write_bytes(parquet(["a text"]))
+    monkeypatch.setenv("AUTORESEARCH_COLUMN", "content")
+    assert list(documents(CLIMBMIX, "val")) == ["a text"]
+
+
+NAMES = ["a\nb.{}", "a\x1b[2J.{}", "a\udcff.{}", "-a '$(touch x)`.{}", "a\u202eb.{}"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_a_file_s_odd_name_is_told_in_one_line(folder, capsys, name, kind):
+    path = folder / name.format(kind)
+    path.write_bytes(os.urandom(2000))  # no text
+    if kind == "jsonl":
+        path.write_text('{"a\x1b[2Jb": 1}')
+    if kind == "txt":
+        (folder / "b.txt").write_text("text")
+        fetch(FILES)
+    else:
+        refusal(fetch, FILES)
+    said = capsys.readouterr().out
+    assert all(line.isprintable() for line in said.splitlines()) and said.count("\n") <= 2
+
+
+# --- what is text ----------------------------------------------------------------------------------
+
+PROSE = "Die Füße sind so groß wie die Hände, und der Apfelbaum blüht. " * 50
+
+
+def told(folder, capsys):
+    fetch(FILES)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_byte_order_mark_is_obeyed(folder, capsys, codec, kind):
+    content = PROSE if kind == "txt" else json.dumps({"text": PROSE}, ensure_ascii=False) + "\n"
+    (folder / f"a.{kind}").write_bytes(content.encode(codec))
+    swapped = {"utf-16": codecs.BOM_UTF16_BE, "utf-32": codecs.BOM_UTF32_BE}.get(codec)
+    if swapped:
+        (folder / f"b.{kind}").write_bytes(swapped + content.encode(f"{codec}-be"))
+    (folder / f"c.{kind}").write_text('{"text": "another"}')
+    said = told(folder, capsys)
+    assert ("decoded" in said and f"a.{kind} ({codec.upper()})" in said) == bool(swapped)
+    assert " bad " not in said and "skipped" not in said
+    assert PROSE in [t for part in all_texts().values() for t in part]
+
+
+def test_latin_1_is_read_with_its_share_of_bad_characters(folder, capsys):
+    (folder / "a.txt").write_bytes(PROSE.encode("latin-1"))
+    (folder / "b.txt").write_text("b" + PROSE * 9)
+    share = sum(character > "~" for character in PROSE) / len(PROSE)
+    of_all = share * len(PROSE) / (10 * len(PROSE) + 1)
+    said = told(folder, capsys)
+    assert f"({of_all:.2%}) are bad" in said and f"; of a.txt {share:.2%}" in said
+
+
+NO_TEXT = {
+    "random": lambda: random.Random(1).randbytes(10_000),
+    "a few random bytes": lambda: random.Random(2).randbytes(60),
+    "UTF-16 without its mark": lambda: PROSE.encode("utf-16-le"),
+    "another UTF-16": lambda: PROSE.encode("utf-16-be"),
+    "Chinese in UTF-16": lambda: ("天地玄黃宇宙洪荒" * 50).encode("utf-16-le"),
+    "Cyrillic in one byte": lambda: ("Широка страна моя родная " * 50).encode("koi8-r"),
+    "Shift JIS": lambda: ("春はあけぼのやうやう白くなり行く" * 50).encode("shift-jis"),
+    "compressed": lambda: zlib.compress(PROSE.encode() + random.Random(3).randbytes(500)),
+    "NULs": lambda: bytes(5000),
+    "a program": lambda: Path(sys.executable).resolve().read_bytes()[:200_000],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "TXT"])
+@pytest.mark.parametrize("content", NO_TEXT.values(), ids=NO_TEXT.keys())
+def test_what_is_no_text_is_skipped_and_named(folder, capsys, content, kind):
+    (folder / f"a.{kind}").write_bytes(content())
+    line = refusal(fetch, FILES)
+    assert (
+        "too little text" in line
+        and f"skipped as no text, or not in UTF-8 (iconv converts): a.{kind} (" in capsys.readouterr().out
+    )
+    (folder / "b.txt").write_text(PROSE)
+    said = told(folder, capsys)
+    assert "read 1 .txt: 1 texts" in said and f"a.{kind} (" in said
+    assert [t for part in all_texts().values() for t in part] == [PROSE]
+
+
+@pytest.mark.parametrize(
+    "text", ["天地玄黃宇宙洪荒" * 9000, "🙂" * 20_000, "Широка страна " * 9000, "a\tb\x0c\r\n\x1b[1m" * 99, ""]
+)
+def test_text_of_any_script_is_text(folder, text):
+    (folder / "a.txt").write_text(text, newline="")  # 64 kB may end within a letter
+    assert data_sources.encoding_of(folder / "a.txt") == ("utf-8-sig", pytest.approx(0, abs=1e-4))
+
+
+def test_hidden_folders_and_links_to_folders_are_not_read_and_named(folder, tmp_path, capsys):
+    for place in (".git", ".venv/lib", "sub/.cache", "elsewhere"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "a.txt").write_text(f"of {place}")
+    (folder / "elsewhere").rename(tmp_path / "elsewhere")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    (folder / "sub" / "B.TXT").write_text("read")
+    (folder / "notes.md").write_text("of another kind")
+    said = told(folder, capsys)
+    assert [t for part in all_texts().values() for t in part] == ["read"]
+    assert all(f"{name} (hidden)" in said for name in (".git", ".venv", ".cache"))
+    assert "link (a link)" in said and "circle (a link)" in said and "1 files" in said
+    hidden = folder / ".hidden"  # but where it is what was asked for
+    hidden.mkdir()
+    (hidden / "a.txt").write_text("of it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_FILES", str(hidden))
+        assert [t for part in all_texts().values() for t in part] == ["of it"]
+
+
+def test_rows_without_text_are_counted(folder, capsys):
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in ("one", None, "", " ", 7, ["x"], "two")])
+    assert "read 1 .jsonl: 2 texts, 6 characters; 5 rows without text" in told(folder, capsys)
+
+
+def test_what_cannot_be_read_is_said_before_any_work(folder, capsys):
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(0, 100)])
+    (folder / "z.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    assert "z.jsonl, line 2" in refusal(fetch, FILES)
 
 
 @pytest.mark.skipif(not os.path.isfile("/proc/self/mem"), reason="needs a file that even root cannot read")
@@ -489,6 +530,22 @@ def test_groups_are_never_divided_and_do_not_depend_on_each_other():
     assert all(60 <= len(files[split]) <= 140 for split in ("val", "test"))
     fewer = list(data_sources.split_by_content(groups[::7], "val", 0.05))
     assert fewer == [t for t in found["val"] if int(t.split(".")[0]) % 7 == 0]
+
+
+def test_who_asks_for_held_out_text_is_heard_and_who_asks_for_training_text_is_not(folder):
+    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(0, 200)])
+    code = """if True:
+        import sys, data_sources as d
+        def note(event, words):
+            if event == "data_sources.documents":
+                print(*words)
+        sys.addaudithook(note)
+        list(d.documents(d.DATASETS["files"], "train"))
+        list(d.documents(d.DATASETS["files"], "test"))
+        d.split_by_content([], "val", 0.05)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "files train\nfiles test\n val\n"
 
 
 def test_stdlib_is_split_by_file_and_always_the_same(cache):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+import token_cache
 from prepare import Batches, TokenCache, Tokenizer, packed_rows
 
 START = 9999  # the document start of the made-up documents here
@@ -162,7 +163,7 @@ def test_served_is_what_was_handed_out_not_what_was_packed_ahead(small):
 def test_a_corpus_smaller_than_a_row_is_repeated(small, tmp_path):
     (tmp_path / "tokens").mkdir()
     tokenizer = Tokenizer.load(small)
-    found = prepare.write_split(tokenizer, ["a short one", "and another"], tmp_path / "tokens", "train", set())
+    found = token_cache.write_split(tokenizer, ["a short one", "and another"], tmp_path / "tokens", "train", set())
     cache = TokenCache(tmp_path / "tokens", {"train": found})
     (batch,) = numbers(Batches(cache, 2, 64, seed=0), 1)
     assert batch.shape == (2, 65) and (batch[:, 0] == tokenizer.bos).all()

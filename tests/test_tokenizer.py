@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,25 +16,23 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
-from hub import Hub, listing, parquet, serving
+from hub import Hub, fresh_login, listing, parquet, refusal, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_sources
 import prepare
+import record
+import token_cache
 from data_sources import DATASETS, SPLITS, documents
 from prepare import TokenCache, Tokenizer
 
 ROOT = Path(prepare.__file__).parent
 
 
-def refusal(work, *arguments):
-    """The one line that `work` ends the program with."""
-    with pytest.raises(SystemExit) as ended:
-        work(*arguments)
-    line = ended.value.code
-    assert line.startswith("error: ") and "\n" not in line
-    return line
+@pytest.fixture(autouse=True)
+def a_fresh_login(tmp_path_factory, monkeypatch):
+    fresh_login(monkeypatch, tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +78,32 @@ def test_the_saved_ranks_mean_what_tiktoken_makes_of_them(small_files, tokenizer
     assert tokenizer.encode(text) == encoding.encode_ordinary(text) == own_bpe(ranks, saved["pattern"], text)
 
 
+BLANKS = (" ", "\t", " \t", "\u2028", "\u3000 ", "\n", "\r\n", " \n", "\x1c")
+LETTERS = ("a", " a", "'s", "e\u0301", "\u0301", "東", "Ⅷ")
+OTHERS = ("1", "_", "!\n", "\x00", "\u200b", "🙂", "\U0010ffff")
+
+
+@pytest.mark.parametrize("unit", BLANKS + LETTERS + OTHERS, ids=ascii)
+def test_a_million_of_anything_is_encoded_whole(tokenizer, unit):
+    text = "before" + unit * (1_050_000 // len(unit)) + "after"
+    (ids,) = tokenizer.encode_all([text])
+    assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("a 1!\u0301東_\n"), st.integers(1, 40)), max_size=12))
+def test_long_runs_are_cut_and_nothing_else(parts):
+    text = "".join(character * count for character, count in parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_cache, "RUN", 8)
+        found = token_cache.without_long_runs(text)
+    assert "".join(found) == text and all(found[1:])
+    runs = regex.compile(r"\p{L}{16,}|\s{16,}|[^\s\p{L}\p{N}]{16,}")
+    assert not any(runs.search(part) for part in found)
+    if not re.search(r"[^\W\d_]{8,}|[\W_]{8,}", text):
+        assert len(found) <= 1
+
+
 def test_digits_go_in_ones_and_twos(tokenizer):
     assert regex.findall(tokenizer.pattern, "in 1984567 days") == ["in", " ", "19", "84", "56", "7", " days"]
     assert not any(regex.search(rb"\d{3}", token) for token in tokenizer.ranks)
@@ -90,7 +115,7 @@ def test_the_special_tokens_come_last_and_have_no_bytes(small_files, tokenizer):
     assert tokenizer.bos == dataset.vocab_size - 4
     assert tokenizer.token_bytes[-4:].tolist() == [0, 0, 0, 0]
     assert tokenizer.token_bytes[:-4].min() == 1
-    for name in prepare.SPECIAL_TOKENS:
+    for name in token_cache.SPECIAL_TOKENS:
         assert tokenizer.decode(tokenizer.encode(name)) == name
         assert len(tokenizer.encode(name)) > 1
 
@@ -103,8 +128,8 @@ def test_it_learns_from_the_training_split_alone_and_always_the_same(small_files
 
 
 def test_a_long_document_does_not_dominate(small_files, monkeypatch):
-    monkeypatch.setattr(prepare, "DOCUMENT_CHARACTERS", 100)
-    monkeypatch.setattr(prepare, "TRAINING_CHARACTERS", 300)
+    monkeypatch.setattr(token_cache, "DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(token_cache, "TRAINING_CHARACTERS", 300)
     texts = iter(["ab" * 50 + "xyz" * 1000, "cd" * 50, "ef" * 50, "gh" * 50, "never asked for"])
     tokens = Tokenizer.train(small_files[0], texts).ranks
     assert b"ab" in tokens and b"ef" in tokens and b"xyz" not in tokens and b"gh" not in tokens
@@ -203,7 +228,7 @@ def bytewise(dataset):
 
 
 def split_texts(tokenizer, folder, split, texts, held_out):
-    found = prepare.write_split(tokenizer, texts, folder, split, held_out)
+    found = token_cache.write_split(tokenizer, texts, folder, split, held_out)
     tokens, offsets = np.load(folder / f"{split}_tokens.npy"), np.load(folder / f"{split}_offsets.npy")
     assert found == {"documents": len(offsets) - 1, "tokens": len(tokens)}
     return [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(offsets)]
@@ -317,6 +342,103 @@ def test_another_folder_or_other_sizes_are_prepared_anew(small, small_files, cac
     assert TokenCache.load(small).hash != before
 
 
+def test_documents_that_nobody_would_read_do_not_stop_the_rest(small, cache, tmp_path, monkeypatch):
+    def million(*units):
+        return ["x" + unit * (1_050_000 // len(unit)) + "y" for unit in units]
+
+    ordinary = [f"{i} is an ordinary text, one of many" for i in range(2000)]
+    rows = ordinary + million(" ", "\u2028")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    (tmp_path / "b.parquet").write_bytes(parquet(million("\t", "\x00", " \t")))
+    for i, text in enumerate(million(" \t", "long", "\t")):
+        (tmp_path / f"{i}.txt").write_text(text)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(tmp_path))
+    prepare.prepare(dataclasses.replace(small, eval_tokens=10**6))
+    found = "".join(text for s in SPLITS for text in stored_texts(dataclasses.replace(small, eval_tokens=10**6), s))
+    assert all(unit * 20 in found for unit in (" ", "\u2028", "\t", "\x00", " \t", "long"))
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("training", "jsonl"), ("encoding", "parquet")])
+def test_a_text_that_breaks_the_tokenizer_all_the_same_is_named_by_file_and_row(
+    small, cache, tmp_path, monkeypatch, stage, kind
+):
+    monkeypatch.setattr(token_cache, "without_long_runs", lambda text: [text])
+    if stage == "training":
+        monkeypatch.setattr(token_cache, "DOCUMENT_CHARACTERS", 2_000_000)
+    texts = [f"{i} is an ordinary text, one of many" for i in range(1500)]
+    texts[134] = "x" + "\t" * 1_200_000 + "y"
+    if kind == "parquet":
+        (tmp_path / "a.parquet").write_bytes(parquet(texts))
+    else:
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(tmp_path))
+    before = TokenCache.load(small).hash
+    line = refusal(prepare.prepare, dataclasses.replace(small, eval_tokens=10**6))
+    assert f"{tmp_path / 'a'}.{kind}, row 135: the tokenizer fails" in line and len(line) < 400
+    assert TokenCache.load(small).hash == before
+
+
+def test_a_cache_with_a_changed_byte_is_prepared_anew(small, small_files, cache, monkeypatch, capsys):
+    before, path = TokenCache.load(small).hash, cache / "files" / "tokens" / "train_tokens.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    prepare.prepare(small)
+    assert "train_tokens.npy is not as it was prepared; preparing anew" in capsys.readouterr().out
+    assert TokenCache.load(small).hash == before and path.read_bytes() == whole
+
+
+def test_a_cache_that_was_deleted_is_said_and_prepared_anew(small, small_files, cache, monkeypatch):
+    before, loaded = TokenCache.load(small).hash, TokenCache.load(small)
+    shutil.rmtree(cache)
+    assert loaded.changed_file()
+    assert "is not prepared; run: make prepare DATASET=files" in refusal(TokenCache.load, small)
+    assert "FILES=dir" in refusal(prepare.prepare, small)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    prepare.prepare(small)
+    assert TokenCache.load(small).hash == before
+
+
+def test_another_column_is_prepared_anew(small, cache, tmp_path, monkeypatch):
+    texts = [f"{i} is an ordinary text, one of many" for i in range(2000)]
+    table = "".join(json.dumps({"text": text, "content": text.upper()}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(table)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(tmp_path))
+    prepare.prepare(small)
+    monkeypatch.setenv("AUTORESEARCH_COLUMN", "content")
+    assert not prepare.is_prepared(small)
+    prepare.prepare(small)
+    assert all(text == text.upper() for text in stored_texts(small, "val"))
+    monkeypatch.delenv("AUTORESEARCH_FILES")
+    monkeypatch.delenv("AUTORESEARCH_COLUMN")
+    assert prepare.is_prepared(small)  # training needs neither
+
+
+def test_all_that_is_prepared_is_on_the_disk_before_it_has_its_name(small_files, cache, monkeypatch):
+    dataset, _, folder = small_files
+    synced, named = [], []
+
+    def note(descriptor):
+        status = os.fstat(descriptor)
+        synced.append((status.st_ino, status.st_size))
+
+    rename = Path.rename
+
+    def note_name(path, target):
+        named.append({file.name for file in path.iterdir() if (file.stat().st_ino, file.stat().st_size) not in synced})
+        return rename(path, target)
+
+    for module in (record, token_cache):
+        monkeypatch.setattr(module, "to_disk", note)
+    monkeypatch.setattr(Path, "rename", note_name)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
+    prepare.prepare(dataset)
+    assert named == [set()]  # no file of it was not yet there
+    root = cache / "files"
+    assert synced[-1][0] == root.stat().st_ino  # and the name itself
+    assert [inode for inode, _ in synced].count(root.stat().st_ino) == 2
+
+
 # --- bad input -------------------------------------------------------------------------------------
 
 
@@ -338,8 +460,8 @@ def test_too_little_text_is_said_and_leaves_nothing(cache, tmp_path, monkeypatch
 def test_a_split_that_fills_no_row_is_noticed_before_training(small, small_files, cache, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
     needed = TokenCache.load(small).meta["test"]["tokens"]
-    line = refusal(prepare.prepare, dataclasses.replace(small, sequence_length=needed))
-    assert "too little text" in line and str(needed) in line
+    line = refusal(prepare.prepare, dataclasses.replace(small, sequence_length=2 * needed))
+    assert "too little text" in line and str(2 * needed) in line
     assert prepare.is_prepared(small)  # what was there is there still
 
 
@@ -407,6 +529,27 @@ def test_the_hub_s_datasets_are_prepared_by_one_command(cache, name):
     again = command("--dataset", name)  # the hub is gone, and not needed
     assert (again.returncode, again.stdout) == (0, f"{name}: prepared in {data_sources.cache_dir(dataset)}\n")
     assert command("--check", "--dataset", name).returncode == 0
+
+
+def test_a_shard_that_was_damaged_within_is_fetched_anew(cache, monkeypatch, capsys):
+    dataset = dataclasses.replace(DATASETS["climbmix"], vocab_size=300, sequence_length=16, train_shards=2)
+    base, hub = f"/datasets/{dataset.repo}/resolve/main/shard_", Hub()
+    for i in (0, 1, 6541, 6542):
+        hub.files[f"{base}{i:05d}.parquet"] = parquet([f"a text of shard {i} alone, number {j}" for j in range(300)])
+    with serving(hub) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        data_sources.fetch(dataset)
+        for i in (1, 6541):  # its footer is right, what it holds is no text
+            shard = cache / "shards" / f"shard_{i:05d}.parquet"
+            shard.write_bytes(shard.read_bytes().replace(b"number 250", b"num\xff\xfe 250"))
+            prepare.prepare(dataset)
+            assert f"{shard} cannot be read: " in capsys.readouterr().out
+            assert shard.read_bytes() == hub.files[f"{base}{i:05d}.parquet"]
+            assert prepare.is_prepared(dataset) and len(hub.requests(f"{base}{i:05d}.parquet")) == 2
+            shutil.rmtree(cache / "tokens")
+    shard.write_bytes(shard.read_bytes().replace(b"number 250", b"num\xff\xfe 250"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE" in refusal(prepare.prepare, dataset)
 
 
 def test_check_says_whether_it_is_prepared_and_changes_nothing(cache):
