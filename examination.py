@@ -204,6 +204,8 @@ FLOORS = 4.0  # times the floor that moved and information may reach beside thei
 FEW = 32  # one of so many does not decide
 AGAIN = 3  # rows in which those are asked about again
 SHOWN = 0.1**2  # by which they must move in each
+SEEN = 0.3  # nats that a true token loses by an exchange, where it is asked about again in the same row
+SUSPECTS = 6  # so many at most
 STEADY = 16  # batches of the same rows that must agree before anything else than that is named
 
 
@@ -246,8 +248,10 @@ def judge(moved, information, gain, nats_per_bit, reach, floor=None):
 # --- causality: what is exchanged, and where -------------------------------------------------------
 
 GROUP = 16  # rows, at least, that share a beginning: one as it is, the others with a suffix exchanged
-EXCHANGES = 112, 256  # rows of all groups on a CPU and on a GPU, at least; or a fortieth of the evaluation's
+EXCHANGES = 96, 256  # rows of all groups on a CPU and on a GPU, at least; or a fortieth of the evaluation's
+LOOKS = 112, 256  # rows that are looked at once, see `_look`; or a fortieth
 SECONDS, SHARE = 3.0, 0.05  # all questions together take so long, or such a part of the evaluation if that is more
+LEAST = 1 / 3  # of them, however slow the model is
 REACH = 8  # see `judge`
 NOTHING = 1e-4, 0.01  # nats and share of the spread: logits that differ by less cannot fail `judge`
 LEVELS = NOTHING[0] * 10.0 ** np.arange(5)  # nats, by which a logit may have moved
@@ -353,6 +357,12 @@ CHANGED = (
 )
 
 
+def draw(weight, count, rng):
+    """`count` numbers into weight.reshape(-1), by weight."""
+    total = np.cumsum(weight.reshape(-1), dtype=np.float64)
+    return np.minimum(np.searchsorted(total, rng.random(count) * total[-1], "right"), total.size - 1)
+
+
 class Examination:
     """The questions that a model is asked beside the evaluation, in batches of its size.
 
@@ -368,44 +378,55 @@ class Examination:
     """
 
     def __init__(self, model, rows, batch_size, vocab_size, bytes_per_token, ask, score, split="validation"):
-        self.rows, self.size, self.vocab_size, self.ask, self.score = rows, batch_size, vocab_size, ask, score
-        self.nats_per_bit, gpu = math.log(2) * bytes_per_token, mx.default_device().type == mx.gpu
+        self.rows, self.size, self.vocab_size, self.split = rows, batch_size, vocab_size, split
+        self.ask, self.score = ask, score
+        self.nats_per_bit = math.log(2) * bytes_per_token
         self.rng = np.random.default_rng()  # from the system: nobody can train for the draw
         self.model, (held, self.parameters) = model, arrays_of(model)
         # Arrays of their own on the same memory: an update leaves these as they are.
         self.held = {path: mx.stop_gradient(array) for path, array in held.items()}
         mx.eval(self.held)
         self.group = -(-max(GROUP, batch_size) // batch_size) * batch_size
-        self.groups = max(2, max(EXCHANGES[gpu], len(rows) // 40) // self.group)
-        self.later = max(1, self.groups // 4)  # of them after the sums
-        self.cuts = cut_points(rows.shape[1] - 1, self.groups * (self.group - 2), self.rng)
         self.numbers = itertools.cycle(self.rng.permutation(len(rows)))  # of the rows that are asked about
-        self.found, self.split = [], split  # what `_ask` returned so far
+        self.found = []  # what `_ask` returned so far
+        self.asked = {"exchanges": 0, "looks": 0}
 
-    def before(self, deadline=None):
+    def _plan(self, seconds_a_row, seconds):
+        """How many groups and looks there will be; what they cost is counted in rows, so that load does not cut them.
+
+        seconds: of all questions; None where sums will come, of which they are a share.
+        """
+        n, gpu = len(self.rows), mx.default_device().type == mx.gpu
+        exchanges, looks = (max(least[gpu], n // 40) for least in (EXCHANGES, LOOKS))
+        if seconds is None:
+            rows = max(SECONDS / seconds_a_row, SHARE * n) - 5 * self.size
+        else:
+            rows, looks = seconds / seconds_a_row - 3 * self.size, 0
+        share = min(1.0, max(LEAST, rows / (exchanges + looks)))
+        self.groups, self.looks = max(2, round(share * exchanges) // self.group), round(share * looks)
+        self.later = max(1, self.groups // 4)  # groups after the sums
+        self.cuts = cut_points(self.rows.shape[1] - 1, self.groups * (self.group - 2), self.rng)
+
+    def before(self, seconds=None):
         """Ahead of the sums: whether an answer depends on anything but its row, then causality.
 
-        deadline: by CLOCK, of a dress rehearsal, after which no sums will come.
+        seconds: of a dress rehearsal, after which no sums will come.
         """
-        start = CLOCK()
+        start = CLOCK(), time.process_time()
         first, reverse = self.rows[np.resize(np.arange(len(self.rows)), self.size)], slice(None, None, -1)
         company = first.copy()
         # Tokens that do occur: a model may hold others to be impossible, and their loss would be infinite.
         company[1::2] = self.rng.choice(self.rows.reshape(-1), company[1::2].shape)
         company[1::4] = company[1::4, :1]  # one token throughout, which moves statistics of a batch most
-        nats = self.score(np.concatenate([first, first, company, first[reverse]]), self.size)
-        projected = (CLOCK() - start) / len(nats) * len(self.rows)
-        self.allowed = max(SECONDS, SHARE * projected)
-        once, again, beside, reversed_ = np.split(nats, 4)
+        nats = self.score(np.concatenate([first, company, first[reverse]]), self.size)
+        took, worked = CLOCK() - start[0], time.process_time() - start[1]
+        self._plan(max(1e-9, took if mx.default_device().type == mx.gpu else min(took, worked)) / len(nats), seconds)
+        once, beside, reversed_ = np.split(nats, 3)
         self._unchanged()
-        self._same(once, again, STATELESS)
         self.once = first, once
         self._same(once[::2], beside[::2], ROWS)
         self._same(once, reversed_[reverse], ORDER)
-        if deadline is not None:
-            return self._causality(self.groups, deadline)
-        self._causality(self.groups - self.later, start + 0.7 * self.allowed)
-        self.allowed -= CLOCK() - start
+        self._causality(self.groups if seconds else self.groups - self.later)
 
     def same_again(self, nats):
         """Whether all rows score nats float32 (n, T) as they did, after whatever else was asked."""
@@ -413,7 +434,6 @@ class Examination:
 
     def after(self, nats):
         """After the sums. nats: float32 (n, T), what the evaluation found for each target."""
-        start = CLOCK()
         first = np.resize(np.arange(len(self.rows)), self.size)
         shuffled = self.rng.choice(len(self.rows), self.size, replace=len(self.rows) < self.size)
         again, elsewhere = np.split(self.score(self.rows[np.append(first, shuffled)], self.size), 2)
@@ -421,8 +441,9 @@ class Examination:
         self.once = self.rows[first], nats[first]
         self._same(nats[first], again, STATELESS)
         self._same(nats[shuffled], elsewhere, ORDER)
-        self._causality(self.later, start + self.allowed)
-        self._most_moved(start + self.allowed)
+        self._causality(self.later)
+        self._most_moved()
+        self._look(nats)
 
     def _refuse(self, text, number=None):
         """Refuse the model; but one that answers otherwise now and then is refused for that, whatever it looks like.
@@ -465,8 +486,8 @@ class Examination:
         ]
         return number, cuts, np.stack([row, *new])
 
-    def _ask(self, cuts, deadline, least=1):
-        """A group for each of cuts (groups, group - 2), or fewer (`least`) where time is up.
+    def _ask(self, cuts):
+        """A group for each of cuts (groups, group - 2).
 
         Returns of each exchange: row, cut, and what `compare` returns for it, NaN from the cut on.
         """
@@ -492,14 +513,13 @@ class Examination:
                 columns, sides = compare(first, logits, ids[0], batches[i], cuts)
             columns[:, ~before] = np.nan
             found += [(number, cut, columns[:, j], sides[j]) for j, cut in enumerate(cuts) if cut]
-            if i + 1 in range(least * parts, len(batches), parts) and CLOCK() > deadline:
-                break
+        self.asked["exchanges"] += len(found)
         return found
 
-    def _causality(self, count, deadline):
+    def _causality(self, count):
         """Ask about `count` groups; then judge all that was found so far."""
         fresh, self.cuts = np.split(self.cuts, [count * (self.group - 2)])
-        self.found += self._ask(fresh.reshape(count, -1), deadline)
+        self.found += self._ask(fresh.reshape(count, -1))
         by_distance = np.stack([np.roll(columns[:, ::-1], cut, axis=1) for _, cut, columns, _ in self.found], axis=1)
         sides = np.stack([sides for *_, sides in self.found])
         length = self.rows.shape[1] - 1
@@ -511,7 +531,7 @@ class Examination:
             number, cut = self.found[worst][:2]
             self._refuse_causality(reason, number, cut, cut - 1 - distance)
 
-    def _most_moved(self, deadline):
+    def _most_moved(self):
         """What moved most did not decide: it is asked about in other rows, where a leak shows again."""
         most = sorted(self.found, key=lambda found: -np.nanmax(found[2][0]))[: 1 + len(self.found) // FEW]
         spots = [(cut, np.nanargmax(columns[0])) for _, cut, columns, _ in most if np.nanmax(columns[0]) > SHOWN]
@@ -519,7 +539,7 @@ class Examination:
         if not spots:
             return
         cuts = np.resize([cut for cut, _ in spots], self.group - 2)
-        again = self._ask([cuts] * AGAIN, deadline, least=2)
+        again = self._ask([cuts] * AGAIN)
         for cut, position in spots:
             rows = {}
             for number, at, columns, _ in again:
@@ -529,6 +549,80 @@ class Examination:
             if len(rows) > 1 and share > SHOWN:
                 reason = f"they move by {share**0.5:.1%} of their spread or more in each of {len(rows)} rows"
                 self._refuse_causality(reason, number, cut, position)
+
+    def _look(self, nats):
+        """One question a row, in many rows: what leaks seldom, in few rows or after few tokens, is met where it pays.
+
+        What comes next is exchanged where a model does strangely well, and so is what it knew too much of. Where the
+        true token loses by that, the same row is asked about again: see `_confirm`. nats: as for `after`.
+        """
+        rows, gain = self.rows, self._gain(nats)  # (n, T - 1)
+        best = np.argsort(-gain.mean(axis=1))[: self.looks // 8]
+        some = np.append(best, self.rng.choice(len(rows), min(len(rows), 1024), replace=False))
+        drawn = [(row, draw(gain[row] ** 2, 1, self.rng)[0]) for row in best]
+        left = self.looks - len(drawn)
+        for weight, count in (
+            (gain[some] ** 2, left // 3),
+            (gain[some] ** 2 / (nats[some, :-1] + 0.05), left - left // 3),
+        ):
+            spots = zip(*np.divmod(draw(weight, count, self.rng), weight.shape[1]), strict=True)
+            drawn += [(some[row], position) for row, position in spots]
+        loses = self._loses(nats, [(row, position + 1, kind) for kind, (row, position) in enumerate(drawn)])
+        suspects = [(abs(x).max(), row, p + 1, abs(x).argmax()) for x, (row, p) in zip(loses, drawn, strict=True)]
+        for number, cut, columns, _ in self.found:  # the exchanges were looks as well
+            gains = np.nan_to_num(abs(columns[2]))
+            suspects.append((gains.max(), number, cut, gains.argmax()))
+        self.asked["looks"] += len(drawn)
+        for loss, row, cut, position in sorted(suspects, key=lambda s: -s[0])[:SUSPECTS]:
+            if loss > SEEN:
+                self._confirm(nats, int(row), int(cut), int(position))
+
+    def _gain(self, nats):
+        """How much better each target is known than by its frequency alone, nats (n, T - 1); the last is no input."""
+        targets = self.rows[:, 1:]
+        counts = np.bincount(targets.reshape(-1), minlength=self.vocab_size) + 1.0
+        return np.maximum(1e-6, -np.log(counts / counts.sum())[targets] - nats)[:, :-1]
+
+    def _loses(self, nats, spots):
+        """What the true tokens before a cut lose when what comes from it on is exchanged: a (cut,) for each of spots.
+
+        spots: (row, cut, kind of exchange).
+        """
+        rows, length, loses = self.rows, self.rows.shape[1] - 1, []
+        if not spots:
+            return loses
+        others = self.rng.integers(0, len(rows), len(spots))
+        ids = [
+            exchanged(rows[row, :-1].astype(np.int32), cut, rows[other, :-1], self.vocab_size, kind, self.rng)
+            if cut < length else rows[row, :-1].astype(np.int32)
+            for (row, cut, kind), other in zip(spots, others, strict=True)
+        ]  # fmt: skip
+        batches = np.resize(ids, (-(-len(ids) // self.size) * self.size, length)).reshape(-1, self.size, length)
+        targets = rows[np.resize([row for row, *_ in spots], batches.shape[:2]), 1:].astype(np.int32)
+
+        def new_nats(logits, i):  # one row after the other, since float32 logits of a batch are large
+            picked = zip(logits, mx.array(targets[i])[..., None], strict=True)
+            return mx.stack([-mx.take_along_axis(log_probabilities(x), t, axis=-1)[:, 0] for x, t in picked])
+
+        found = np.concatenate([np.array(x) for x in self.ask(batches, new_nats)])
+        for (row, cut, _), new in zip(spots, found, strict=False):
+            finite(new[None, :cut])
+            loses.append(new[:cut] - np.minimum(nats[row, :cut], 50))
+        return loses
+
+    def _confirm(self, nats, row, cut, position):
+        """Refuse where what `position` loses is bound to the tokens from `cut` on: it does whatever they are, and not
+        where the first of them stays, or where the row's last token alone is another. What rounding flips is not bound.
+        """
+        last = self.rows.shape[1] - 2
+        spots = [(row, at, kind) for at, count in ((cut, 8), (cut + 1, 4), (last, 4)) for kind in range(count)]
+        loses = np.array([x[position] for x in self._loses(nats, spots)])
+        away, first_stays, last_alone = abs(loses[:8]), abs(loses[8:12]), abs(loses[12:])
+        if away.min() > SEEN and (first_stays.max() < SEEN / 3 or (last_alone.max() < SEEN / 3 and cut < last)):
+            self._refuse_causality(
+                f"the true token's loss there changes by {away.min():.1f} nats or more, whatever comes instead",
+                row, cut, position,
+            )  # fmt: skip
 
     def _refuse_causality(self, reason, row, cut, position):
         self._refuse(

@@ -231,6 +231,7 @@ class Evaluation:
     row_bits: np.ndarray  # float (n,), of each row
     seconds: float  # of the sums and the checks together
     check_seconds: float
+    asked: dict  # how many exchanges and looks, see examination.py
 
 
 @functools.cache
@@ -275,7 +276,9 @@ def evaluate_bpb(model, tokenizer, batch_size):
     row_bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
     bpb, stderr = bits_per_byte(row_bits, size)
     end = time.monotonic()
-    return Evaluation(bpb, stderr, counted.size, int(size.sum()), row_bits, end - start, checked + end - resumed)
+    return Evaluation(
+        bpb, stderr, counted.size, int(size.sum()), row_bits, end - start, checked + end - resumed, questions.asked
+    )
 
 
 def examine(model, rows, tokenizer, batch_size, split="validation"):
@@ -317,12 +320,12 @@ def rehearsal(model, tokenizer, batch_size, seconds):
             built = score_rows(model, first, tokenizer, batch_size)
             shaken = examination.shake(parameters)
             try:
-                asked(rows).before(start + seconds)
+                asked(rows).before(start + seconds - time.monotonic())
             except checks.Refused as refused:
                 if not (shaken and str(refused).startswith("finite: ")):
                     raise
                 examination.restore(parameters)  # shaken too much for this model: as it was built, then
-                asked(rows).before(start + seconds)
+                asked(rows).before(start + seconds - time.monotonic())
             examination.restore(parameters)
             asked(first).same_again(built)
         except (RuntimeError, MemoryError) as error:
@@ -621,6 +624,7 @@ class Run:
                 "sequence_length": self._stream.sequence_length if self._stream else None,
                 "eval_seconds": evaluation.seconds if evaluation else None,
                 "check_seconds": evaluation.check_seconds if evaluation else None,
+                "asked": evaluation.asked if evaluation else None,
                 "data_wait_seconds": self._stream.wait_seconds if self._stream else 0.0,
                 "epochs": self._stream.epochs if self._stream else 0.0,
                 "served_documents": len(served),

@@ -456,25 +456,25 @@ class UpdatesInPlace(LearnsWhileEvaluating):
 
 
 OTHERS = {
-    "statistics of the batch": ("rows", Network(V, [BatchStatistics])),
-    "attention across rows": ("rows", Network(V, [gallery.Attention, AcrossRows])),
-    "the row above": ("rows", Network(V, [RowAbove])),
-    "experts with a shared capacity": ("rows", Network(V, [SharedCapacity])),
-    "a row's number": ("order", Network(V, [RowNumber])),
-    "a count of calls": ("stateless", Network(V, [Calls])),
-    "a state carried on": ("stateless", Network(V, [CarriedState])),
-    "dropout that stays on": ("stateless", Network(V, [Dropout])),
-    "a cache that memorises": ("stateless", Memory(V)),
-    "counts while evaluating": ("stateless", CountsWhileEvaluating(V)),
-    "learns while evaluating": ("parameters", LearnsWhileEvaluating(V)),
-    "a parameter updated in place": ("parameters", UpdatesInPlace(V)),
+    "statistics of the batch": ("rows", lambda: Network(V, [BatchStatistics])),
+    "attention across rows": ("rows", lambda: Network(V, [gallery.Attention, AcrossRows])),
+    "the row above": ("rows", lambda: Network(V, [RowAbove])),
+    "experts with a shared capacity": ("rows", lambda: Network(V, [SharedCapacity])),
+    "a row's number": ("order", lambda: Network(V, [RowNumber])),
+    "a count of calls": ("stateless", lambda: Network(V, [Calls])),
+    "a state carried on": ("stateless", lambda: Network(V, [CarriedState])),
+    "dropout that stays on": ("stateless", lambda: Network(V, [Dropout])),
+    "a cache that memorises": ("stateless", lambda: Memory(V)),
+    "counts while evaluating": ("stateless", lambda: CountsWhileEvaluating(V)),
+    "learns while evaluating": ("parameters", lambda: LearnsWhileEvaluating(V)),
+    "a parameter updated in place": ("parameters", lambda: UpdatesInPlace(V)),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_knows_more_than_its_row_is_refused(tokenizer, name):
-    check, model = OTHERS[name]
-    refused(check, model, tokenizer)
+    check, make = OTHERS[name]
+    refused(check, make(), tokenizer)
 
 
 class FromNowOn:
@@ -1037,10 +1037,10 @@ def test_what_moved_most_counts_where_it_shows_in_every_other_row(again, found):
 
     questions = object.__new__(examination.Examination)
     questions.group, questions.found = 16, [answers(0, 0.5)] + [answers(0, 0.0)] * (PAIRS - 1)
-    questions._ask = lambda cuts, deadline, least: [answers(1 + i, moved) for i, moved in enumerate(again)]
+    questions._ask = lambda cuts: [answers(1 + i, moved) for i, moved in enumerate(again)]
     refusals = []
     questions._refuse_causality = lambda *what: refusals.append(what)
-    questions._most_moved(0)
+    questions._most_moved()
     assert found == bool(refusals)
     assert not found or ("in each of 2 rows" in refusals[0][0] and refusals[0][2:] == (32, 31))
 
