@@ -20,13 +20,16 @@ override COLUMN := $(value COLUMN)
 override PYTHON := $(value PYTHON)
 export DESC FOUND OPEN FILES COLUMN PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN WAIT
 
-.PHONY: help prepare bench setup baseline run verdict log-result discard results test lint clean
+.PHONY: help prepare check bench setup baseline run verdict log-result discard results test lint clean
 
 help:       ## list the targets
 	@scripts/help.sh
 
 prepare:    ## environment, dataset, tokenizer, token cache; nothing where all is there
 	@scripts/prepare.sh
+
+check:      ## ask the present train.py's model what a run asks it, without training: leaks, shape, memory
+	@scripts/check.sh
 
 bench:      ## profile the present train.py on this machine
 	@scripts/bench.sh

@@ -36,6 +36,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 import checks  # noqa: E402
 import data_sources  # noqa: E402
 import downloads  # noqa: E402
+import examination  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
 import token_cache  # noqa: E402
@@ -43,7 +44,7 @@ from data_sources import SPLITS, cache_dir, get_dataset  # noqa: E402
 from record import dataset_of_train  # noqa: E402
 from token_cache import TokenCache, Tokenizer, document_hash, not_prepared, write_token_cache  # noqa: E402
 
-HARNESS_MODULES = (sys.modules[__name__], token_cache, checks, data_sources)  # what is measured, and how
+HARNESS_MODULES = (sys.modules[__name__], token_cache, checks, examination, data_sources)  # what is measured, and how
 HARNESS_FILES = tuple(Path(module.__file__).resolve() for module in HARNESS_MODULES)
 HARNESS = record.code_hash(HARNESS_FILES)  # of the files that this process loaded, whatever happens to them later
 
@@ -250,6 +251,7 @@ class Evaluation:
     row_bits: np.ndarray  # float (n,), of each row
     seconds: float  # of the sums and the checks together
     check_seconds: float
+    asked: dict  # how many exchanges and looks, see examination.py
 
 
 @functools.cache
@@ -283,27 +285,77 @@ def evaluate_bpb(model, tokenizer, batch_size):
     with checks.harness_reads():
         rows = evaluation_rows(TokenCache.load(tokenizer.dataset), tokenizer.dataset)
     counted = tokenizer.token_bytes[rows[:, 1:]]  # (n, T)
-    examination = checks.Examination(
+    questions = examine(model, rows, tokenizer, batch_size)
+    with evaluation_mode(model):
+        questions.before()
+        checked = time.monotonic() - start
+        nats = score_rows(model, rows, tokenizer, batch_size)
+        resumed = time.monotonic()
+        questions.after(nats)
+    size = counted.sum(axis=1, dtype=np.int64)
+    row_bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
+    bpb, stderr = bits_per_byte(row_bits, size)
+    end = time.monotonic()
+    return Evaluation(
+        bpb, stderr, counted.size, int(size.sum()), row_bits, end - start, checked + end - resumed, questions.asked
+    )
+
+
+def examine(model, rows, tokenizer, batch_size, split="validation"):
+    """What asks the model about rows uint16 (n, T + 1) of a split beside their sums: an `Examination`."""
+    return examination.Examination(
         model=model,
         rows=rows,
         # On a GPU kernels may be compiled for a shape, so questions come in the evaluation's own.
         batch_size=batch_size if mx.default_device().type == mx.gpu else min(batch_size, 8),
         vocab_size=tokenizer.vocab_size,
-        bytes_per_token=counted.mean(),
+        bytes_per_token=tokenizer.token_bytes[rows[:, 1:]].mean(),
         ask=partial(answers, model, tokenizer.vocab_size),
         score=lambda rows, size: score_rows(model, rows, tokenizer, size),
+        split=split,
     )
-    with evaluation_mode(model):
-        examination.before()
-        checked = time.monotonic() - start
-        nats = score_rows(model, rows, tokenizer, batch_size)
-        resumed = time.monotonic()
-        examination.after(nats)
-    size = counted.sum(axis=1, dtype=np.int64)
-    row_bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
-    bpb, stderr = bits_per_byte(row_bits, size)
-    end = time.monotonic()
-    return Evaluation(bpb, stderr, counted.size, int(size.sum()), row_bits, end - start, checked + end - resumed)
+
+
+REHEARSED = 256  # rows, at most, that the dress rehearsal chooses from
+
+
+def rehearsal(model, tokenizer, batch_size, seconds):
+    """Ask a model that is built and not trained yet what the evaluation will ask it, in about `seconds` at most.
+
+    As many batches of the evaluation's size as it has in flight, on the weights as they are; then whether an
+    answer depends on later tokens, on other rows or on earlier calls, on weights that are shaken, since an
+    output that begins at zero hides a leak. All arrays are put back bit for bit, and MLX's random numbers.
+    The rows are of the training split. Raises `checks.Refused`.
+    """
+    if batch_size < 1:
+        sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
+    start, width = time.monotonic(), tokenizer.dataset.sequence_length + 1
+    with checks.harness_reads():
+        tokens = np.array(TokenCache.load(tokenizer.dataset).tokens("train")[: REHEARSED * width])
+    rows = np.resize(tokens, (max(2, len(tokens) // width), width))
+    first = np.resize(rows, (batch_size * len(compute_streams()), width))
+    asked = partial(examine, model, tokenizer=tokenizer, batch_size=batch_size, split="training")
+    with evaluation_mode(model), examination.put_back(model) as parameters:
+        try:
+            built = score_rows(model, first, tokenizer, batch_size)
+            shaken = examination.shake(parameters)
+            try:
+                asked(rows).before(start + seconds - time.monotonic())
+            except checks.Refused as refused:
+                if not (shaken and str(refused).startswith("finite: ")):
+                    raise
+                examination.restore(parameters)  # shaken too much for this model: as it was built, then
+                asked(rows).before(start + seconds - time.monotonic())
+            examination.restore(parameters)
+            asked(first).same_again(built)
+        except (RuntimeError, MemoryError) as error:
+            if not examination.OUT_OF_MEMORY.search(str(error) or "memory"):
+                error.add_note(f"(in the dress rehearsal, which calls the model with ids {(batch_size, width - 1)})")
+                raise
+            raise checks.Refused(
+                f"memory: an evaluation of {batch_size} x {width - 1} tokens at once does not fit ({error}). Lower the "
+                "batch size of the evaluation."
+            ) from error
 
 
 @contextmanager
@@ -326,7 +378,7 @@ def answers(model, vocab_size, batches, function):
         results = []
         for i, stream in enumerate(streams[: len(batches) - first], first):
             with mx.stream(stream):
-                results.append(function(checks.logits_of(model, mx.array(batches[i]), vocab_size), i))
+                results.append(function(examination.logits_of(model, mx.array(batches[i]), vocab_size), i))
         mx.async_eval(results)  # together, or the streams would work one after the other
         yield from ahead
         ahead = results
@@ -354,7 +406,7 @@ def score_rows(model, rows, tokenizer, batch_size):
     nats = []
     for batch in answers(model, tokenizer.vocab_size, batches[:, :, :-1], loss):
         nats.append(np.array(batch))
-        checks.finite(nats[-1])
+        examination.finite(nats[-1])
     return np.concatenate(nats)[:n]
 
 
@@ -372,6 +424,7 @@ def bits_per_byte(bits, size):
 
 # --- one run: its clock, its log, its end ----------------------------------------------------------
 
+CHECK_ONLY = "--check" in sys.argv[1:]  # `train.py --check`: the dress rehearsal alone
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
@@ -384,7 +437,7 @@ class Run:
         self.tokenizer = Tokenizer.load(self.dataset)
         self.cache = TokenCache.load(self.dataset)
         self.train_blob = record.blob_hash(record.ROOT / "train.py")
-        self.warm_up_seconds = 0.0
+        self.warm_up_seconds = self.rehearsal_seconds = 0.0
         self._stream = self._start = self._pending = None
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
         self._watch = machine.Watch()
@@ -419,8 +472,45 @@ class Run:
         if tree_digest(state) != before:
             sys.exit("error: the warm-up changed weights or optimizer state; put them back before the clock starts")
 
+    def rehearse(self, model, batch_size):
+        """Before the clock: ask the built model what it will be asked at the end, so that a fault costs seconds.
+
+        model, batch_size: as `finish` gets them. See `rehearsal`; its time counts neither as start-up nor as
+        budget. Exits with 2, after an invalid record, where a check refuses the model. Under `train.py --check`
+        the program ends here and leaves no record.
+        """
+        start, reason = time.monotonic(), None
+        try:
+            rehearsal(model, self.tokenizer, batch_size, max(examination.SECONDS, examination.SHARE * self.budget))
+        except checks.Refused as refused:
+            reason = f"{refused} (Found in the dress rehearsal, before training.)"
+        took = time.monotonic() - start
+        self.rehearsal_seconds += took
+        if CHECK_ONLY:
+            if reason:
+                print(f"error: this model is not valid. {reason}", file=sys.stderr)
+                sys.exit(2)
+            batch = f"{batch_size} x {self.dataset.sequence_length}"
+            print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
+            sys.exit(0)
+        if reason:
+            self._end(
+                reason,
+                evaluation=None,
+                model={"depth": 0, "dmodel_scale": 0.0, "num_params": 0},
+                training={
+                    **dict.fromkeys(["seconds", "avg_tok_sec", "training_peak_mb"], 0.0),
+                    **dict.fromkeys(["total_steps", "total_tokens", "tokens_per_step"], 0),
+                    "peak_memory_mb": mx.get_peak_memory() / 2**20,
+                    "startup_seconds": time.monotonic() - PROCESS_START,
+                },
+                machine={},
+            )
+
     def start_clock(self):
         """Begin the budget. Everything before was start-up: loading, building, compiling."""
+        if CHECK_ONLY:
+            sys.exit("error: train.py does not call run.rehearse(model, batch_size) before run.start_clock()")
         if self._start is not None:
             raise RuntimeError("the clock runs already")
         gc.collect()
@@ -501,7 +591,8 @@ class Run:
         try:
             checks.paused(seen["paused_seconds"], self.budget)
             checks.clock(seconds, self._clocks)
-            checks.start_up(startup_seconds - self.warm_up_seconds, taken * steps / max(tokens, 1))
+            startup = startup_seconds - self.warm_up_seconds - self.rehearsal_seconds
+            checks.start_up(startup, taken * steps / max(tokens, 1))
             checks.budget(self.budget, seconds, step_ends)
             evaluation = evaluate_bpb(model, Tokenizer.load(self.dataset), batch_size)
             self._verifier.join()
@@ -509,8 +600,30 @@ class Run:
             checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, checks.definitions(*HARNESS_MODULES))
         except checks.Refused as refused:
             reason = str(refused)
-        if reason:
-            evaluation = None
+        self._end(
+            reason,
+            evaluation=None if reason else evaluation,
+            model={
+                **config,
+                "dmodel_scale": (config["n_embd"] / 768) ** -0.5,
+                "num_params": sum(p.size for _, p in tree_flatten(parameters)) if parameters else 0,
+            },
+            training={
+                "seconds": seconds,
+                "total_steps": steps,
+                "total_tokens": tokens,
+                "tokens_per_step": tokens // max(steps, 1),
+                "avg_tok_sec": tokens / seconds,
+                "training_peak_mb": train_peak / 2**20,
+                "peak_memory_mb": max(startup_peak, train_peak, mx.get_peak_memory()) / 2**20,
+                "startup_seconds": startup_seconds,
+            },
+            machine=seen,
+        )
+
+    def _end(self, reason, evaluation, model, training, machine):
+        """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run."""
+        served = self._stream.served() if self._stream else np.empty(0, np.uint64)
         written = record.write(
             train=self.train_blob,
             commit=record.git("rev-parse", "--verify", "HEAD"),
@@ -522,31 +635,22 @@ class Run:
             seed=self.seed,
             budget=self.budget,
             device=self.device,
-            model={
-                **config,
-                "dmodel_scale": (config["n_embd"] / 768) ** -0.5,
-                "num_params": sum(p.size for _, p in tree_flatten(parameters)) if parameters else 0,
-            },
+            model=model,
             training={
-                "seconds": seconds,
+                **training,
                 "total_seconds": time.monotonic() - PROCESS_START,
-                "startup_seconds": startup_seconds,
                 "warm_up_seconds": self.warm_up_seconds,
-                "total_steps": steps,
-                "total_tokens": tokens,
-                "tokens_per_step": tokens // max(steps, 1),
+                "rehearsal_seconds": self.rehearsal_seconds,
                 "sequence_length": self._stream.sequence_length if self._stream else None,
-                "avg_tok_sec": tokens / seconds,
-                "training_peak_mb": train_peak / 2**20,
-                "peak_memory_mb": max(startup_peak, train_peak, mx.get_peak_memory()) / 2**20,
                 "eval_seconds": evaluation.seconds if evaluation else None,
                 "check_seconds": evaluation.check_seconds if evaluation else None,
+                "asked": evaluation.asked if evaluation else None,
                 "data_wait_seconds": self._stream.wait_seconds if self._stream else 0.0,
                 "epochs": self._stream.epochs if self._stream else 0.0,
                 "served_documents": len(served),
                 "served_checksum": checks.checksum(served),
             },
-            machine=seen,
+            machine=machine,
             result={
                 "val_bpb": evaluation.bpb if evaluation else None,
                 "val_bpb_stderr": evaluation.stderr if evaluation else None,

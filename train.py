@@ -553,6 +553,7 @@ def main():
     shape = (DEVICE_BATCH_SIZE, config.sequence_length + 1)
     example = [mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)]
     run.warm_up(partial(step.warm_up, example), step.state)
+    run.rehearse(step.model, EVAL_BATCH_SIZE)
 
     run.start_clock()
     n = 0

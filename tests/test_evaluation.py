@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import checks
+import examination
 import prepare
 
 V = 512
@@ -135,21 +135,20 @@ def test_a_batch_without_rows_is_refused_in_one_line(tokenizer):
 
 def test_the_standard_error_of_rows_of_one_size_is_that_of_a_mean():
     """Rows of equal bytes: the ratio is a mean, whose error is known in closed form."""
-    nats = np.random.default_rng(0).normal(100.0, 7.0, 400)
-    bpb, stderr = prepare.bits_per_byte(nats, np.full(400, 50))
-    bits = nats / math.log(2) / 50
-    assert bpb == pytest.approx(bits.mean(), rel=1e-12)
-    assert stderr == pytest.approx(bits.std(ddof=1) / 20, rel=1e-12)
-    assert stderr == pytest.approx(7.0 / math.log(2) / 50 / 20, rel=0.1)
+    bits = np.random.default_rng(0).normal(100.0, 7.0, 400)
+    bpb, stderr = prepare.bits_per_byte(bits, np.full(400, 50))
+    assert bpb == pytest.approx(bits.mean() / 50, rel=1e-12)
+    assert stderr == pytest.approx(bits.std(ddof=1) / 20 / 50, rel=1e-12)
+    assert stderr == pytest.approx(7.0 / 50 / 20, rel=0.1)
 
 
 def test_the_standard_error_is_the_spread_of_many_repetitions():
     """Rows of unequal bytes, and a loss that grows with them: the spread over 4000 draws of such data."""
     rng = np.random.default_rng(1)
     size = rng.integers(20, 200, (4000, 64))
-    nats = 0.9 * size + rng.normal(0, 0.3, size.shape) * size
-    found = np.array([prepare.bits_per_byte(n, s) for n, s in zip(nats, size, strict=True)])
-    assert found[:, 0].mean() == pytest.approx(0.9 / math.log(2), rel=3e-3)
+    bits = 0.9 * size + rng.normal(0, 0.3, size.shape) * size
+    found = np.array([prepare.bits_per_byte(n, s) for n, s in zip(bits, size, strict=True)])
+    assert found[:, 0].mean() == pytest.approx(0.9, rel=3e-3)
     assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.05)
 
 
@@ -162,9 +161,9 @@ def test_the_error_covers_the_difference_between_halves(tokenizer):
     """Of the real thing: two halves of the rows differ by a few errors, not by many."""
     rows, model = rows_of(tokenizer), gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V)
     sizes = tokenizer.token_bytes[rows[:, 1:]]
-    nats = prepare.score_rows(model, rows, tokenizer, 16).sum(axis=1, where=sizes > 0)
+    bits = prepare.score_rows(model, rows, tokenizer, 16).sum(axis=1, where=sizes > 0) / math.log(2)
     order = np.random.default_rng(0).permutation(len(rows))
-    halves = [prepare.bits_per_byte(nats[part], sizes[part].sum(axis=1)) for part in np.array_split(order, 2)]
+    halves = [prepare.bits_per_byte(bits[part], sizes[part].sum(axis=1)) for part in np.array_split(order, 2)]
     assert abs(halves[0][0] - halves[1][0]) < 4 * math.hypot(halves[0][1], halves[1][1])
 
 
@@ -172,19 +171,20 @@ def test_the_error_covers_the_difference_between_halves(tokenizer):
 
 
 def test_the_checks_ask_little_where_there_is_much_to_evaluate(tokenizer):
-    """Counted in rows, since time is not the same twice: a fortieth and six batches of a large evaluation."""
+    """Counted in rows, since time is not the same twice: a twentieth and five batches of a large evaluation."""
     for n in (100, 10_240):
         rows, asked = np.resize(rows_of(tokenizer), (n, 65)), []
 
         def ask(batches, function, asked=asked):
             asked += [len(batch) for batch in batches]
-            return [(mx.zeros((16, 64)), mx.zeros((16, 64, 2)), mx.zeros((64, 2)))] * len(batches)
+            logits = [mx.zeros((len(batch), 64, V)) for batch in batches[:1]] * len(batches)
+            return [function(x, i) for i, x in enumerate(logits)]
 
         def score(rows, size, asked=asked):
             asked.append(len(rows))
-            return np.ones((len(rows), 64), np.float32)
+            return np.ones((len(rows), 64), np.float32) * math.log(V)
 
-        examination = checks.Examination(None, rows, 16, V, 1.0, ask, score)
-        examination.before()
-        examination.after(np.ones((n, 64), np.float32))
-        assert sum(asked) <= max(256 + 6 * 16, n // 40 + 6 * 16)
+        questions = examination.Examination(None, rows, 16, V, 1.0, ask, score)
+        questions.before()
+        questions.after(np.full((n, 64), math.log(V), np.float32))
+        assert sum(asked) <= max(examination.EXCHANGES[0] + examination.LOOKS[0], n // 20) + 5 * 16

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gallery import HONEST, Network
 
-import checks
+import examination
 import prepare
 
 V = 512
@@ -156,10 +156,10 @@ def test_rounding_stays_far_from_what_is_refused(tokenizer, monkeypatch):
     def note(moved, information, gain, nats_per_bit, reach, floor=None):
         seen.append((np.nanmean(moved), np.nanmean(information) / nats_per_bit))
 
-    monkeypatch.setattr(checks, "judge", note)
+    monkeypatch.setattr(examination, "judge", note)
     prepare.evaluate_bpb(NAMED["bfloat16, an FFT, 8 layers"](tokenizer), tokenizer, 8)
     moved, information = np.max(seen, axis=0)
-    assert 0 < moved < checks.MOVED / 10 and 0 < information < checks.LEAK / 3
+    assert 0 < moved < examination.MOVED / 10 and 0 < information < examination.LEAK / 3
 
 
 @pytest.mark.parametrize("seed", [1, 6])

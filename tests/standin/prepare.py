@@ -1,16 +1,14 @@
-"""A stand-in for the harness: the same record and the same interface to scripts/, and nothing learnt.
+"""A stand-in for the harness: the same record, written by record.py, and nothing learnt.
 
 For tests of what surrounds a run. tests/test_night.py uses the real one.
 """
 
-import hashlib
-import json
-import os
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+
+import record
 
 START = time.monotonic()
 DATA = Path(__file__).resolve().parent / "data"
@@ -26,32 +24,27 @@ def is_prepared(dataset):
     return dataset.name == "stdlib"
 
 
-def finish(val_bpb=1.5, tok_sec=1000.0, stderr=0.0, **changes):
+def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, **changes):
     """Write the record of a run that took no time. `changes` replace top-level fields."""
-    train = Path(sys.argv[0]).read_bytes()
-    record = {
-        "format_version": 1,
-        "run_id": os.urandom(8).hex(),
-        "pid": os.getpid(),
-        "ppid": os.getppid(),
-        "timestamp": datetime.now().astimezone().isoformat(),
+    budget, seed = record.settings()
+    content = {
         "status": "valid",
         "reason": None,
-        "commit": os.popen("git rev-parse -q --verify HEAD 2>/dev/null").read().strip() or None,
-        "train_blob": hashlib.sha1(b"blob %d\0" % len(train) + train).hexdigest(),
         "harness": "h" * 64,
         "dataset": "stdlib",
         "token_cache": "t" * 64,
-        "seed": int(os.environ["AUTORESEARCH_SEED"]),
-        "budget": float(os.environ["AUTORESEARCH_BUDGET"]),
-        "device": {"name": "abacus", "memory_gb": 1, "mlx": "0"},
-        "model": {"depth": 1},
+        "seed": seed,
+        "budget": budget,
+        "device": {"name": "abacus", "memory_gb": 1, "mlx": "0", "backend": "cpu"},
+        "model": {"depth": 1, "num_params": 1000, "dmodel_scale": 1.0},
         "training": {
             "seconds": 1.0,
             "total_seconds": time.monotonic() - START,
             "startup_seconds": 0.0,
             "total_steps": 10,
             "total_tokens": 10,
+            "tokens_per_step": 1,
+            "sequence_length": 1,
             "avg_tok_sec": tok_sec,
             "training_peak_mb": 100.0,
             "peak_memory_mb": 1536.0,
@@ -60,30 +53,18 @@ def finish(val_bpb=1.5, tok_sec=1000.0, stderr=0.0, **changes):
             "data_wait_seconds": 0.0,
             "epochs": 0.1,
         },
-        "result": {"val_bpb": val_bpb, "val_bpb_stderr": stderr},
-        "curve": {},
+        "machine": machine or {"load": [0.0, 0.0], "cores": 2, "other_cores": 0.0, "paused_seconds": 0.0},
+        "result": {"val_bpb": val_bpb, "val_bpb_stderr": 0.0},
+        "curve": curve or {},
         **changes,
     }
-    if record["status"] != "valid":
-        record["result"] = {"val_bpb": None, "val_bpb_stderr": None}
-    record.setdefault("seal", seal(record))
-    DATA.mkdir(exist_ok=True)
-    text = json.dumps(record)
-    name, number = f"run_{datetime.now():%Y%m%d_%H%M%S}", 1
-    while (archive := DATA / (name + (f"_{number}" if number > 1 else "") + ".json")).exists():
-        number += 1
-    archive.write_text(text)
-    (DATA / "new.tmp").write_text(text)
-    (DATA / "new.tmp").replace(DATA / "last_run.json")
-    print(f"---\nval_bpb: {val_bpb}")
-    if record["status"] != "valid":
-        print(f"error: this run is not valid. {record['reason']}", file=sys.stderr)
+    if content["status"] != "valid":
+        content["result"] = {"val_bpb": None, "val_bpb_stderr": None}
+    train = content.pop("train_blob", record.blob_hash(record.ROOT / "train.py"))
+    commit = content.pop("commit", record.git("rev-parse", "-q", "--verify", "HEAD"))
+    record.tell(record.write(train, commit, **content))
+    if content["status"] != "valid":
         sys.exit(2)
-
-
-def seal(record):
-    content = {key: value for key, value in record.items() if key != "seal"}
-    return hashlib.sha256(("autoresearch" + json.dumps(content, sort_keys=True)).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Build the model of the present train.py and ask it what a run asks before its budget: whether logits depend on
+# later tokens, on other rows or on earlier calls, and whether one batch of the evaluation fits. Nothing is trained.
+#
+# usage: make check [WAIT=1]
+#
+# exit: 0 passed · 1 refused or failed, and why · 2 the model is not valid, and why
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+export_settings
+same_dataset
+need_python
+take_lock
+exec "${LAUNCH[@]}" train.py --check

@@ -1,0 +1,255 @@
+"""The dress rehearsal: what is wired wrongly costs seconds, not the budget, and nothing of it stays behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import gallery
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import test_cheats
+import test_honest
+from gallery import Network
+
+import checks
+import examination
+import prepare
+import record
+import train
+
+V = 512
+
+
+def rehearse(model, tokenizer, batch_size=8):
+    prepare.rehearsal(model, tokenizer, batch_size, examination.SECONDS)
+
+
+def begins_at_zero(mixes):
+    """The outputs of every part and of the whole are zero, as many models begin."""
+    network = Network(V, mixes)
+    for mix in network.mixes:
+        mix.wo = mx.zeros_like(mix.wo)
+    network.mlps = [(up, mx.zeros_like(down)) for up, down in network.mlps]
+    network.head = mx.zeros_like(network.head)
+    return network
+
+
+@pytest.mark.parametrize("name", test_cheats.SEES_LATER)
+def test_a_model_that_sees_later_tokens_is_refused_before_it_is_trained(tokenizer, name):
+    for make in (lambda mixes: Network(V, mixes), begins_at_zero):
+        with pytest.raises(checks.Refused, match="^causality: .*Look for"):
+            rehearse(make(test_cheats.SEES_LATER[name]), tokenizer)
+
+
+@pytest.mark.parametrize("name", test_cheats.OTHERS)
+def test_what_knows_more_than_its_row_is_refused_as_well(tokenizer, name):
+    with pytest.raises(checks.Refused, match="^(rows|order|stateless|parameters): "):
+        rehearse(test_cheats.OTHERS[name][1](), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(test_cheats.UNFIT) - {"NaN for some tokens"})
+)  # which may not be asked about
+def test_so_is_what_is_no_distribution(tokenizer, name):
+    check, model = test_cheats.UNFIT[name]
+    with pytest.raises(checks.Refused, match=f"^{check}: "):
+        rehearse(model, tokenizer)
+
+
+@pytest.mark.parametrize("name", test_honest.NAMED)
+def test_an_honest_model_passes(tokenizer, name):
+    rehearse(test_honest.NAMED[name](tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("mix", gallery.HONEST)
+def test_so_does_one_whose_outputs_begin_at_zero(tokenizer, mix):
+    rehearse(begins_at_zero([mix, mix]), tokenizer)
+
+
+class Parts(nn.Module):
+    """Frozen, private, nested and shared arrays, of several types; and something that must stay positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.dropout = nn.Embedding(V, 16), nn.Dropout(0.5)
+        self.out = mx.zeros((V, 16))
+        self.layers = [{"gain": mx.zeros(16), "half": mx.zeros((16, 16), mx.bfloat16)} for _ in range(2)]
+        self.width = mx.full((16,), 1e-3)
+        self.shared, self._table, self.steps = self.out, mx.zeros((3, 3)), mx.array(7)
+        self.negative_zero = mx.array([-0.0, 0.0])
+
+    def __call__(self, ids):
+        x = self.dropout(self.embedding(ids) * mx.log(self.width) * mx.sqrt(self.width))
+        for layer in self.layers:
+            x = x + layer["gain"] * (x @ layer["half"].astype(mx.float32))
+        return x @ self.out.T
+
+
+def contents(model):
+    arrays = {name: a for name, a in nn.utils.tree_flatten(dict(model.state)) if isinstance(a, mx.array)}
+    return {name: (a.dtype, np.array(mx.view(mx.atleast_1d(a), mx.uint8)).tobytes()) for name, a in arrays.items()}
+
+
+def test_all_is_put_back_bit_for_bit(tokenizer):
+    mx.random.seed(11)
+    model, asked = Parts().train(), []
+    before, random = contents(model), mx.random.state[0].tolist()
+    shaken = examination.shake
+
+    def shake(pairs):
+        shaken(pairs)
+        asked.append(contents(model))
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examination, "shake", shake)
+        rehearse(model, tokenizer)
+    (during,) = asked
+    moved = {name for name in before if during[name] != before[name]}
+    assert {"out", "layers.0.gain", "layers.1.half", "width", "shared"} <= moved and "_table" not in moved
+    assert contents(model) == before
+    assert model.training and model.dropout.training
+    assert mx.random.state[0].tolist() == random
+
+
+def test_a_refused_model_is_put_back_too(tokenizer):
+    model = begins_at_zero([test_cheats.NoMask])
+    with pytest.raises(checks.Refused):
+        rehearse(model, tokenizer)
+    assert not mx.any(model.head) and not mx.any(model.mixes[0].wo)
+
+
+def test_training_goes_on_as_if_nothing_had_been_asked(tokenizer):
+    def losses(asked):
+        mx.random.seed(3)
+        _, schedule, step = train.build(V, 64)
+        if asked:
+            rehearse(step.model, tokenizer)
+        batch = mx.random.randint(0, V, (4, 65))
+        found = []
+        for n in range(3):
+            schedule.set(n, n / 3)
+            found.append(step([batch]).item())
+        return found
+
+    assert losses(asked=True) == losses(asked=False)
+
+
+class RemembersWeights:
+    """Keeps a transposed copy of its weight from the first call on."""
+
+    def __init__(self):
+        self.weight, self.embedding, self.kept = mx.zeros((V, 16)), mx.random.normal((V, 16)), None
+
+    def __call__(self, ids):
+        if self.kept is None:
+            self.kept = self.weight.T + 0
+        return self.embedding[ids] @ (self.weight.T + self.kept)
+
+
+class TrainsInItsFirstCall(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = mx.zeros(V)
+        self._called = False
+
+    def __call__(self, ids):
+        if not self._called:
+            self.bias, self._called = self.bias + mx.arange(V) / V, True
+        return mx.broadcast_to(self.bias, (*ids.shape, V))
+
+
+def test_a_model_that_trains_in_a_call_is_refused_however_it_is_wrapped(tokenizer):
+    wrapped = TrainsInItsFirstCall()
+    for model in (TrainsInItsFirstCall(), lambda ids: wrapped(ids), TrainsInItsFirstCall().__call__):
+        with pytest.raises(checks.Refused, match="^parameters: .*bias is not what it was"):
+            rehearse(model, tokenizer)
+
+
+def test_what_is_out_of_memory_is_told_as_that(tokenizer):
+    def model(ids):
+        raise RuntimeError("[malloc] Unable to allocate 99999999 bytes.")
+
+    with pytest.raises(checks.Refused, match="^memory: an evaluation of 8 x 64 tokens"):
+        rehearse(model, tokenizer)
+
+
+def test_an_error_of_the_model_itself_comes_through(tokenizer):
+    def model(ids):
+        raise ValueError("shapes (8, 64) and (4, 64)")
+
+    with pytest.raises(ValueError, match="shapes"):
+        rehearse(model, tokenizer)
+
+
+# --- in a run --------------------------------------------------------------------------------------
+
+TRAIN = """
+DATASET = "files"
+import prepare
+import mlx.core as mx
+run = prepare.Run(DATASET)
+mx.random.seed(1)
+table = mx.random.normal((512, 512))
+def honest(ids): return table[ids]
+def leaking(ids): return table[mx.roll(ids, -1, axis=1)]
+batches = run.batches(4)
+{rehearse}
+run.start_clock()
+print("trained")
+while run.training():
+    next(batches)
+    run.log_step(mx.array(6.2))
+run.finish(honest, 16, {{"depth": 1, "n_embd": 64}})
+"""
+
+
+@pytest.fixture
+def program(small, tmp_path):
+    """program(rehearse, *words): (result, record or None) of a train.py with that line, run with the real harness."""
+
+    def program(rehearse, *words):
+        for path in (*prepare.HARNESS_FILES, prepare.record.ROOT / "record.py", prepare.record.ROOT / "machine.py"):
+            shutil.copy(path, tmp_path)
+        with (tmp_path / "data_sources.py").open("a") as out:
+            out.write(test_cheats.SIZES)
+        (tmp_path / "train.py").write_text(TRAIN.format(rehearse=rehearse))
+        done = subprocess.run(
+            [sys.executable, "train.py", *words], cwd=tmp_path, env={**os.environ, "AUTORESEARCH_BUDGET": "0.3"},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        left = tmp_path / "data" / "last_run.json"
+        return done, json.loads(left.read_text()) if left.exists() else None
+
+    return program
+
+
+def test_a_leak_ends_the_run_before_it_trains_with_an_invalid_record(program):
+    done, left = program("run.rehearse(leaking, 16)")
+    assert done.returncode == 2 and "trained" not in done.stdout
+    assert left["status"] == "invalid" and left["reason"].startswith("causality: ") and record.seal_fits(left)
+    assert "before training" in left["reason"] and left["training"]["total_steps"] == 0
+    assert done.stderr == f"error: this run is not valid. {left['reason']}\n"
+
+
+def test_its_time_counts_neither_as_start_up_nor_as_budget(program):
+    done, left = program("import time\nrun.rehearse(lambda ids: (time.sleep(0.02), table[ids])[1], 16)")
+    assert done.returncode == 0, done.stderr
+    training = left["training"]
+    assert training["rehearsal_seconds"] > 0.1 and training["seconds"] < 0.3 + training["rehearsal_seconds"]
+    assert training["startup_seconds"] > training["rehearsal_seconds"]
+
+
+def test_the_check_alone_says_one_line_and_leaves_nothing(program):
+    done, left = program("run.rehearse(honest, 16)", "--check")
+    assert done.returncode == 0 and left is None and "trained" not in done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("check: ") and " passed in " in line]
+    done, left = program("run.rehearse(leaking, 16)", "--check")
+    assert done.returncode == 2 and left is None
+    assert done.stderr.startswith("error: this model is not valid. causality: ")
+    done, left = program("", "--check")
+    assert done.returncode == 1 and "does not call run.rehearse" in done.stderr and done.stderr.count("\n") == 1
