@@ -11,6 +11,7 @@ opinion either: whether a difference is enough to keep a change is decided in sc
 
 import ast
 import base64
+import errno
 import fcntl
 import functools
 import hashlib
@@ -89,6 +90,8 @@ def append(path, text, header=""):
     """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new and not path.stat().st_mode & 0o222:  # root could write it all the same
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
@@ -97,7 +100,7 @@ def append(path, text, header=""):
         content = (header + text).encode()
         try:
             if os.write(descriptor, content) < len(content):
-                raise OSError(28, os.strerror(28))  # ENOSPC
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             to_disk(descriptor)
         except OSError as error:
             os.ftruncate(descriptor, size)

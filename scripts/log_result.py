@@ -7,6 +7,7 @@ was cut short is completed by the next one, and nothing is written twice.
 """
 
 import argparse
+import errno
 import os
 from datetime import datetime
 
@@ -24,12 +25,14 @@ def log(args):
         if unfinished := attempt.get("logging") and not attempt.get("logged"):
             intent = attempt
         else:
+            refuse_read_only(sitting)
             refuse_untruthful(args.status, attempt)
             intent = intended(sitting, attempt, args)
             sitting.note("logging", id=attempt["id"], **intent)
         rows = sitting.rows()[0]
         if len(rows) < intent["row"]:
             record.append(sitting.table, intent["line"] + "\n", HEADER + "\n")
+            sitting.link()
         journal = JOURNAL / f"log_{datetime.now():%Y-%m-%d}.md"
         journals = JOURNAL.glob("log_*.md") if unfinished else ()
         if not any(attempt["id"] in path.read_text("utf-8", "replace") for path in journals):
@@ -45,6 +48,12 @@ def log(args):
     print(f"journal: {shown(journal)}")
 
 
+def refuse_read_only(sitting):
+    """Nothing is begun that could not be ended."""
+    if sitting.table.exists() and not sitting.table.stat().st_mode & 0o222:
+        raise PermissionError(errno.EACCES, "read-only", str(session.LINK))
+
+
 def refuse_untruthful(status, attempt):
     """What the row would say must be what happened, and be said once."""
     outcome = attempt["status"]
@@ -53,7 +62,7 @@ def refuse_untruthful(status, attempt):
     if outcome == "running":
         raise Refused("the run has not ended yet")
     if outcome in ("interrupted", "paused"):
-        raise Refused(f"the run has no result ({attempt['reason']}), and that is not the experiment's fault: make run")
+        raise Refused(f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run")
     if status == "crash" and outcome == "valid":
         raise Refused("the run was valid, so it is no crash: STATUS=keep or STATUS=discard")
     if status != "crash" and outcome != "valid":

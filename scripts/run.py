@@ -279,7 +279,7 @@ def outcome(attempt, pid, code, late, wall, found, before):
     if told < wall - 5 - 0.02 * wall:
         return "invalid", (
             f"{wall - told:.0f} s of {wall:.0f} passed that the run does not account for. Look for work above "
-            "`import prepare`, for work after run.finish(), for a clock that stood still."), found  # fmt: skip
+            "`import prepare`, for work after run.finish(); or its clock stood still."), found  # fmt: skip
     return "valid", None, found
 
 

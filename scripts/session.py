@@ -65,6 +65,7 @@ class Session:
         target = os.path.relpath(self.table, ROOT)
         if LINK.is_symlink():
             if os.readlink(LINK) == target:
+                self.restore()
                 return
             LINK.unlink()
         elif LINK.exists():
@@ -76,9 +77,18 @@ class Session:
                 aside = record.free_name(STORE, "results", ".tsv")
                 LINK.rename(aside)
                 say(f"note: results.tsv was another file than this session's table; it is now {shown(aside)}")
+        self.restore()
         LINK.symlink_to(target)
         if HOME != ROOT and not (ROOT / "internal").exists():
             (ROOT / "internal").symlink_to(HOME / "internal")
+
+    def restore(self):
+        """Write a table that is lost anew, from what was noted when its rows were logged."""
+        logged = self.logged()
+        if logged and not self.table.exists():
+            lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in self.completed())]
+            record.write_atomically(self.table, "\n".join(lines) + "\n")
+            say("note: results.tsv was missing, and is restored from what was logged")
 
     def rows(self):
         """The rows of the table, and what is wrong with it: a line that is none does not count."""
@@ -148,11 +158,15 @@ class Session:
                 rows[event["row"]] = event
         return rows
 
+    def completed(self):
+        """The ids of the runs whose logging was completed."""
+        return {event["id"] for event in self.events() if event["event"] == "logged"}
+
     def candidate(self):
         """The newest run of this session's own making that is no repeat of the reference alone."""
         own = [a for a in self.attempts() if a["role"] != "reference"]
         if not own:
-            raise Refused("no run yet in this session: make run")
+            raise Refused(f"no run yet in '{self.tag}': make run, or go back to the session whose run you mean")
         return own[-1]
 
     def reference(self, rows, head=None):
@@ -256,6 +270,9 @@ def run_command(function, *arguments):
         sys.exit(f"error: {refused}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody listens any more; the work is done all the same
+    except PermissionError as error:
+        name = shown(Path(error.filename or "data"))
+        sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
         sys.exit(f"error: {error.filename or 'writing'}: {error.strerror or error}; mend that, and run the same again")
     except KeyboardInterrupt:

@@ -138,6 +138,6 @@ def can_be_a_row(sitting, attempt, rows):
     if attempt["status"] != "valid":
         return False
     try:
-        return verdict.of_attempt(sitting, attempt, rows)[0].word != "again"
+        return verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, rows))[0].word != "again"
     except Refused:
         return False

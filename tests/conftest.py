@@ -18,7 +18,8 @@ import data_sources  # noqa: E402
 import prepare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ["Makefile", "scripts", "record.py", "pyproject.toml", "requirements.lock", "requirements-cuda.lock", ".gitignore"]
+OURS = ["Makefile", "scripts", "record.py", "pyproject.toml", "requirements.lock", "requirements-cuda.lock"]
+OURS.append(".gitignore")
 STANDIN = Path(__file__).parent / "standin" / "prepare.py"
 
 
@@ -82,6 +83,20 @@ class Checkout:
         lines = (self.path / "results.tsv").read_text().splitlines()
         assert lines[0] == "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
         return [line.split("\t") for line in lines[1:]]
+
+    @property
+    def events(self):
+        """What was noted of the newest session that has anything noted."""
+        files = (self.path / "data" / "sessions").glob("*/events.jsonl")
+        newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+        return [json.loads(line) for line in newest.read_text().splitlines()]
+
+    @property
+    def attempt(self):
+        """The newest run: how it began and, where it ended, how."""
+        begun = [event for event in self.events if event["event"] == "begin"][-1]
+        ends = [e for e in self.events if e["event"] == "end" and e["id"] == begun["id"]]
+        return {"status": "running", **begun} | (ends[0] if ends else {})
 
     @property
     def journal(self):

@@ -1,6 +1,5 @@
 """results.tsv and the journal: true to the record, each run once, and no row ever lost."""
 
-import json
 import re
 import resource
 import subprocess
@@ -33,7 +32,7 @@ def test_a_row_and_an_entry_from_the_record(ran):
     entry = ran.journal.split("\n## ")[2]
     for text in (
         "2. keep: warmer",
-        "val_bpb 1.400000 (-0.100000), 1100 tok/s (+10.0 %), 1.5 GB, 10 steps",
+        "val_bpb 1.400000 (-0.100000), 1100 tok/s (+10.0 %), 1 run against 1, 1.5 GB, 10 steps",
         "verdict against",
         "keep (val_bpb improved",
         f"- t, commit {head}, ",
@@ -100,7 +99,10 @@ def test_the_archive_serves_when_last_run_is_of_something_else(ran):
 
 def test_a_lost_table_comes_back(ran):
     before = table(ran)
-    (ran.path / "results.tsv").unlink()
+    (ran.path / "results.tsv").unlink()  # a link: the table itself is out of a reset's reach
+    ran.script("results", check=0)
+    assert table(ran) == before
+    (ran.path / "data" / "sessions" / "t" / "results.tsv").unlink()
     assert "missing" in ran.script("results", check=0).stderr
     assert ran.script("verdict", check=0).stdout.startswith("keep\nrule     val_bpb improved")
     log(ran)
@@ -108,8 +110,10 @@ def test_a_lost_table_comes_back(ran):
 
 
 def test_a_table_that_never_was(ran):
-    for name in ("results.tsv", "data/results_copy.tsv"):
-        (ran.path / name).unlink()
+    (ran.path / "results.tsv").unlink()
+    for path in (ran.path / "data" / "sessions" / "t").iterdir():
+        path.unlink()
+    ran.make("run", "AGAIN=1", check=0)
     log(ran)
     assert [row[5] for row in ran.rows] == ["warmer"]
     assert "002" in ran.refs("t")  # the first experiment's ref is not taken
@@ -161,7 +165,7 @@ def test_a_read_only_table_refuses_and_the_same_command_completes(ran):
 @pytest.mark.parametrize("full_at", ["results.tsv", "journal"])
 def test_a_full_disk_loses_nothing_and_the_same_command_completes(ran, full_at):
     # a limit on file sizes fails as a full disk does: in the middle of a write
-    grown = ran.path / "results.tsv"
+    grown = (ran.path / "results.tsv").resolve()
     if full_at == "journal":
         grown = next((ran.path / "internal" / "log").iterdir())
     line = b"abc1234\t1.900000\t1.5\t1000\tdiscard\t" if full_at == "results.tsv" else b"prose "
@@ -195,11 +199,9 @@ def test_two_at_once_log_one_row(ran):
 
 def test_appends_from_many_processes_lose_no_row(checkout):
     code = """
-import sys
-sys.path.insert(0, "scripts")
-import records
+import sys, record
 for n in range(50):
-    records.append(records.RESULTS, f"{sys.argv[1]} {n}\\n", "head\\n")
+    record.append(record.ROOT / "results.tsv", f"{sys.argv[1]} {n}\\n", "head\\n")
 """
     (checkout.path / "results.tsv").write_text("head\n")
     command = [checkout.env["PYTHON"], "-c", code]
@@ -212,11 +214,9 @@ for n in range(50):
 def test_log_result_that_was_killed_half_way_is_completed(ran):
     """Whatever step it reached: the state on disk as after a kill just before the end."""
     log(ran)
-    path = ran.path / "data" / "attempt.json"
-    state = json.loads(path.read_text())
+    path = ran.path / "data" / "sessions" / "t" / "events.jsonl"
     whole = table(ran), ran.journal, ran.refs("t")
-    del state["log_complete"]
-    path.write_text(json.dumps(state))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     log(ran, desc="said again")
     assert (table(ran), ran.journal, ran.refs("t")) == whole
     assert "logged already" in log(ran, check=1).stderr
@@ -230,8 +230,8 @@ def test_a_baseline_with_another_budget_begins_a_new_table(checkout):
     old = table(checkout)
     done = checkout.make("baseline", check=0)
     assert [row[5] for row in checkout.rows] == ["baseline"]
-    assert [p.read_bytes() for p in (checkout.path / "data").glob("results_2*.tsv")] == [old]
-    assert "results_2" in done.stdout
+    assert [p.read_bytes() for p in (checkout.path / "data" / "sessions" / "main").glob("results_2*.tsv")] == [old]
+    assert "results_2" in done.stderr
 
 
 def test_a_baseline_that_crashes_is_not_logged(checkout):
@@ -245,8 +245,8 @@ def test_results_are_aligned_and_the_best_is_marked(session):
     session.experiment("prepare.finish(1.41, 1500)", "keep", "faster")
     session.experiment("raise SystemExit(1)", "crash", "no luck")
     lines = session.make("results", check=0).stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "3", "4"]
+    assert [line.split()[0].rstrip("*!") for line in lines[1:5]] == ["1", "2", "3", "4"]
     assert [n for n, line in enumerate(lines[1:5], 1) if "*" in line] == [2]
     words = ["baseline", "better", "faster", "no luck"]
     assert len({line.index(word) for line, word in zip(lines[1:5], words, strict=True)}) == 1
-    assert lines[5] == "* best of 3 kept, 4 tried"
+    assert lines[5].startswith("* best of 3 kept, 4 tried")

@@ -16,7 +16,7 @@ HANG = "import time\nwhile True: time.sleep(0.05)"
 
 
 def attempt(checkout):
-    return json.loads((checkout.path / "data" / "attempt.json").read_text())
+    return checkout.attempt
 
 
 def wait_for(condition, what, seconds=20):
@@ -68,9 +68,9 @@ os.replace('pids.new', 'pids')
 
 
 def test_a_valid_run(session):
-    done = session.experiment("print('noise ' * 99)\nprepare.finish(1.4, 1100)")
+    done = session.experiment("print('clutter ' * 99)\nprepare.finish(1.4, 1100)")
     assert done.returncode == 0
-    assert len(done.stdout.splitlines()) <= 15 and done.stderr == "" and "noise" not in done.stdout
+    assert len(done.stdout.splitlines()) <= 15 and done.stderr == "" and "clutter" not in done.stdout
     for line in (
         "val_bpb             1.400000  -0.100000",
         "peak_memory_mb        1536.0  +0.0",
@@ -80,7 +80,7 @@ def test_a_valid_run(session):
         "verdict  keep: val_bpb improved, throughput fell by at most 15 %",
     ):
         assert line in done.stdout.splitlines(), done.stdout
-    assert "noise" in (session.path / "run.log").read_text()
+    assert "clutter" in (session.path / "run.log").read_text()
     state = attempt(session)
     assert (state["status"], state["commit"]) == ("valid", session.git("rev-parse", "HEAD"))
 
