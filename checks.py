@@ -6,14 +6,17 @@ casual shortcuts.
 """
 
 import contextvars
+import functools
 import hashlib
 import inspect
 import os
 import sys
+import sysconfig
 import time
 from contextlib import contextmanager
 from functools import partial
 
+import mlx.core
 import numpy as np
 
 from examination import Refused
@@ -86,6 +89,26 @@ def budget(budget, seconds, step_ends):
         )
 
 
+UNTRAINED = 0.9  # of the entropy of single tokens, which a model that has learnt nothing yet does not reach
+COUNTED = 2**22  # tokens of the training split, by which that is known
+
+
+def first_loss(loss, cache):
+    """Training began at the beginning. loss: nats per token, of the first step."""
+    counts = np.bincount(cache.tokens("train")[:COUNTED])
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(shares * np.log(shares)).sum()
+    if loss < UNTRAINED * entropy:
+        raise Refused(
+            f"start-up: the first step's loss is {loss:.2f} nats per token; who knows how often each token comes, and "
+            f"nothing else, has {entropy:.2f}. What is learnt from text is learnt within the budget, from this run's "
+            "stream alone. Look for weights of an earlier run, tables counted at start-up, training before the clock "
+            "starts, steps that are not logged; or for a loss in another unit."
+        )
+
+
+# --- its data ----------------------------------------------------------------------------------------
+
 _harness_reads = contextvars.ContextVar("_harness_reads", default=False)
 
 
@@ -99,43 +122,89 @@ def harness_reads():
         _harness_reads.reset(token)
 
 
-class HeldOutWatch:
-    """Notes in `opened` who opens held-out data: its files by any name, or `data_sources.documents`.
+MANY = 3  # sources of the library that may be read and not imported: a traceback shows some
 
-    It sees what Python opens, and cannot be taken off again.
+
+class HeldOutWatch:
+    """Notes in `opened` who opens what a run must not read, and cannot be taken off again.
+
+    That is held-out data, its files by any name or `data_sources.documents`; the texts that the dataset was made
+    from, which hold it too; weights of earlier runs. It sees what Python opens, what `mx.load` does, and the words
+    of a command that is started.
     """
 
-    def __init__(self, paths):
-        self.opened = []
-        self._files = {(s.st_dev, s.st_ino) for s in map(os.stat, paths)}
+    def __init__(self, dataset, cache):
+        self.opened, self._sources, files = [], set(), cache.files("val") + cache.files("test")
+        self._files = {(s.st_dev, s.st_ino) for s in map(os.stat, files)}
+        texts = {"stdlib": sysconfig.get_paths()["stdlib"], "files": os.environ.get("AUTORESEARCH_FILES")}
+        self._texts = os.path.realpath(texts.get(dataset.name) or cache.folder.parent) + os.sep
+        self._suffixes = (".py",) if dataset.name == "stdlib" else (".parquet", ".jsonl", ".txt")
+        self._words = tuple(path.name for path in files)
         sys.addaudithook(self._note)
 
     def _note(self, event, args):
-        if event not in ("open", "data_sources.documents") or _harness_reads.get():
+        if event not in ("open", "data_sources.documents", "subprocess.Popen", "os.system", "os.posix_spawn"):
             return
-        if event == "open":
-            try:
-                status = os.stat(args[0])
-            except (OSError, TypeError, ValueError):
-                return
-            if (status.st_dev, status.st_ino) in self._files:
-                self.opened.append(os.path.basename(os.fsdecode(args[0])))
-        elif args[1] != "train":
-            self.opened.append(f"the documents of '{args[1]}'")
+        if _harness_reads.get():
+            return
+        try:
+            if event == "open":
+                self._note_file(args[0], os.stat(args[0]))
+            elif event == "data_sources.documents":
+                self.opened += [f"the documents of '{args[1]}'"] if args[1] != "train" else []
+            else:
+                words = " ".join(map(str, args[1])) if event != "os.system" else os.fsdecode(args[0])
+                self.opened += [f"{name} (by a command)" for name in self._words if name in words][:1]
+        except (OSError, TypeError, ValueError):
+            return
+
+    def _note_file(self, name, status):
+        if (status.st_dev, status.st_ino) in self._files:
+            self.opened.append(os.path.basename(os.fsdecode(name)))
+            return
+        path = name if isinstance(name, str) else os.fsdecode(name) if isinstance(name, (bytes, os.PathLike)) else ""
+        if path.endswith(self._suffixes) and os.path.realpath(path).startswith(self._texts):
+            self._sources.add(os.path.realpath(path))
+        elif path.endswith((".safetensors", ".npz", ".gguf")):
+            self.opened.append(f"{os.path.basename(path)}, weights that this run did not train,")
+
+    def strange(self):
+        """What was opened and may not be. Python itself reads the library's files when it imports them."""
+        imported = {os.path.realpath(getattr(m, "__file__", None) or "") for m in list(sys.modules.values())}
+        texts = [path for path in sorted(self._sources - imported) if "site-packages" not in path]
+        if len(texts) > (MANY if self._suffixes == (".py",) else 0):
+            return [*self.opened, f"{os.path.basename(texts[0])}, a text that the dataset was made from,"]
+        return self.opened
+
+
+def _audited(load):
+    """`load`, whose file is read by C++, so that a `HeldOutWatch` sees it as what Python opens."""
+
+    @functools.wraps(load)
+    def audited(file, *args, **kwargs):
+        if isinstance(file, (str, os.PathLike)):
+            sys.audit("open", os.fspath(file), "r", 0)
+        return load(file, *args, **kwargs)
+
+    return audited
+
+
+mlx.core.load = _audited(mlx.core.load)
 
 
 def data(served, cache, changed_file, opened):
     """What was trained on is the training split as it was prepared, and nothing held out.
 
     served: content hashes uint64 (n,) of the documents that the run's stream handed out.
-    changed_file: `cache.changed_file()`. opened: see `HeldOutWatch`.
+    changed_file: `cache.changed_file()`. opened: `HeldOutWatch.strange()`.
     """
     if changed_file:
         raise Refused(f"data: {changed_file} is not as it was prepared. Restore it, or delete it and run make prepare.")
     if opened:
         raise Refused(
-            f"data: {opened[0]} was opened during the run; validation and test are the harness's alone. Look for code "
-            "that reads another split than 'train'."
+            f"data: {opened[0]} was opened during the run. Validation and test are the harness's alone, and what is "
+            "learnt from text is learnt from this run's stream. Look for code that reads another split than 'train', "
+            "other text, or weights of an earlier run."
         )
     if not len(served):
         raise Refused("data: no batch was taken from run.batches(). Look for a loop that trains on other data.")
@@ -155,9 +224,12 @@ def checksum(served):
 
 
 def definitions(*modules):
-    """{name: (function, its code)} of every function and method that the modules define."""
+    """{name: what it is} of every function and method that the modules define, and of their constants."""
     found = {}
     for module in modules:
+        for name, value in vars(module).items():
+            if name.isupper():
+                found[f"{module.__name__}.{name}"] = repr(value)
         owners = {module.__name__: module}
         owners |= {f"{module.__name__}.{k}": v for k, v in vars(module).items() if inspect.isclass(v)}
         for prefix, owner in owners.items():

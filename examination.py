@@ -15,12 +15,14 @@ import time
 import types
 from contextlib import contextmanager, suppress
 
-import mlx.core as mx
+import mlx.core
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-CLOCK = time.monotonic  # bound here, so that whoever replaces it later does not reach this
+# Bound here, so that whoever replaces one of them later does not reach this.
+CLOCK = time.monotonic
+mx = types.SimpleNamespace(**vars(mlx.core))
 
 
 class Refused(Exception):
@@ -87,7 +89,10 @@ def arrays_of(model):
             inner = {"func": value.func, "args": value.args, "keywords": value.keywords}
         elif isinstance(value, types.MethodType):
             inner = {"": value.__self__, value.__func__.__name__: value.__func__}
-        elif isinstance(value, types.FunctionType):
+        elif not isinstance(value, types.FunctionType):
+            call = vars(type(value)).get("__call__")  # what it names may hold more
+            inner |= {"__call__": call} if isinstance(call, types.FunctionType) else {}
+        else:
             for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
                 with suppress(ValueError):  # nothing in it yet
                     inner[name] = cell.cell_contents
@@ -148,7 +153,7 @@ def restore(pairs):
 def shake(pairs):
     """Fill in what is weak: arrays near zero hide behind them what a trained model would use.
 
-    pairs: (array, what it held). A matrix is filled up to the usual 1 / sqrt(inputs), a vector or a number to a
+    pairs: (array, what it held). A matrix is filled up to 1 / sqrt(its smaller side), a vector or a number to a
     tenth. What is strong stays as it was built, so that nothing is driven out of the range that it was made for;
     what is of one sign keeps that. Returns whether anything was changed.
     """
@@ -157,7 +162,7 @@ def shake(pairs):
         if not array.size or not mx.issubdtype(array.dtype, mx.floating):
             continue
         values = old.astype(mx.float32)
-        missing = (array.shape[-1] ** -0.5 if array.ndim > 1 else 0.1) - mx.sqrt(mx.mean(values**2)).item()
+        missing = (min(array.shape[-2:]) ** -0.5 if array.ndim > 1 else 0.1) - mx.sqrt(mx.mean(values**2)).item()
         if missing > 0:  # not where it is not finite
             noise = missing * mx.random.normal(array.shape)
             lowest, highest = values.min().item(), values.max().item()
@@ -206,7 +211,7 @@ AGAIN = 3  # rows in which those are asked about again
 SHOWN = 0.1**2  # by which they must move in each
 SEEN = 0.3  # nats that a true token loses by an exchange, where it is asked about again in the same row
 SUSPECTS = 6  # so many at most
-STEADY = 16  # batches of the same rows that must agree before anything else than that is named
+STEADY = 64  # batches of the same rows that must agree before anything else than that is named
 
 
 def judge(moved, information, gain, nats_per_bit, reach, floor=None):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gallery
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from gallery import WIDTH, Mix, Network, later
@@ -343,6 +344,42 @@ def test_a_leak_of_a_thousandth_of_a_bit_is_refused(tokenizer, leak, dtype, monk
     refused("causality", leaking(high), tokenizer, 16)
 
 
+# --- leaks that are rare, and whole where they are ---------------------------------------------------
+#
+# Each shows the next token at the places in `where`, which are drawn until val_bpb falls by 0.01 or more.
+
+
+def after_tokens(ids, chosen):
+    return chosen[ids]
+
+
+def in_rows_that_begin_with(ids, chosen):
+    return mx.broadcast_to(chosen[ids[:, 1:2]], ids.shape)
+
+
+def at_positions(ids, chosen):
+    return mx.broadcast_to(chosen[: ids.shape[1]], ids.shape)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("where", [after_tokens, in_rows_that_begin_with, at_positions])
+def test_a_rare_leak_of_a_hundredth_of_a_bit_is_refused(tokenizer, where, seed):
+    model, rng = gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V), np.random.default_rng(seed)
+    rows = prepare.evaluation_rows(prepare.TokenCache.load(tokenizer.dataset), tokenizer.dataset)
+    size, ids = tokenizer.token_bytes[rows[:, 1:]], mx.array(rows[:, :-1].astype(np.int32))
+    nats, chosen = prepare.score_rows(model, rows, tokenizer, 16), np.zeros(V, bool)
+    for choice in rng.permutation(62 if where is at_positions else np.unique(rows[:, 1])):
+        chosen[choice] = True
+        if nats[np.array(where(ids, mx.array(chosen))) & (size > 0)].sum() / math.log(2) / size.sum() >= 0.01:
+            break
+
+    def leaking(ids):
+        return model(ids) + 20 * is_next(ids) * where(ids, mx.array(chosen))[..., None]
+
+    assert unchecked(leaking, tokenizer) < unchecked(model, tokenizer) - 0.009
+    refused("causality", leaking, tokenizer)
+
+
 # --- models that know other rows, or earlier calls -------------------------------------------------
 
 
@@ -405,6 +442,23 @@ class Dropout(Mix):
         return x * mx.random.bernoulli(0.8, x.shape) @ self.wo
 
 
+class StochasticDepth(Mix):
+    """Leaves a layer out, now and then, for all rows of a call."""
+
+    def __call__(self, x, ids):
+        return x @ self.wo * (mx.random.uniform() > 0.1)
+
+
+class RunningMeanOfCalls(Mix):
+    """Takes off a mean that goes on with every call."""
+
+    mean = 0
+
+    def __call__(self, x, ids):
+        self.mean = 0.9 * self.mean + 0.1 * mx.stop_gradient(x.mean(axis=(0, 1)))
+        return (x - 3 * self.mean) @ self.wo
+
+
 class Memory:
     """Remembers every row that it is shown, and knows how it goes on when it is shown again."""
 
@@ -464,6 +518,8 @@ OTHERS = {
     "a count of calls": ("stateless", lambda: Network(V, [Calls])),
     "a state carried on": ("stateless", lambda: Network(V, [CarriedState])),
     "dropout that stays on": ("stateless", lambda: Network(V, [Dropout])),
+    "stochastic depth": ("stateless", lambda: Network(V, [gallery.Attention, StochasticDepth])),
+    "a running mean": ("stateless", lambda: Network(V, [gallery.Attention, RunningMeanOfCalls])),
     "a cache that memorises": ("stateless", lambda: Memory(V)),
     "counts while evaluating": ("stateless", lambda: CountsWhileEvaluating(V)),
     "learns while evaluating": ("parameters", lambda: LearnsWhileEvaluating(V)),
@@ -570,6 +626,8 @@ def outcome(small, tmp_path, monkeypatch):
         monkeypatch.setattr(records, name, tmp_path / "data")
     monkeypatch.setattr(prepare, "PROCESS_START", time.monotonic())
     monkeypatch.setattr(checks, "SLACK", 0.2)
+    defined = checks.definitions(*prepare.HARNESS_MODULES)
+    monkeypatch.setattr(prepare, "DEFINED", {name: defined[name] for name in defined if name != "prepare.DEFINED"})
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "0.3")
 
     def outcome(loop):
@@ -591,7 +649,7 @@ def train(run, batches, seconds=0.01):
     while run.training():
         next(batches)
         time.sleep(seconds)
-        run.log_step(mx.array(3.0))
+        run.log_step(mx.array(6.2))
 
 
 def refused_loop(check, outcome, loop):
@@ -642,6 +700,16 @@ READS = {
     "a copy of it": lambda run: shutil.copy(run.cache.folder / "val_tokens.npy", run.cache.folder.parent / "mine"),
     "its descriptor": lambda run: os.close(os.open(run.cache.folder / "test_tokens.npy", os.O_RDONLY)),
     "the texts": lambda run: data_sources.documents(run.dataset, "val"),
+    "the file itself, by MLX": lambda run: mx.load(str(run.cache.folder / "val_tokens.npy")),
+    "a copy by a command": lambda run: subprocess.run(
+        ["cp", run.cache.folder / "val_tokens.npy", run.cache.folder.parent / "mine"]
+    ),
+    "a copy by the shell": lambda run: os.system(f"cat '{run.cache.folder}/test_tokens.npy' > /dev/null"),
+    "what the dataset was made from": lambda run: Path(os.environ["AUTORESEARCH_FILES"], "texts.jsonl").read_text(),
+    "weights of an earlier run": lambda run: [
+        mx.save_safetensors(str(run.cache.folder.parent / "old.safetensors"), {"a": mx.zeros(1)}),
+        mx.load(str(run.cache.folder.parent / "old.safetensors")),
+    ],
     "a packed stream of it": lambda run: prepare.packed_rows(
         run.cache.tokens("val"), run.cache.offsets("val"), range(9), 65
     ),
@@ -649,7 +717,9 @@ READS = {
 
 
 @pytest.mark.parametrize("name", READS)
-def test_a_loop_that_reads_another_split_is_refused(outcome, name):
+def test_a_loop_that_reads_another_split_is_refused(outcome, small_files, monkeypatch, name):
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+
     def loop(run, batches):
         READS[name](run)
         train(run, batches)
@@ -677,14 +747,30 @@ def test_the_harness_itself_may_evaluate_during_training(outcome):
     assert outcome(loop)[0] == 0
 
 
+def test_of_the_library_only_what_is_imported_may_be_read(small):
+    """The dataset `stdlib` is made of the files that Python itself reads when it imports them."""
+    watch = checks.HeldOutWatch(data_sources.DATASETS["stdlib"], prepare.TokenCache.load(small))
+    for path in data_sources.stdlib_files()[:300]:
+        if str(path) in {getattr(module, "__file__", None) for module in list(sys.modules.values())}:
+            path.read_bytes()
+    assert not watch.strange()
+    with checks.harness_reads():
+        next(iter(data_sources.stdlib_documents()))
+    assert not watch.strange()
+    for _ in zip(range(40), data_sources.stdlib_documents(), strict=False):
+        pass
+    assert "a text that the dataset was made from" in watch.strange()[0]
+
+
 def test_a_stream_of_held_out_documents_is_refused(outcome, tmp_path):
     def loop(run, batches):
         doctored = tmp_path / "doctored"
         doctored.mkdir()
         for kind in ("tokens", "offsets", "hashes", "pieces"):
             for split in ("val", "test", "train"):
-                source, target = run.cache.folder / f"{'val' if split == 'train' else split}_{kind}.npy", doctored
-                subprocess.run(["cp", source, target / f"{split}_{kind}.npy"], check=True)
+                source = run.cache.folder / f"{'val' if split == 'train' else split}_{kind}.npy"
+                with checks.harness_reads():  # unseen, as a child of the process might
+                    shutil.copy(source, doctored / f"{split}_{kind}.npy")
         meta = {**run.cache.meta, "train": run.cache.meta["val"]}
         run._stream = prepare.Batches(prepare.TokenCache(doctored, meta), 4, 64, 0)
         train(run, run._stream)
@@ -706,7 +792,7 @@ def test_a_loop_with_data_of_its_own_is_refused(outcome):
         run.start_clock()
         while run.training():
             time.sleep(0.01)
-            run.log_step(mx.array(3.0))
+            run.log_step(mx.array(6.2))
 
     assert "no batch was taken" in refused_loop("data", outcome, loop)
 
@@ -726,7 +812,7 @@ def test_a_loop_that_goes_on_after_the_budget_is_refused(outcome):
         while run.elapsed() < 0.7:
             next(batches)
             time.sleep(0.01)
-            run.log_step(mx.array(3.0))
+            run.log_step(mx.array(6.2))
 
     assert "over by more than one step" in refused_loop("budget", outcome, loop)
 
@@ -743,7 +829,7 @@ def test_a_loop_whose_last_step_holds_many_is_refused(outcome):
     def loop(run, batches):
         train(run, batches)
         time.sleep(0.6)  # this step may not excuse itself
-        run.log_step(mx.array(3.0))
+        run.log_step(mx.array(6.2))
 
     refused_loop("budget", outcome, loop)
 
@@ -783,7 +869,7 @@ def test_a_loop_that_meddles_with_the_clock_is_refused(outcome, trick):
             for _ in range(10):
                 next(batches)
                 time.sleep(0.1)
-                run.log_step(mx.array(3.0))
+                run.log_step(mx.array(6.2))
             run.finish(lambda ids: mx.zeros((*ids.shape, V)), 16, {"depth": 1, "n_embd": 64})
 
     assert "by another one" in refused_loop("clock", outcome, loop)
@@ -798,7 +884,7 @@ def test_a_clock_that_is_right_again_in_time_does_not_help(outcome):
                 assert run.training()
                 next(batches)
                 time.sleep(0.1)
-                run.log_step(mx.array(3.0))
+                run.log_step(mx.array(6.2))
 
     refused_loop("budget", outcome, loop)
 
@@ -810,6 +896,50 @@ def test_training_before_the_clock_starts_is_refused(outcome):
         train(run, batches)
 
     assert "before run.start_clock()" in refused_loop("start-up", outcome, loop)
+
+
+@pytest.mark.parametrize("loss, valid", [(6.9, True), (5.6, True), (4.7, False), (1.7, False)])
+def test_who_knows_more_at_the_first_step_than_how_often_tokens_come_is_refused(outcome, loss, valid):
+    def loop(run, batches):
+        run.start_clock()
+        while run.training():
+            next(batches)
+            time.sleep(0.01)
+            run.log_step(mx.array(loss))
+
+    if valid:
+        assert outcome(loop)[0] == 0
+    else:
+        assert f"the first step's loss is {loss:.2f}" in refused_loop("start-up", outcome, loop)
+
+
+class Pending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = mx.zeros(V)
+        self._average = [mx.zeros(V)]
+
+    def __call__(self, ids):
+        return mx.broadcast_to(self.bias + self._average[0], (*ids.shape, V))
+
+
+@pytest.mark.parametrize("where", ["a parameter", "what is private", "what a function encloses"])
+def test_work_that_is_pending_at_the_end_belongs_into_the_budget(outcome, where):
+    """MLX is lazy: what is not evaluated in the loop would be in the evaluation."""
+
+    def loop(run, batches):
+        train(run, batches)
+        model, late = Pending(), mx.random.uniform(shape=(6_000_000,))
+        for _ in range(4):
+            late = mx.sort(1 - late * late)
+        if where == "a parameter":
+            model.bias = late[:V]
+        else:
+            model._average[0] = late[:V]
+        called = model if where != "what a function encloses" else lambda ids: model(ids)
+        run.finish(called, 16, {"depth": 1, "n_embd": 64})
+
+    refused_loop("budget", outcome, loop)
 
 
 def test_a_start_up_of_two_minutes_is_refused(outcome, monkeypatch):
@@ -842,6 +972,23 @@ def test_a_loop_that_replaces_a_part_of_the_harness_is_refused(outcome, monkeypa
         run.finish(lambda ids: mx.zeros((*ids.shape, V)), 16, {"depth": 1, "n_embd": 64})
 
     assert name in refused_loop("harness", outcome, loop)
+
+
+@pytest.mark.parametrize("module, name, value", [(examination, "LEAK", 1e9), (checks, "STARTUP", 10**6)])
+def test_so_is_one_that_sets_a_constant_of_the_harness(outcome, monkeypatch, module, name, value):
+    def loop(run, batches):
+        monkeypatch.setattr(module, name, value)
+        train(run, batches)
+
+    assert name in refused_loop("harness", outcome, loop)
+
+
+def test_functions_of_mlx_that_a_loop_replaces_do_not_reach_the_metric(outcome, monkeypatch):
+    def loop(run, batches):
+        monkeypatch.setattr(mx, "logsumexp", lambda x, axis=-1, **more: mx.zeros(x.shape[:-1]))
+        train(run, batches)
+
+    assert outcome(loop)[2]["result"] == outcome(train)[2]["result"]
 
 
 def test_bytes_that_tokens_do_not_have_are_not_counted(outcome):
@@ -884,7 +1031,7 @@ run.start_clock()
 pathlib.Path("checks.py").write_text("")
 while run.training():
     next(batches)
-    run.log_step(mx.array(3.0))
+    run.log_step(mx.array(6.2))
 run.finish(lambda ids: mx.zeros((*ids.shape, run.tokenizer.vocab_size)), 16, {"depth": 1, "n_embd": 64})
 """
 
