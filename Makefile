@@ -6,7 +6,8 @@
 #   DATASET   stdlib, climbmix, tinystories or files (prepare, setup)
 #   FILES     the folder of text for DATASET=files (prepare); COLUMN: which column of it holds the text (text)
 #   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (600); SEED (42)
-#   AGAIN     1: run a train.py that was run before; WAIT=1: wait for another run to end
+#   AGAIN     1: run the same train.py again, REFERENCE=1 the last kept one, PAIR=1 both in turn; N: so many runs
+#   WAIT      1: wait for another run on this machine to end
 #   TAG       the session's name (setup)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
 #   PYTHON    an interpreter that has the packages; without it .venv is built and used
@@ -18,7 +19,7 @@ override OPEN := $(value OPEN)
 override FILES := $(value FILES)
 override COLUMN := $(value COLUMN)
 override PYTHON := $(value PYTHON)
-export DESC FOUND OPEN FILES COLUMN PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN WAIT
+export DESC FOUND OPEN FILES COLUMN PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN REFERENCE PAIR N WAIT
 
 .PHONY: help prepare check bench setup baseline run verdict log-result discard results test lint clean
 

@@ -11,9 +11,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import FOLDER, ROOT, new_checkout
+from conftest import FOLDER, HARNESS, new_checkout
 
-HARNESS = ["prepare.py", "checks.py", "data_sources.py", "train.py"]
 TINY = {
     "DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "TOTAL_BATCH_SIZE": "2**9",
     "DEVICE_BATCH_SIZE": 4, "EVAL_BATCH_SIZE": 16, "MATRIX_LR": 1e-4, "EMBEDDING_LR": 1e-3, "HEAD_LR": 1e-5,
@@ -33,9 +32,7 @@ def set_constants(text, **values):
 def laboratory(tmp_path_factory):
     """A checkout of the whole project with a small preset, its dataset prepared."""
     folder = tmp_path_factory.mktemp("night")
-    missing = [name for name in HARNESS if not (ROOT / name).exists()]
-    assert not missing, missing
-    checkout = new_checkout(folder / FOLDER, folder / "home", [ROOT / name for name in HARNESS])
+    checkout = new_checkout(folder / FOLDER, folder / "home", HARNESS)
     train = checkout.path / "train.py"
     train.write_text(set_constants(train.read_text(), **TINY))
     sources = checkout.path / "data_sources.py"

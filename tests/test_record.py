@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 import prepare
+import record
 
 ROOT = Path(prepare.__file__).parent
 
@@ -27,36 +28,35 @@ def refusal(work, *arguments):
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """A data/ of this test's own."""
-    monkeypatch.setattr(prepare, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr(record, "DATA", tmp_path / "data")
+    monkeypatch.setattr(record, "STORE", tmp_path / "data")
     return tmp_path / "data"
 
 
-def sealed(**content):
-    return {**content, "seal": prepare.seal(content)}
+def write(**content):
+    return record.write("b" * 40, None, **content)
 
 
 # A process that forks: each child writes records until it is killed, at a moment that a seed decides.
 # Meanwhile, and afterwards, whatever stands under the record's name is read.
 KILLED = """
 import json, os, pathlib, random, signal, sys, time
-import prepare
+import record
 
-prepare.DATA_DIR = pathlib.Path(sys.argv[1])
-last, chance, seen, rounds = prepare.DATA_DIR / "last_run.json", random.Random(0), [], 40
+record.DATA = record.STORE = pathlib.Path(sys.argv[1])
+last, chance, seen, rounds = record.DATA / "last_run.json", random.Random(0), [], 40
 curve = {"step": list(range(200)), "loss": [chance.random() for _ in range(200)]}
 
 def read():
-    record = json.loads(last.read_text())
-    assert record["seal"] == prepare.seal(record) and len(record["curve"]["loss"]) == 200
-    return record["number"]
+    found = json.loads(last.read_text())
+    assert record.seal_fits(found) and len(found["curve"]["loss"]) == 200
+    return found["number"]
 
 for i in range(rounds):
     child = os.fork()
     if not child:
         for number in range(i * 10**6, (i + 1) * 10**6):
-            record = {"number": number, "curve": curve}
-            record["seal"] = prepare.seal(record)
-            prepare.write_record(record)
+            record.write("b" * 40, None, number=number, curve=curve)
     end = time.monotonic() + chance.uniform(0.005, 0.04)
     while time.monotonic() < end:
         if last.exists():
@@ -66,9 +66,8 @@ for i in range(rounds):
     if last.exists():
         seen.append(read())
 assert seen == sorted(seen)  # the old one or the new one: never an older one
-for archive in prepare.DATA_DIR.glob("run_*.json"):
-    record = json.loads(archive.read_text())
-    assert record["seal"] == prepare.seal(record)
+for archive in record.STORE.glob("run_*.json"):
+    assert record.seal_fits(json.loads(archive.read_text()))
 print(len({number // 10**6 for number in seen}), len(set(seen)))
 """
 
@@ -84,42 +83,40 @@ def test_a_record_is_whole_whenever_the_run_is_killed(tmp_path):
 
 def test_a_record_has_a_twin_and_none_is_overwritten(data):
     for number in range(4):  # within the same second, mostly
-        prepare.write_record(sealed(number=number))
+        write(number=number)
         assert json.loads((data / "last_run.json").read_text())["number"] == number
     archives = [json.loads(path.read_text())["number"] for path in data.glob("run_*.json")]
     assert sorted(archives) == [0, 1, 2, 3]
     assert len(list(data.iterdir())) == 5  # and nothing temporary
 
 
-def test_the_seal_fits_this_record_alone():
-    record = sealed(val_bpb=1.25, curve={"loss": [3.0, 2.0]}, dataset="stdlib")
-    assert prepare.seal(record) == record["seal"]
-    read = json.loads(json.dumps(record, indent=1))
-    assert prepare.seal(read) == record["seal"]
-    assert prepare.seal({**record, "val_bpb": 1.24}) != record["seal"]
-    assert prepare.seal({**record, "more": None}) != record["seal"]
+def test_the_seal_fits_this_record_alone(data):
+    written = write(val_bpb=1.25, curve={"loss": [3.0, 2.0]}, dataset="stdlib")
+    assert record.seal_fits(written) and record.seal_fits(json.loads(json.dumps(written, indent=1)))
+    assert not record.seal_fits({**written, "val_bpb": 1.24}) and not record.seal_fits({**written, "more": None})
 
 
 def test_a_full_disk_leaves_the_old_record(full_disk, monkeypatch):
-    monkeypatch.setattr(prepare, "DATA_DIR", full_disk / "data")
-    prepare.write_record(sealed(number=1))
+    monkeypatch.setattr(record, "DATA", full_disk / "data")
+    monkeypatch.setattr(record, "STORE", full_disk / "data")
+    write(number=1)
     (full_disk / "filler").write_bytes(bytes(250_000))
-    assert "No space left on device" in refusal(prepare.write_record, sealed(number=2, text="x" * 100_000))
+    assert "No space left on device" in refusal(lambda: write(number=2, text="x" * 100_000))
     assert json.loads((full_disk / "data" / "last_run.json").read_text())["number"] == 1
     assert len(list((full_disk / "data").iterdir())) == 2
 
 
 def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_record(data, tmp_path, monkeypatch):
-    prepare.write_record(sealed(number=1))
+    write(number=1)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert "No space left on device" in refusal(prepare.write_record, sealed(number=2))
+    assert "No space left on device" in refusal(lambda: write(number=2))
     assert json.loads((data / "last_run.json").read_text())["number"] == 1
     assert len(list(data.iterdir())) == 2
 
 
 def test_a_file_in_the_place_of_data_is_said(data):
     data.write_text("in the way")
-    assert "data" in refusal(prepare.write_record, sealed(number=1))
+    assert "data" in refusal(lambda: write(number=1))
     assert data.read_text() == "in the way"
 
 
@@ -198,13 +195,13 @@ def test_a_batch_size_that_does_not_divide_is_refused_before_anything_is_trained
 
 RECORD = {
     "": "format_version run_id pid ppid timestamp status reason commit train_blob harness dataset token_cache seed "
-    "budget device model training result curve seal",
+    "budget device model training machine result curve seal",
     "device": "name memory_gb os python mlx backend blas",
     "model": "depth n_embd dmodel_scale num_params vocab_size sequence_length",
     "training": "seconds total_seconds startup_seconds total_steps total_tokens avg_tok_sec training_peak_mb "
     "peak_memory_mb eval_seconds check_seconds data_wait_seconds epochs",
-    "result": "val_bpb val_bpb_stderr",
-    "curve": "step seconds loss tok_sec memory_mb",
+    "result": "val_bpb val_bpb_stderr eval_bytes row_bits",
+    "curve": "steps_per_bin seconds loss tok_sec memory_mb",
 }
 SUMMARY = (
     "val_bpb training_seconds total_seconds train_peak_mb peak_memory_mb eval_seconds total_tokens_M avg_tok_sec "
@@ -221,21 +218,26 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     monkeypatch.setattr(train, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 2 * 4 * 64)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4)
+    monkeypatch.setattr(prepare, "DEFINED", prepare.checks.definitions(*prepare.HARNESS_MODULES))
     train.main()
-    record = json.loads((data / "last_run.json").read_text())
+    found = json.loads((data / "last_run.json").read_text())
     for part, names in RECORD.items():
-        found = record[part] if part else record
-        assert not set(names.split()) - set(found), part
-    assert record["status"] == "valid" and record["seal"] == prepare.seal(record)
-    assert record["train_blob"] == prepare.git_blob_hash(ROOT / "train.py")
-    training, result, curve = record["training"], record["result"], record["curve"]
-    assert (record["pid"], record["budget"], record["seed"], record["dataset"]) == (os.getpid(), 1.5, 42, "files")
+        assert not set(names.split()) - set(found[part] if part else found), part
+    assert found["status"] == "valid" and record.seal_fits(found)
+    assert found["train_blob"] == record.blob_hash(ROOT / "train.py")
+    training, result, curve = found["training"], found["result"], found["curve"]
+    assert (found["pid"], found["budget"], found["seed"], found["dataset"]) == (os.getpid(), 1.5, 42, "files")
     assert training["total_tokens"] == training["total_steps"] * 2 * 4 * 64
     assert training["avg_tok_sec"] == pytest.approx(training["total_tokens"] / training["seconds"])
     assert training["seconds"] >= 1.5 - 0.5  # it ends where another step would pass the budget
     assert 1 < result["val_bpb"] < 9 and 0 < result["val_bpb_stderr"] < 1
-    assert {len(values) for values in curve.values()} == {len(curve["step"])}
-    assert curve["step"][-1] == training["total_steps"] - 1
+    size = curve.pop("steps_per_bin")
+    assert {len(values) for values in curve.values()} == {max(1, (training["total_steps"] - 1) // size)}
+    rates = curve["tok_sec"]  # the last one is no artefact
+    assert rates[-1] < 10 * sorted(rates)[len(rates) // 2]
+    assert set(found["machine"]) >= set("load cores own_cores other_cores step_ms paused_seconds".split())
+    rows = record.unpacked(result["row_bits"])
+    assert rows.sum() / result["eval_bytes"] == pytest.approx(result["val_bpb"], rel=1e-5)
     printed = capsys.readouterr().out.split("---\n")[1].splitlines()
     assert [line.split(": ")[0] for line in printed] == SUMMARY.split()
     assert float(printed[0].split(": ")[1]) == pytest.approx(result["val_bpb"], abs=1e-6)
