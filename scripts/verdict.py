@@ -127,8 +127,8 @@ def decide(new, old, noise, pairs=(), equal_steps=None):
                 return result
         else:  # both ends of a pair were disturbed alike
             differences = np.array([d for d, _ in pairs])
-            result.gain, result.faster = -differences.mean(), float(np.mean([r for _, r in pairs])) - 1
-            own = differences.std(ddof=1) / math.sqrt(2) if len(pairs) > 1 else 0.0
+            result.gain, result.faster = float(-differences.mean()), float(np.mean([r for _, r in pairs])) - 1
+            own = float(differences.std(ddof=1)) / math.sqrt(2) if len(pairs) > 1 else 0.0
             sigma = max(sigma, own) if known else own
             known, looks, fewest, again = sigma > 0, len(pairs), len(pairs), "make run PAIR=1"
             spread = math.sqrt(2 / len(pairs))

@@ -6,13 +6,14 @@ import shutil
 import sys
 
 import pytest
-from conftest import FOLDER, ROOT, Checkout, clean_environment, new_checkout
+from conftest import FOLDER, HARNESS, Checkout, clean_environment, new_checkout
 
 import bench
+import machine
 import prepare
 import train
+from record import blob_hash
 
-PYTHON_FILES = ("prepare.py", "checks.py", "data_sources.py", "train.py", "bench.py")
 TINY = {"DATASET": '"files"', "DEPTH": 1, "ASPECT_RATIO": 32, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128,
         "DEVICE_BATCH_SIZE": 2, "EVAL_BATCH_SIZE": 2}  # fmt: skip
 
@@ -21,7 +22,7 @@ TINY = {"DATASET": '"files"', "DEPTH": 1, "ASPECT_RATIO": 32, "HEAD_DIM": 32, "T
 def tiny(tmp_path_factory):
     """A checkout of the real files, with a small model and a small dataset, prepared."""
     folder = tmp_path_factory.mktemp("bench")
-    checkout = new_checkout(folder / FOLDER, folder / "home", [ROOT / name for name in PYTHON_FILES])
+    checkout = new_checkout(folder / FOLDER, folder / "home", HARNESS)
     source = checkout.path / "data_sources.py"
     sizes = "vocab_size=8192, sequence_length=2048"
     assert sizes in source.read_text()
@@ -42,7 +43,7 @@ def tiny(tmp_path_factory):
 def test_a_whole_bench(tiny):
     data = tiny.path / "data"
     data.mkdir()
-    before = {"timestamp": "yesterday", "device": prepare.describe_device(), "dataset": "files",
+    before = {"timestamp": "yesterday", "device": machine.describe(), "dataset": "files",
               "figures": {"train_peak_mb": 1e6}}  # fmt: skip
     last = data / "bench_20200101_000000.json"
     last.write_text(json.dumps(before))
@@ -56,7 +57,7 @@ def test_a_whole_bench(tiny):
     assert [size["rows"] for size in record["sweep"]] == [2, 4, 1]
     assert all(size["tok_sec"] > 0 and size["train_peak_mb"] > 0 for size in record["sweep"])
     assert f"fastest that fits: DEVICE_BATCH_SIZE = {record['fastest']}\n" in done.stdout
-    assert record["train_blob"] == prepare.git_blob_hash(tiny.path / "train.py")
+    assert record["train_blob"] == blob_hash(tiny.path / "train.py")
     assert record["device"]["mlx"] and record["dataset"] == "files" and record["commit"] is None
     for label, _ in bench.FIGURES.values():
         assert label in done.stdout
@@ -98,7 +99,7 @@ def test_a_line_for_each_figure_that_moved():
 
 
 def test_only_the_same_machine_is_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(bench.record, "STORE", tmp_path)
     record = {"device": {"name": "abacus", "backend": "cpu"}, "dataset": "stdlib", "figures": {"tok_sec": 1.0}}
     assert bench.last_bench(record) is None
 
@@ -138,7 +139,7 @@ def test_what_a_child_may_come_to(tmp_path, monkeypatch, script, expected):
 def test_the_sweep_asks_for_nothing_that_cannot_fit(monkeypatch):
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 48 * prepare.get_dataset(train.DATASET).sequence_length)
-    monkeypatch.setattr(prepare, "describe_device", lambda: {"memory_gb": 1})
+    monkeypatch.setattr(machine, "describe", lambda: {"memory_gb": 1})
     asked = []
 
     def in_child(rows, compiled):

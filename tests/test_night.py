@@ -81,7 +81,12 @@ class Agent:
 
     def settle(self, why):
         """Verdict, log, and back where it was not kept. Returns what was decided."""
-        done = self.checkout.make("verdict")
+        for _ in range(9):  # `next` says what settles it; beside other load that is a pair
+            done = self.checkout.make("verdict")
+            asked = re.search(r"^next +make (run \w+=1)$", done.stdout, re.MULTILINE)
+            if not asked:
+                break
+            self.checkout.make(*asked.group(1).split(), "BUDGET=0.5", "TIMEOUT=20", check=0)
         verdict = done.stdout.split("\n")[0] if done.returncode == 0 else "crash"
         status = "keep" if verdict == "judge" else verdict  # its only judgement: a large win is worth slower steps
         self.checkout.make("log-result", f"STATUS={status}", f"DESC={why}", f"FOUND={verdict}", check=0)
@@ -139,9 +144,10 @@ def test_a_night(laboratory):
         if status == "crash":
             assert (bpb, memory, rate) == ("0.000000", "0.0", "0")
         else:
-            of_it = [r for r in records if r["commit"].startswith(commit)]
-            assert bpb in {f"{r['result']['val_bpb']:.6f}" for r in of_it}
-            assert rate in {f"{r['training']['avg_tok_sec']:.0f}" for r in of_it}
+            bpbs, rates = zip(*((r["result"]["val_bpb"], r["training"]["avg_tok_sec"]) for r in records
+                                if r["commit"].startswith(commit)), strict=True)  # fmt: skip
+            assert min(bpbs) - 1e-6 < float(bpb) < max(bpbs) + 1e-6
+            assert min(rates) - 1 < int(rate) < max(rates) + 1
     # the branch stands on the best commit, and nothing else has changed
     best = min((row for row in lab.rows if row[4] == "keep"), key=lambda row: float(row[1]))
     assert best == lab.rows[7]

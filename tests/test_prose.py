@@ -51,7 +51,7 @@ def scripts():
     """The modules of scripts/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("run", "session", "summary", "verdict")})
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("run", "session", "verdict")})
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def resolve(scripts, fields):
         return f"{text} is nothing that the code knows"
 
     def resolve(text):
-        if text in words or text in fields or text in ENVIRONMENT:
+        if text in words or text in fields or text in ENVIRONMENT | VARIABLES:
             return
         if text.split()[0] in COMMANDS:
             return command(text)

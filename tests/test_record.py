@@ -218,7 +218,7 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     monkeypatch.setattr(train, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 2 * 4 * 64)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4)
-    monkeypatch.setattr(prepare, "DEFINED", prepare.checks.definitions(*prepare.HARNESS_MODULES))
+    monkeypatch.setattr(prepare.checks, "harness", lambda *_: None)  # this test replaces parts of it itself
     train.main()
     found = json.loads((data / "last_run.json").read_text())
     for part, names in RECORD.items():
