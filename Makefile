@@ -21,7 +21,7 @@ override COLUMN := $(value COLUMN)
 override PYTHON := $(value PYTHON)
 export DESC FOUND OPEN FILES COLUMN PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN REFERENCE PAIR N WAIT
 
-.PHONY: help prepare check bench setup baseline run verdict log-result discard results test lint clean
+.PHONY: help prepare check bench setup baseline run verdict log-result discard results holdout test lint clean
 
 help:       ## list the targets
 	@scripts/help.sh
@@ -55,6 +55,9 @@ discard:    ## put the branch back on the last kept commit
 
 results:    ## the table of experiments, the best marked
 	@scripts/results.sh
+
+holdout:    ## the night's gain, measured anew on text that nobody selected on
+	@scripts/holdout.sh
 
 test:       ## every test
 	@scripts/test.sh

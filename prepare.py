@@ -14,6 +14,7 @@ import bisect
 import functools
 import gc
 import hashlib
+import json
 import math
 import os
 import queue
@@ -430,6 +431,7 @@ def bits_per_byte(bits, size):
 
 # --- one run: its clock, its log, its end ----------------------------------------------------------
 
+HOLDOUT = "--holdout" in sys.argv[1:] and (record.DATA / ".holdout").exists()  # scripts/holdout.py's own worktrees
 CHECK_ONLY = "--check" in sys.argv[1:]  # `train.py --check`: the dress rehearsal alone
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
@@ -608,6 +610,8 @@ class Run:
             checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, checks.definitions(*HARNESS_MODULES))
         except checks.Refused as refused:
             reason = str(refused)
+        if HOLDOUT and not reason:
+            self._score_test(model, batch_size)
         self._end(
             reason,
             evaluation=None if reason else evaluation,
@@ -628,6 +632,17 @@ class Run:
             },
             machine=seen,
         )
+
+    def _score_test(self, model, batch_size):
+        """Leave bits per byte of the test split in data/holdout.json, for scripts/holdout.py, and nowhere else."""
+        with checks.harness_reads():
+            rows = evaluation_rows(self.cache, self.dataset, "test")
+        counted = self.tokenizer.token_bytes[rows[:, 1:]]
+        with evaluation_mode(model):
+            nats = score_rows(model, rows, self.tokenizer, batch_size)
+        bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
+        bpb, stderr = bits_per_byte(bits, counted.sum(axis=1, dtype=np.int64))
+        record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
 
     def _end(self, reason, evaluation, model, training, machine):
         """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run."""

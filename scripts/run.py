@@ -88,6 +88,13 @@ def adopt_orphans():
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
+def take_charge():
+    """From here on a signal ends the run, not us, and no process of it is lost."""
+    adopt_orphans()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: stopped_by.append(number))
+
+
 @contextmanager
 def guarded(pid):
     """Should we be killed without a chance to clean up, a process that waits for just that does it."""
@@ -170,11 +177,11 @@ def last_state(line):
     return line[line.rfind(b"\r", 0, -1) + 1 :]
 
 
-def watch(folder, log, timeout):
+def watch(folder, log, timeout, *options):
     """Run train.py in `folder` to its end: (pid, exit code, whether time ran out)."""
     output = Output(log)
     child = subprocess.Popen(
-        [sys.executable, "train.py"], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
+        [sys.executable, "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
         stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[9],
     )  # fmt: skip
     helpers, late = keep_awake(child.pid), False
@@ -225,7 +232,8 @@ def checked_out(commit):
 def run_once(sitting, role, commit, head, seed, timeout, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
-    role: candidate or reference. commit: what is checked out for it, or None for the folder at hand.
+    role: candidate, reference or holdout; the last one's `test` holds what was found on the test split.
+    commit: what is checked out for it, or None for the folder at hand.
     """
     with checked_out(commit) as folder:
         last, budget = folder / "data" / "last_run.json", record.settings()[0]
@@ -238,7 +246,9 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
         before = (record.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
         os.environ["AUTORESEARCH_SEED"], start = str(seed), time.monotonic()
-        pid, code, late = watch(folder, ROOT / "run.log", timeout)
+        if role == "holdout":
+            record.write_atomically(folder / "data" / ".holdout", attempt["id"])
+        pid, code, late = watch(folder, ROOT / "run.log", timeout, *["--holdout"] * (role == "holdout"))
         wall = time.monotonic() - start
         found = record.read_json(last)
         status, reason, run = outcome(attempt, pid, code, timeout if late else None, wall, found, before)
@@ -246,6 +256,8 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
             record.write_atomically(record.DATA / "last_run.json", last.read_text())
         ended = {"status": status, "reason": reason, "exit_code": code, "wall_seconds": round(wall, 1)}
         ended["run_id"] = run["run_id"] if run else None
+        if role == "holdout" and status == "valid":
+            ended["test"] = record.read_json(folder / "data" / "holdout.json")
         sitting.note("end", id=attempt["id"], **ended)
     return {**attempt, **ended, "row": None}
 
@@ -362,9 +374,7 @@ def repeats(role, commit, used, wanted, seed):
 def main(args):
     sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     sitting.link()
-    adopt_orphans()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: stopped_by.append(number))
+    take_charge()
     if any(a["status"] == "interrupted" and "end" not in a for a in sitting.attempts()[-1:]):
         say("note: the run before this one was cut off without a word and is not logged")
     runs = plan(sitting, args)

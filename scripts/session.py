@@ -164,7 +164,7 @@ class Session:
 
     def candidate(self):
         """The newest run of this session's own making that is no repeat of the reference alone."""
-        own = [a for a in self.attempts() if a["role"] != "reference"]
+        own = [a for a in self.attempts() if a["role"] == "candidate"]
         if not own:
             raise Refused(f"no run yet in '{self.tag}': make run, or go back to the session whose run you mean")
         return own[-1]

@@ -1,0 +1,88 @@
+"""The night's gain, measured anew, on text that nobody selected on.
+
+usage: holdout.py --tag TAG --head COMMIT [--runs N]
+
+Baseline and best kept program, N times in turn with equal seeds that neither has had, each in a worktree of its own,
+scored on the validation split and on the test split. Every look at the test split is noted in the session.
+"""
+
+import argparse
+import math
+import os
+import sys
+
+import numpy as np
+import run
+import session
+import summary
+import verdict
+from session import Refused, Session, record, run_command
+
+# Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond them the normal distribution's.
+T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def interval(differences):
+    """(mean, half the width of its 95 % interval) of paired differences; nan where there is one alone."""
+    n = len(differences)
+    if n < 2:
+        return float(np.mean(differences)), math.nan
+    t = T95[n - 1] if n - 1 < len(T95) else 1.96
+    return float(np.mean(differences)), t * float(np.std(differences, ddof=1)) / math.sqrt(n)
+
+
+def ends_of(rows, like):
+    """The first kept row, and the one whose program has the lowest mean."""
+    kept = [row for row in rows if row.status == "keep"]
+    if not kept:
+        raise Refused("nothing was kept yet: make baseline")
+
+    def mean(row):
+        side = verdict.side(row.blob, like)[0] if like else None
+        return side.bpb if side and side.runs else row.bpb
+
+    return kept[0], min(kept, key=mean), mean
+
+
+def main(args):
+    sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
+    sitting.link()
+    if not args.head:
+        raise Refused("holdout needs git: it runs commits in worktrees of their own")
+    like = run.like_this(sitting)
+    first, best, mean = ends_of(sitting.rows()[0], like)
+    if first is best:
+        raise Refused("the baseline is the best kept program: there is no gain to measure")
+    run.take_charge()
+    used, looks = [*run.seeds_of(sitting, first.blob), *run.seeds_of(sitting, best.blob)], []
+    before = sum(event["event"] == "holdout" for event in sitting.events())
+    night = mean(first) - mean(best)
+    for number in range(args.runs or 3):
+        seed, found = run.unused(used), {}
+        used.append(seed)
+        for row in (first, best) if number % 2 == 0 else (best, first):
+            attempt = run.run_once(sitting, "holdout", row.commit, args.head, seed, timeout)
+            if attempt["status"] != "valid":
+                print("\n".join(summary.failure(attempt, row.commit, attempt["status"])[:-1]))
+                sys.exit(128 + run.stopped_by[0] if run.stopped_by else run.EXIT[attempt["status"]])
+            found[row.commit] = record.bpb(session.record_of(attempt)), attempt["test"]["bpb"]
+        looks.append([a - b for a, b in zip(found[first.commit], found[best.commit], strict=True)])
+        words = f"gain {looks[-1][0]:+.6f} on validation, {looks[-1][1]:+.6f} on test"
+        print(f"pair {number + 1}  seed {seed}: {words}", flush=True)
+    fresh, test = (interval(column) for column in zip(*looks, strict=True))
+    pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
+    sitting.note("holdout", **pair, night=night, fresh=fresh, test=test)
+    print(f"baseline {first.commit} against best {best.commit}, bits per byte, 95 % intervals:")
+    print(f"  as the night saw it, on validation  {night:+.6f}")
+    for where, (gain, half) in (("fresh runs, on validation", fresh), ("fresh runs, on test", test)):
+        width = "(one pair: no interval)" if math.isnan(half) else f"± {half:.6f}"
+        print(f"  {where:34}  {gain:+.6f} {width}")
+    print(f"the test split was looked at {before + 1} time{'s' * (before > 0)} in this session")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tag", default="none")
+    parser.add_argument("--head", default="", help="the checked-out commit")
+    parser.add_argument("--runs", type=int, default=0, help="pairs of runs")
+    run_command(main, parser.parse_args())

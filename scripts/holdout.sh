@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Measure the night's gain anew, on text that nobody selected on: baseline and best kept program, in turn.
+#
+# usage: make holdout [N=3] [BUDGET=300] [TIMEOUT=600] [WAIT=1]
+#
+# N pairs of runs with fresh, equal seeds, scored on the validation and on the test split, which no other
+# command reads. N=1 shows a direction, and no interval. Every look at the test split is counted.
+# exit: 0 measured · 1 refused, and why · otherwise as `make run`
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+positive TIMEOUT "${TIMEOUT:-600}"
+[ -z "${N:-}" ] || { whole N "$N" && [ "$N" -gt 0 ] || die "N=$N is not a number of runs"; }
+export_settings
+read_git
+refuse_detached
+need_python
+take_lock
+exec "${LAUNCH[@]}" scripts/holdout.py --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}
