@@ -18,7 +18,8 @@ import data_sources  # noqa: E402
 import prepare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ["Makefile", "scripts", "pyproject.toml", "requirements.lock", "requirements-cuda.lock", ".gitignore"]
+OURS = ["Makefile", "scripts", "pyproject.toml", "requirements.lock", "requirements-cuda.lock"]
+OURS += [".gitignore", ".gitattributes"]
 STANDIN = Path(__file__).parent / "standin" / "prepare.py"
 
 
