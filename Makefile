@@ -11,16 +11,35 @@
 #   TAG       the session's name (setup)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
 #   PYTHON    an interpreter that has the packages; without it .venv is built and used
+#   BACKEND   cpu or cuda: the build of MLX in .venv on Linux; without it cuda where a GPU answers (prepare)
 
-# Text comes through as it was typed, a `$` in it too.
-override DESC := $(value DESC)
-override FOUND := $(value FOUND)
-override OPEN := $(value OPEN)
-override FILES := $(value FILES)
-override COLUMN := $(value COLUMN)
-override PYTHON := $(value PYTHON)
-export DESC FOUND OPEN FILES COLUMN PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN REFERENCE PAIR N WAIT
+# Variables that may also stand in the environment, and those that count on make's command line alone: their
+# names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
+SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT
 
+# $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
+define pass
+ifneq "$(filter $2,$(subst $(space),-,$(origin $1)))" ""
+override $1 := $$(value $1)
+export $1
+else
+unexport $1
+endif
+endef
+space := $(subst ,, )
+$(foreach name,$(SETTINGS),$(eval $(call pass,$(name),command-line environment environment-override)))
+$(foreach name,$(GIVEN),$(eval $(call pass,$(name),command-line)))
+unexport BASELINE
+
+# A misspelt name would be a silent default.
+typed := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+unknown := $(filter-out $(SETTINGS) $(GIVEN) SHELL MAKE%,$(typed))
+ifneq "$(strip $(unknown))" ""
+$(error make has no variable $(unknown) here; `make help` lists them)
+endif
+
+.NOTPARALLEL:
 .PHONY: help prepare check bench setup baseline run verdict log-result discard results holdout test lint clean
 
 help:       ## list the targets

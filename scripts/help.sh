@@ -12,6 +12,6 @@ sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r tar
   printf '  %-12s %s\n' "$target" "$text"
 done
 echo
-sed -n 's/^#   \([A-Z]*\)  *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do
+sed -n 's/^#   \([A-Z_]*\)  *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do
   printf '  %-12s %s\n' "$name" "$text"
 done

@@ -2,6 +2,8 @@
 # What the helpers share; sourced first by each. bash 3.2 and the userland of macOS are all it needs.
 set -euo pipefail
 unset CDPATH # or `cd` prints, and may go elsewhere
+# set by a hook, or for another repository; git finds ours by itself
+unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_PREFIX
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 case "${1:-}" in
@@ -19,7 +21,17 @@ die() {
   exit 1
 }
 
+# bash calls this where a command is not found (3.2 does not, and says it in its own words)
+command_not_found_handle() {
+  say "error: $1 is missing on this machine: install it"
+  return 127
+}
+
 # --- what a person gives -------------------------------------------------------------------------
+
+for name in AGAIN REFERENCE PAIR WAIT; do # `AGAIN=0` is a no
+  case ${!name:-} in 0 | no | No | NO | false | off) unset "$name" ;; esac
+done
 
 positive() { # NAME VALUE: a plain decimal number above 0
   [[ "$2" =~ ^[0-9]*\.?[0-9]+$ && "$2" =~ [1-9] ]] || die "$1=$2 is not a positive number"
@@ -27,10 +39,6 @@ positive() { # NAME VALUE: a plain decimal number above 0
 
 whole() { # NAME VALUE: a whole number, 0 or more
   [[ "$2" =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"
-}
-
-switch() { # NAME: a variable that means yes, unless it is empty, 0 or no
-  case "${!1:-}" in '' | 0 | no) printf -v "$1" '%s' '' ;; *) printf -v "$1" '%s' 1 ;; esac
 }
 
 # Python reads these four and nothing else (record.settings knows what holds where nothing is set).
@@ -52,18 +60,57 @@ same_dataset() {
 
 # --- Python --------------------------------------------------------------------------------------
 
+# What Python sees is ours: PYTHONSAFEPATH, PYTHONIOENCODING, PYTHONHOME… are meant for other programs, and would
+# break a run or count as its crash. PYTHONPATH stays where PYTHON is given: it may hold that one's packages.
+own_python_environment() {
+  local name
+  PYTHON=${PYTHON:-}
+  for name in "${!PYTHON@}"; do
+    case $name in
+      PYTHON | PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX) ;;
+      PYTHONPATH) [ -n "$PYTHON" ] || unset PYTHONPATH ;;
+      *) unset "$name" ;;
+    esac
+  done
+  export PYTHONUTF8=1
+}
+
+# What a given Python lacks, as one line; nothing where it serves.
+probe_given='
+import importlib.util, sys
+def lacks(name):
+    try:
+        return importlib.util.find_spec(name) is None
+    except ImportError:
+        return True
+lacking = [n for n in ("mlx.core", "numpy", "pyarrow", "requests", "rustbpe", "tiktoken") if lacks(n)]
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+    print("is Python %d.%d, and 3.11 to 3.14 serve" % sys.version_info[:2])
+elif lacking:
+    print("lacks the packages " + ", ".join(n.split(".")[0] for n in lacking))
+else:
+    try:
+        from mlx.core import array  # beside the module lies a folder of the same name
+    except Exception as error:
+        print("cannot import MLX (%s: %s)" % (type(error).__name__, " ".join(str(error).split())))'
+
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
 need_python() {
-  if [ -z "${PYTHON:-}" ]; then
+  local library folder wrong
+  own_python_environment
+  if [ -z "$PYTHON" ]; then
     scripts/environment.sh
     PYTHON=$ROOT/.venv/bin/python
-  elif ! "$PYTHON" -c '' >/dev/null 2>&1; then
-    die "PYTHON=$PYTHON does not run; unset it and the project builds its own environment"
+  else
+    [ -z "${BACKEND:-}" ] || die "BACKEND is for the environment that the project builds, and PYTHON is given: unset one"
+    wrong=$("$PYTHON" -c "$probe_given" 2>/dev/null) || wrong="does not run"
+    [ -z "$wrong" ] || die "PYTHON=$PYTHON $wrong: unset PYTHON, and the project builds its own environment"
   fi
-  local library
+  folder=$(command -v "$PYTHON")
+  folder=$(dirname "$folder")
   LAUNCH=(env "PYTHONUNBUFFERED=1")
-  for library in "$ROOT/.venv/lib/libopenblas.so" "$(dirname "$PYTHON")/../lib/libopenblas.so"; do
+  for library in "$ROOT/.venv/lib/libopenblas.so" "$folder/../lib/libopenblas.so"; do
     [ -f "$library" ] || continue
     # LD_PRELOAD cannot hold a space or a colon; every helper runs in the root, so a relative path serves
     case $library in *[\ :]*) library=${library#"$ROOT"/} ;; esac
@@ -90,7 +137,6 @@ take_lock() {
   [ -e "$AUTORESEARCH_LOCK" ] || (umask 0 && : >>"$AUTORESEARCH_LOCK") 2>/dev/null || true
   [ -r "$AUTORESEARCH_LOCK" ] || die "the machine's lock $AUTORESEARCH_LOCK cannot be opened"
   exec 9<"$AUTORESEARCH_LOCK"
-  switch WAIT
   helper lock $$ ${WAIT:+--wait}
 }
 
@@ -106,7 +152,8 @@ read_git() {
   [ -e .git ] && command -v git >/dev/null || return 0
   git rev-parse --git-dir >/dev/null || die "git does not work in $ROOT (see above)"
   HEAD=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
-  BRANCH=$(git symbolic-ref -q --short HEAD) || BRANCH=''
+  BRANCH=$(git symbolic-ref -q HEAD) || BRANCH='' # not --short: that name depends on which tags exist
+  BRANCH=${BRANCH#refs/heads/}
   TAG=${BRANCH#autoresearch/}
   TAG=${TAG:-detached}
   if [ "$BRANCH" != "$TAG" ]; then

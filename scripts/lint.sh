@@ -13,7 +13,7 @@ need_python
 shellcheck=$(dirname "$PYTHON")/shellcheck
 [ -x "$shellcheck" ] || shellcheck=shellcheck
 if command -v "$shellcheck" >/dev/null; then
-  "$shellcheck" -x scripts/*.sh .ci/run
+  "$shellcheck" -x scripts/*.sh tests/*.sh .ci/run
   echo "shellcheck: clean"
 elif [ "$(uname -sm)" = "Linux aarch64" ]; then
   say "note: shellcheck has no wheel for this machine and is not on the PATH; the scripts were not checked"

@@ -16,11 +16,7 @@ set -euo pipefail
 
 positive TIMEOUT "${TIMEOUT:-600}"
 [ -z "${N:-}" ] || { whole N "$N" && [ "$N" -gt 0 ] || die "N=$N is not a number of runs"; }
-switch AGAIN
-switch REFERENCE
-switch PAIR
-[ "$AGAIN$REFERENCE$PAIR" != 11 ] && [ "$AGAIN$REFERENCE$PAIR" != 111 ] ||
-  die "AGAIN, REFERENCE and PAIR exclude each other: give one of them"
+case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
 export_settings
 [ -f train.py ] || die "train.py is missing: git checkout train.py"
 read_git

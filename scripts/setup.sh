@@ -13,13 +13,34 @@ set -euo pipefail
 tag=${TAG:-} name=${DATASET:-}
 read_git
 [ -n "$tag" ] || die "TAG is missing: make setup TAG=nov24 [DATASET=climbmix]"
-[ -n "$HEAD" ] || die "a session needs a git repository with a commit: git init && git add -A && git commit -m start"
+if [ -z "$HEAD" ]; then
+  command -v git >/dev/null || die "git is missing on this machine, and a session needs it: install it"
+  [ ! -e .git ] || die "the repository has no commit yet: git add -A && git commit -m start"
+  top=$(git rev-parse --show-toplevel 2>/dev/null) || top=''
+  [ -z "$top" ] || die "this folder lies inside the repository $top, and a session needs one of its own:" \
+    "move the folder out of it, then git init && git add -A && git commit -m start"
+  die "a session needs a git repository with a commit: git init && git add -A && git commit -m start"
+fi
 if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || ! git check-ref-format "refs/heads/autoresearch/$tag"; then
   die "TAG=$tag cannot name a branch autoresearch/TAG: letters, digits, '.', '_' and '-', please"
 fi
-if git show-ref -q --verify "refs/heads/autoresearch/$tag" || [ -n "$(git for-each-ref "refs/experiments/$tag/")" ]; then
-  die "TAG=$tag is taken: choose another one, or go on with it: git checkout autoresearch/$tag"
-fi
+# Compared without case: many file systems hold t and T to be one name. A slash ends each, so that all is compared.
+lower() { tr '[:upper:]' '[:lower:]'; }
+low=$(printf '%s/' "$tag" | lower) line=$'\n'
+refs=$line$(git for-each-ref --format='%(refname)/' refs/heads refs/experiments | lower)$line
+case $refs in
+  *"${line}refs/heads/autoresearch/$low"* | *"${line}refs/experiments/$low"*)
+    known=$(git for-each-ref --format='%(refname:lstrip=3)' refs/heads/autoresearch | grep -ixF -e "$tag" | head -n 1) || known=$tag
+    die "TAG=$tag is taken: choose another one, or go on with it: git checkout autoresearch/$known"
+    ;;
+  *"${line}refs/heads/autoresearch/$line"*)
+    die "a branch called 'autoresearch' is in the way of autoresearch/$tag: git branch -m autoresearch NAME"
+    ;;
+  *"${line}refs/heads/$low$line"*) # runs outside a session go by the branch's name
+    die "TAG=$tag is the name of a branch, and their results would be mixed: choose another one"
+    ;;
+esac
+case $low in none/ | detached/) die "TAG=$tag is what runs outside a session are called: choose another one" ;; esac
 for who in GIT_AUTHOR_IDENT GIT_COMMITTER_IDENT; do # found out now, not at the first experiment
   git var "$who" >/dev/null 2>&1 ||
     die "git knows no author for commits: git config user.name agent && git config user.email agent@localhost"
@@ -38,11 +59,11 @@ print(prepare.is_prepared(prepare.get_dataset(sys.argv[1])))' "$name") || exit 1
 
 undo() { # the branch we came from, and no trace of the new one
   rm -f .train.py.new
-  git checkout -q --force "${BRANCH:-$HEAD}"
+  git checkout -q --force "${BRANCH:-$HEAD}" --
   git branch -q -D "autoresearch/$tag"
   die "the session was not opened (see above)"
 }
-git checkout -q -b "autoresearch/$tag"
+git checkout -q -b "autoresearch/$tag" || die "the session was not opened (see above)"
 if [ "$name" != "$(dataset_of_train)" ]; then
   sed "s/^\(DATASET *= *\)[\"'][A-Za-z0-9_]*[\"']/\1\"$name\"/" train.py >.train.py.new || undo
   cat .train.py.new >train.py && rm .train.py.new # not moved: the file keeps its mode

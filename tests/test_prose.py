@@ -25,7 +25,7 @@ SOURCES = "\n".join(p.read_text() for folder in ("scripts", ".") for p in sorted
                     if p.suffix in (".py", ".sh", "") and p.is_file() and p.name != "LICENSE")  # fmt: skip
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
-VARIABLES = set(re.search(r"^export (.*)", MAKEFILE, re.MULTILINE).group(1).split())
+VARIABLES = set(" ".join(re.findall(r"^(?:SETTINGS|GIVEN) = (.*)", MAKEFILE, re.MULTILINE)).split())
 ENVIRONMENT = set(re.findall(r"\b(?:AUTORESEARCH|HF)_[A-Z_]+", SOURCES))
 COMMANDS = {"make", "git", "tail", "sed", "python3", "uv", "claude"}
 EXAMPLES = {"nov24", "COMMIT"}  # a session's tag; a commit to be filled in

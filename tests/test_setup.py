@@ -1,0 +1,89 @@
+"""What setup is given: names that could be taken for another, and folders that serve no session."""
+
+import shutil
+
+import pytest
+
+
+def refused(done):
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_a_tag_of_git_named_like_the_branch_changes_nothing(session):
+    """`git symbolic-ref --short` would answer heads/autoresearch/t, and the session go unseen."""
+    for name in ("autoresearch/t", "main", "heads/autoresearch/t"):
+        session.git("tag", name)
+    assert "keep" in session.experiment("prepare.finish(1.4)", "keep").stdout
+    session.experiment("prepare.finish(1.6)", "discard")
+    session.make("discard", check=0)
+    assert {"001", "002", "003"} < set(session.refs("t"))
+    (session.path / "prepare.py").write_text("# another\n")
+    assert "differs from where the session began: prepare.py" in session.script("run", check=1).stderr
+    session.git("checkout", "prepare.py")
+    session.git("checkout", "-q", "main", "--")
+    session.git("tag", "autoresearch/u")
+    session.make("setup", "TAG=u", check=0)
+    assert session.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/u"
+
+
+def test_a_branch_called_autoresearch_is_in_the_way(checkout):
+    checkout.git("checkout", "-q", "-b", "autoresearch")
+    said = refused(checkout.script("setup", check=1, TAG="t"))
+    assert "git branch -m autoresearch NAME" in said
+    checkout.script("run", check=0)  # it is no session, and can run
+    checkout.git("branch", "-m", "autoresearch", "other")
+    checkout.script("setup", check=0, TAG="t")
+
+
+@pytest.mark.parametrize(("tag", "said"), [
+    ("T", "TAG=T is taken: choose another one, or go on with it: git checkout autoresearch/t"),
+    ("Main", "is the name of a branch"),
+    ("none", "outside a session"),
+    ("Detached", "outside a session"),
+])  # fmt: skip
+def test_names_that_could_be_taken_for_another_are_refused(session, tag, said):
+    session.git("checkout", "-q", "main")
+    assert said in refused(session.script("setup", check=1, TAG=tag))
+    session.script("setup", check=0, TAG="t.2")  # like one, and another
+
+
+def test_a_dollar_in_a_tag_is_seen(checkout):
+    done = checkout.make("setup", "TAG=a$b", check=2)
+    assert "TAG=a$b cannot name a branch" in done.stderr
+    assert checkout.git("for-each-ref", "--format=%(refname)") == "refs/heads/main"
+
+
+def test_without_git(checkout, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for tool in "bash cat cut dirname env grep head sed sort tail tr".split():
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    said = refused(checkout.script("setup", check=1, TAG="t", PATH=str(tmp_path / "bin")))
+    assert "git is missing" in said and "git init" not in said
+
+
+def test_inside_another_repository_git_init_is_not_the_first_advice(checkout):
+    top = checkout.path
+    (top / "sub").mkdir()
+    for path in list(top.iterdir()):
+        if path.name not in (".git", "sub"):
+            path.rename(top / "sub" / path.name)
+    checkout.path = top / "sub"
+    said = refused(checkout.script("setup", check=1, TAG="t"))
+    assert f"inside the repository {top.resolve()}" in said and "move the folder out" in said
+
+
+def test_a_repository_without_a_commit_is_told_to_commit(checkout):
+    shutil.rmtree(checkout.path / ".git")
+    assert "git init && git add" in refused(checkout.script("setup", check=1, TAG="t"))
+    checkout.git("init", "-q")
+    said = refused(checkout.script("setup", check=1, TAG="t"))
+    assert "no commit yet: git add -A" in said
+
+
+def test_what_a_hook_exports_does_not_lead_to_another_repository(session, tmp_path):
+    session.run("git", "init", "-q", str(tmp_path / "other"), check=0)
+    head = session.git("rev-parse", "HEAD")
+    session.env.update(GIT_DIR=str(tmp_path / "other" / ".git"), GIT_WORK_TREE=str(tmp_path / "other"))
+    assert session.script("run", check=0, AGAIN="1").stdout.startswith(f"valid    {head[:7]} ")
+    session.script("verdict", check=0)
