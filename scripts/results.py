@@ -75,7 +75,7 @@ def standing(first, best, sides, like, mean):
     if noise and noise.df and first is not best:
         error = noise.bpb * math.sqrt(sum(1 / n for n in counts))
         return f"{words} ± {error:.6f} ({counts[0]} and {counts[1]} runs; noise of a run {noise.bpb:.6f})"
-    return words + ("" if first is best else " (noise is unknown: make run REFERENCE=1 N=3)")
+    return words + ("" if first is best else " (noise is unknown: make run REFERENCE=1 N=4)")
 
 
 if __name__ == "__main__":
