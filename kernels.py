@@ -1,4 +1,4 @@
-"""CUDA kernels in place of three functions of train.py, which say what these compute: mix, heads and
+"""CUDA kernels in place of four functions of train.py, which say what these compute: rows_of, mix, heads and
 chunk_loss_and_gradients. Each goes once over memory where a chain of MLX's operations goes several times.
 
 On other backends nothing here is used. Arrays are as train.py's functions have them, in any 2- or 4-byte float
@@ -14,6 +14,16 @@ HEADER = """
 template <typename T, int n> struct alignas(n * sizeof(T)) Pack { T x[n]; };  // read and written as one
 template <int n, typename T> __device__ Pack<T, n> load(const T* x) { return *(const Pack<T, n>*)x; }
 template <int n, typename T> __device__ void store(T* x, Pack<T, n> y) { *(Pack<T, n>*)x = y; }
+
+__device__ float twice_sigmoid(float x) { return 2 / (1 + __expf(-x)); }
+
+__device__ void add4(float* x, float a, float b, float c, float d) {
+    #if __CUDA_ARCH__ >= 900
+    atomicAdd((float4*)x, make_float4(a, b, c, d));
+    #else
+    atomicAdd(x, a), atomicAdd(x + 1, b), atomicAdd(x + 2, c), atomicAdd(x + 3, d);
+    #endif
+}
 
 __device__ float sum_over(float x, int lanes) {
     for (int i = lanes / 2; i > 0; i /= 2) x += __shfl_xor_sync(0xffffffff, x, i);
@@ -41,6 +51,41 @@ def launch(name, source, threads, inputs, outputs, constants, block=256, init_va
         output_dtypes=[dtype for _, dtype in outputs.values()],
         init_value=init_value,
     )
+
+
+# A thread four channels of a token.
+ROWS = """
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
+    if (n >= tokens_shape[0] * tokens_shape[1]) return;
+    auto from = load<4>(table + tokens[n] * (size_t)C + channel);
+    Pack<T, 4> to;
+    for (int m = 0; m < 4; ++m) to.x[m] = (T)from.x[m];
+    store(out + n * C + channel, to);
+"""
+ROWS_VJP = """
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
+    if (n >= tokens_shape[0] * tokens_shape[1]) return;
+    auto x = load<4>(g + n * C + channel);
+    add4(out + tokens[n] * (size_t)C + channel, (float)x.x[0], (float)x.x[1], (float)x.x[2], (float)x.x[3]);
+"""
+
+
+def rows_of(table, tokens, dtype):
+    """train.rows_of, whose gradient is added up four channels at a time: 440 -> 130 us for 32 k tokens."""
+    (B, T), C = tokens.shape, table.shape[1]
+    threads, constants = B * T * C // 4, {"T": dtype, "C": C}
+
+    @mx.custom_function
+    def forward(table):
+        outputs = {"out": ((B, T, C), dtype)}
+        return launch("rows", ROWS, threads, {"table": table, "tokens": tokens}, outputs, constants)[0]
+
+    @forward.vjp
+    def backward(table, cotangent, output):
+        inputs, outputs = {"g": cotangent, "tokens": tokens}, {"out": (table.shape, table.dtype)}
+        return launch("rows_vjp", ROWS_VJP, threads, inputs, outputs, constants, init_value=0)[0]
+
+    return forward(table)
 
 
 # A warp a token: each lane holds P neighbouring channels of every 32 * P.
@@ -166,7 +211,8 @@ HEADS = (
         auto x = load<4>(qkv + (WARP * 3 + 2) * H * D + i);
         if (table_ndim > 1) {
             auto e = load<4>(table + tokens[WARP] * (size_t)(H * D) + i);
-            for (int m = 0; m < 4; ++m) x.x[m] = (T)((float)x.x[m] + (float)gate[WARP * H + i / D] * e.x[m]);
+            float w = twice_sigmoid(gate[WARP * H + i / D]);
+            for (int m = 0; m < 4; ++m) x.x[m] = (T)((float)x.x[m] + w * e.x[m]);
         }
         store(v + WARP * H * D + i, x);
     }
@@ -210,16 +256,11 @@ EMBEDDING_VJP = """
     const size_t at = tokens[n] * (size_t)(H * D) + channel;
     auto g = load<4>(gv + n * H * D + channel);
     auto e = load<4>(table + at);
-    float w = (float)gate[n * H + channel / D], dot = 0;
+    float w = twice_sigmoid(gate[n * H + channel / D]), dot = 0;
     for (int m = 0; m < 4; ++m) dot += (float)g.x[m] * e.x[m];
     dot = sum_over(dot, D / 4);
-    if (channel % D == 0) ggate[n * H + channel / D] = (T)dot;
-    #if __CUDA_ARCH__ >= 900
-    atomicAdd((float4*)(gtable + at),
-              make_float4(w * (float)g.x[0], w * (float)g.x[1], w * (float)g.x[2], w * (float)g.x[3]));
-    #else
-    for (int m = 0; m < 4; ++m) atomicAdd(gtable + at + m, w * (float)g.x[m]);
-    #endif
+    if (channel % D == 0) ggate[n * H + channel / D] = (T)(dot * w * (1 - w / 2));
+    add4(gtable + at, w * (float)g.x[0], w * (float)g.x[1], w * (float)g.x[2], w * (float)g.x[3]);
 """
 
 

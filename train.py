@@ -10,7 +10,7 @@ Read it from the top: constants, model, optimizer, schedules; what only serves m
 import math
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import partial, reduce
 
 import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
@@ -37,6 +37,7 @@ EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 4 if CUDA else DEVICE_BATCH_SIZE /
 
 ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
+WINDOWS = "SL" if CUDA else "L"  # a layer each, repeated: L sees all before it, S what its half of the context holds
 MLP_RATIO = 4  # hidden channels of an MLP, in widths
 GATE_CHANNELS = 32  # leading channels of the stream that a value gate looks at
 ROPE_BASE = 10000.0  # longest wavelength of the positions, over 2 pi
@@ -45,12 +46,12 @@ HEAD_INIT = 0.001  # standard deviation of the head at the start: it begins by k
 X0_INIT = 0.1  # share of the first embedding that each layer begins by adding
 
 MATRIX_LR = 0.03  # Muon, all matrices of the blocks
-EMBEDDING_LR = 0.3  # AdamW, token and value embeddings (scaled with width^-0.5, as the next)
-HEAD_LR = 0.008  # AdamW, output head and value gates
-X0_LR = 0.5  # AdamW, x0_lambdas
-RESID_LR = 0.005  # AdamW, resid_lambdas
-ADAM_BETAS = (0.8, 0.95)  # AdamW; the second is Muon's second moment too
-X0_BETAS = (0.96, 0.95)  # AdamW, x0_lambdas
+EMBEDDING_LR = 0.3  # Adam, token and value embeddings (scaled with width^-0.5, as the next)
+HEAD_LR = 0.008  # Adam, output head and value gates
+X0_LR = 0.5  # Adam, x0_lambdas
+RESID_LR = 0.005  # Adam, resid_lambdas
+ADAM_BETAS = (0.8, 0.95)  # Adam; the second is Muon's second moment too
+X0_BETAS = (0.96, 0.95)  # Adam, x0_lambdas
 MOMENTUM = (0.85, 0.95, 300)  # Muon: from, to, over so many steps
 WEIGHT_DECAY = 0.1  # Muon; falls linearly to 0 over the budget
 WARMUP = 0.0  # first share of the budget, in which learning rates rise linearly
@@ -70,6 +71,7 @@ class GPTConfig:
     depth: int = DEPTH
     aspect_ratio: int = ASPECT_RATIO
     head_dim: int = HEAD_DIM
+    windows: str = WINDOWS
 
     @property
     def n_head(self):
@@ -78,6 +80,11 @@ class GPTConfig:
     @property
     def n_embd(self):
         return self.n_head * self.head_dim
+
+    def window(self, layer):
+        """Into pieces of how many positions the context of a layer is cut; the last layer's is whole."""
+        short = self.windows[layer % len(self.windows)] == "S" and layer < self.depth - 1
+        return math.ceil(self.sequence_length / 2) if short else self.sequence_length
 
     def has_value_embedding(self, layer):
         """Every other layer, the last one always."""
@@ -109,7 +116,11 @@ class Embedding(nn.Module):
         self.weight = weight
 
     def __call__(self, tokens):
-        return self.weight[tokens].astype(COMPUTE_DTYPE)
+        return rows_of(self.weight, tokens)
+
+
+def rows_of(table, tokens):
+    return table[tokens].astype(COMPUTE_DTYPE)
 
 
 def norm(x):
@@ -142,9 +153,17 @@ def heads(qkv, gate, table, tokens):
     """
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     if gate is not None:
-        v = v + gate[..., None] * table[tokens].astype(v.dtype).reshape(v.shape)
+        v = v + 2 * mx.sigmoid(gate)[..., None] * table[tokens].astype(v.dtype).reshape(v.shape)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (norm(q), norm(k), v))
     return rope(q), rope(k), v
+
+
+def pieces(x, length):
+    """The positions of x (B, heads, T, head_dim) in pieces, each a row of its own: (B * n, heads, length, head_dim)."""
+    x = x.transpose(0, 2, 1, 3)
+    if x.shape[1] % length:
+        x = mx.pad(x, [(0, 0), (0, -x.shape[1] % length), (0, 0), (0, 0)])
+    return x.reshape(-1, length, *x.shape[2:]).transpose(0, 2, 1, 3)
 
 
 class Attention(nn.Module):
@@ -156,17 +175,18 @@ class Attention(nn.Module):
         if config.has_value_embedding(layer):
             self.value_embedding = Embedding(uniform(config.vocab_size, n))
             self.value_gate = Linear(mx.zeros((config.n_head, GATE_CHANNELS)))
-        self._heads, self._scale = config.n_head, config.head_dim**-0.5
+        self._heads, self._scale, self._window = config.n_head, config.head_dim**-0.5, config.window(layer)
 
     def __call__(self, x, tokens):
         B, T, C = x.shape
         gate = table = None
         if "value_embedding" in self:
-            gate = 2 * mx.sigmoid(self.value_gate(x[..., :GATE_CHANNELS]))
-            table = self.value_embedding.weight
+            gate, table = self.value_gate(x[..., :GATE_CHANNELS]), self.value_embedding.weight
         q, k, v = heads(self.qkv(x).reshape(B, T, 3, self._heads, -1), gate, table, tokens)
+        if T > self._window:
+            q, k, v = (pieces(x, self._window) for x in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
-        return self.out(y.transpose(0, 2, 1, 3).reshape(B, T, C))
+        return self.out(y.transpose(0, 2, 1, 3).reshape(B, -1, C)[:, :T])
 
 
 class MLP(nn.Module):
@@ -282,15 +302,14 @@ class Muon(optim.Optimizer):
             with mx.stream(self.streams[i % len(self.streams)]):
                 old = [parameters[path] for path in paths]
                 # Tall matrices move further, by the root of rows over columns.
-                rates = [max(1, p.shape[-2] / p.shape[-1]) ** 0.5 for p in old for _ in range(math.prod(p.shape[:-2]))]
-                rates = self.learning_rate * mx.array(rates)[:, None, None]
-                gradient = stacked([gradients[path] for path in paths])
-                new = self.update_stack(gradient, stacked(old), rates, self.state[name])
+                far = [max(1, p.shape[-2] / p.shape[-1]) ** 0.5 for p in old for _ in range(math.prod(p.shape[:-2]))]
+                gradient, far = stacked([gradients[path] for path in paths]), mx.array(far)[:, None, None]
+                new = self.update_stack(gradient, stacked(old), far, self.state[name])
                 updated |= zip(paths, unstacked(new, old), strict=True)
         return updated
 
-    def update_stack(self, gradient, weight, rate, state):
-        """New weights. gradient, weight: (n, rows, columns), rows <= columns; rate: (n, 1, 1)."""
+    def update_stack(self, gradient, weight, far, state):
+        """New weights. gradient, weight: (n, rows, columns), rows <= columns; far, which scales the rate: (n, 1, 1)."""
         # 1. momentum, looking one step ahead (Nesterov)
         momentum = self.state["momentum"]
         state["momentum"] = momentum * state["momentum"] + (1 - momentum) * gradient
@@ -300,11 +319,12 @@ class Muon(optim.Optimizer):
         # 3. every column equally far, by its running second moment, as far as before in all (NorMuon, arXiv:2510.05491)
         mean_square = mx.square(update).mean(axis=1, keepdims=True)
         state["second_moment"] = ADAM_BETAS[1] * state["second_moment"] + (1 - ADAM_BETAS[1]) * mean_square
-        scale = mx.rsqrt(mx.maximum(state["second_moment"], 1e-10))
-        before, after = (mx.sqrt(m.sum(axis=(1, 2), keepdims=True)) for m in (mean_square, mean_square * scale**2))
-        update = update * (scale * before / mx.maximum(after, 1e-10))
+        second_moment = mx.maximum(state["second_moment"], 1e-10)
+        before, after = (mx.sqrt(m.sum(axis=(1, 2), keepdims=True)) for m in (mean_square, mean_square / second_moment))
+        update = update * mx.rsqrt(second_moment) * (before / mx.maximum(after, 1e-10))
         # 4. cautious decay: only where it pulls the way of the update (arXiv:2510.12402)
-        return weight - rate * update - rate * self.state["decay"] * weight * (update * weight >= 0)
+        decay = self.state["decay"] * weight * (update * weight >= 0)
+        return weight - self.learning_rate * far * (update + decay)
 
 
 def stacked(parameters):
@@ -338,7 +358,7 @@ class GPTOptimizer:
 
     def __init__(self, model, n_embd, streams):
         width = (n_embd / 768) ** -0.5
-        adam = partial(optim.AdamW, eps=1e-10, weight_decay=0.0, bias_correction=True)
+        adam = partial(optim.Adam, eps=1e-10)  # its bias is corrected by the rate, see schedule
         self.groups = {
             "matrices": Muon(MATRIX_LR, streams),
             "embeddings": adam(EMBEDDING_LR * width, betas=ADAM_BETAS),
@@ -375,6 +395,9 @@ class GPTOptimizer:
         """
         for name, optimizer in self.groups.items():
             optimizer.learning_rate = self.rates[name] * learning_rate_factor(progress)
+            if isinstance(optimizer, optim.Adam):  # its averages begin at zero
+                first, second = (1 - beta ** (step + 1) for beta in optimizer.betas)
+                optimizer.learning_rate *= second**0.5 / first
         muon = self.groups["matrices"].state
         muon["momentum"], muon["decay"] = mx.array(momentum(step)), mx.array(weight_decay(progress))
 
@@ -431,14 +454,16 @@ def head_loss(hidden, weight, targets):
 
     @mx.custom_function
     def loss_and_gradients(hidden, weight):
-        w, loss, weight_gradient, hidden_gradients = weight.astype(hidden.dtype), 0.0, mx.zeros(weight.shape), []
+        w, weight_gradient = weight.astype(hidden.dtype), mx.zeros(weight.shape)
+        losses, hidden_gradients = [], []
         for start in range(0, n, rows):
             # One chunk after the other: all that is taken from one comes before the next.
             h = mx.depends(hidden[start : start + rows], [weight_gradient, *hidden_gradients[-1:]])
-            part, gradients = chunk_loss_and_gradients(h, w, targets[start : start + rows])
-            loss, weight_gradient = loss + part, weight_gradient + gradients[1]
+            loss, gradients = chunk_loss_and_gradients(h, w, targets[start : start + rows])
+            losses.append(loss)
             hidden_gradients.append(gradients[0])
-        return loss / n, mx.concatenate(hidden_gradients), weight_gradient
+            weight_gradient = weight_gradient + gradients[1]
+        return mx.stack(losses).sum() / n, mx.concatenate(hidden_gradients), weight_gradient
 
     @loss_and_gradients.vjp
     def loss_vjp(primals, cotangents, outputs):
@@ -457,11 +482,11 @@ def chunk_loss_and_gradients(hidden, weight, targets):
     return mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight)
 
 
-# On CUDA, kernels of our own take the place of three functions above: each goes once over memory where a chain of
+# On CUDA, kernels of our own take the place of four functions above: each goes once over memory where a chain of
 # MLX's operations goes several times. For another form of one of them, leave it out here: the one above is then used.
-PLAIN = {"mix": mix, "heads": heads, "chunk_loss_and_gradients": chunk_loss_and_gradients}
+PLAIN = {f.__name__: f for f in (rows_of, mix, heads, chunk_loss_and_gradients)}
 if CUDA and HEAD_DIM in (64, 128):
-    mix = kernels.mix
+    rows_of, mix = partial(kernels.rows_of, dtype=COMPUTE_DTYPE), kernels.mix
     heads = partial(kernels.heads, rope_base=ROPE_BASE)
     chunk_loss_and_gradients = partial(kernels.chunk_loss_and_gradients, cap=SOFTCAP)
 
@@ -485,14 +510,17 @@ class Trainer:
             self.accumulate = mx.compile(self._accumulate, inputs=model.state, outputs=model.state)
             self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
-    def _accumulate(self, tokens, total):
-        """Add the loss and the gradients of tokens (B, T + 1) to `total`."""
-        loss_and_gradients = nn.value_and_grad(self.model, loss_fn)(self.model, tokens)
-        return tree_map(mx.add, total, loss_and_gradients)
+    def _accumulate(self, tokens, share, total):
+        """Add the loss and the gradients of tokens (B, T + 1), times `share`, to `total`."""
 
-    def _update(self, totals, count):
-        """Apply the mean gradient of `count` micro-batches; returns their mean loss."""
-        loss, gradients = tree_map(lambda *parts: sum(parts) / (count * len(parts)), *totals)
+        def loss(model, tokens):
+            return share * loss_fn(model, tokens)
+
+        return tree_map(mx.add, total, nn.value_and_grad(self.model, loss)(self.model, tokens))
+
+    def _update(self, totals):
+        """Apply the sum of the streams' gradients; returns that of their losses."""
+        loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
         self.optimizer.update(self.model, gradients)
         return loss
 
@@ -501,18 +529,18 @@ class Trainer:
         return mx.split(tokens, math.gcd(len(tokens), len(self.streams)))
 
     def gradients(self, micro_batches):
-        """For each stream, the loss and the gradients of its rows, summed over the micro-batches."""
+        """For each stream, its part of the mean loss of all micro-batches, and of the gradients."""
         totals = [self.zeros for _ in self.split(micro_batches[0])]
+        share = mx.array(1 / (len(totals) * len(micro_batches)))
         for tokens in micro_batches:
             for i, part in enumerate(self.split(tokens)):
                 with mx.stream(self.streams[i]):
-                    totals[i] = self.accumulate(part, totals[i])
+                    totals[i] = self.accumulate(part, share, totals[i])
             mx.async_eval(totals)
         return totals
 
     def step(self, micro_batches):
-        totals = self.gradients(micro_batches)
-        loss = self.update(totals, mx.array(float(len(micro_batches))))
+        loss = self.update(self.gradients(micro_batches))
         mx.async_eval(loss, self.state)
         return loss
 
