@@ -19,7 +19,7 @@ override FILES := $(value FILES)
 override PYTHON := $(value PYTHON)
 export DESC FOUND OPEN FILES PYTHON DATASET TAG STATUS BUDGET TIMEOUT SEED AGAIN WAIT
 
-.PHONY: help prepare bench setup baseline run verdict log-result discard results test lint clean
+.PHONY: help prepare bench tune setup baseline run verdict log-result discard results test lint clean
 
 help:       ## list the targets
 	@scripts/help.sh
@@ -29,6 +29,9 @@ prepare:    ## environment, dataset, tokenizer, token cache; nothing where all i
 
 bench:      ## profile the present train.py on this machine
 	@scripts/bench.sh
+
+tune:       ## fit depth, step and batch size in train.py to this machine and BUDGET
+	@scripts/tune.sh
 
 setup:      ## open a session: make setup TAG=nov24 [DATASET=climbmix]
 	@scripts/setup.sh
