@@ -40,7 +40,7 @@ $(error make has no variable $(unknown) here; `make help` lists them)
 endif
 
 .NOTPARALLEL:
-.PHONY: help prepare check bench setup baseline run verdict log-result discard results holdout test lint clean
+.PHONY: help prepare check bench tune setup baseline run verdict log-result discard results holdout test lint clean
 
 help:       ## list the targets
 	@scripts/help.sh
@@ -53,6 +53,9 @@ check:      ## ask the present train.py's model what a run asks it, without trai
 
 bench:      ## profile the present train.py on this machine
 	@scripts/bench.sh
+
+tune:       ## fit depth, step and batch size in train.py to this machine and BUDGET
+	@scripts/tune.sh
 
 setup:      ## open a session: make setup TAG=nov24 [DATASET=climbmix]
 	@scripts/setup.sh

@@ -41,6 +41,8 @@ FIGURES = {  # name: (what it is, unit)
     "forward_ms": ("part of a step: forward (loss_fn)", "ms"),
     "forward_backward_ms": ("part of a step: forward and backward", "ms"),
     "update_ms": ("part of a step: update", "ms"),
+    "attention_ms": ("attention of a layer and row, forward and backward", "ms"),
+    "plain_attention_ms": ("the same written out as softmax(q k) v", "ms"),
     "model_tflops": ("arithmetic of the model in training", "TFLOP/s"),
     "peak_tflops": ("matrix-product peak of this machine, measured", "TFLOP/s"),
     "peak_share": ("share of that peak", "%"),
@@ -64,55 +66,89 @@ def seconds_of(work, seconds=2.0):
 
 
 class Training:
-    """What train.py builds for `rows` rows at once, and the `figures` of its start and of steps for `seconds`."""
+    """What train.py builds for `rows` rows at once, and the `figures` of its start and of steps for `seconds`.
 
-    def __init__(self, rows, seconds, **options):
+    total: tokens a step, TOTAL_BATCH_SIZE unless given; options: for train.build.
+    """
+
+    def __init__(self, rows, seconds, total=None, **options):
         marks = [time.perf_counter()]
         self.dataset = prepare.get_dataset(train.DATASET)
         length = self.dataset.sequence_length
         self.tokenizer, self.cache = prepare.Tokenizer.load(self.dataset), prepare.TokenCache.load(self.dataset)
         self.batches = prepare.Batches(self.cache, rows, length, seed=42)
-        self.micro_batches = [next(self.batches) for _ in range(train.micro_batches_a_step(rows, length))]
+        self.total = total or train.TOTAL_BATCH_SIZE
+        micro_batches = train.micro_batches_a_step(rows, length, self.total)
+        self.micro_batches = [next(self.batches) for _ in range(micro_batches)]
         marks.append(time.perf_counter())
         mx.random.seed(42)
-        self.config, self.schedule, self.step = train.build(self.tokenizer.vocab_size, length, **options)
+        self.config, self.trainer = train.build(self.tokenizer.vocab_size, length, **options)
         marks.append(time.perf_counter())
-        self.step.warm_up(self.micro_batches)
+        self.trainer.compile(self.micro_batches)
         mx.synchronize()
         marks.append(time.perf_counter())
         self.figures = dict(zip(("data_seconds", "model_seconds", "warm_up_seconds"), np.diff(marks), strict=True))
         pending, ends, waited = None, [], self.batches.wait_seconds  # a loss is read during the next step
         while len(ends) < 2 or (ends[-1] - ends[0] < seconds and len(ends) < 50):
-            self.schedule.set(len(ends), 0.0)
-            loss = self.step([next(self.batches) for _ in self.micro_batches])
+            self.trainer.optimizer.schedule(len(ends), 0.0)
+            loss = self.trainer.step([next(self.batches) for _ in self.micro_batches])
             if pending is not None:
                 pending.item()
                 ends.append(time.perf_counter())
             pending = loss
-        mx.eval(pending, self.step.state)
+        mx.eval(pending, self.trainer.state)
         median, waited = np.median(np.diff(ends)), (self.batches.wait_seconds - waited) / (len(ends) + 1)
         self.figures |= {"step_ms": 1e3 * median, "data_ms": 1e3 * waited}
-        self.figures |= {"tok_sec": train.TOTAL_BATCH_SIZE / median, "train_peak_mb": mx.get_peak_memory() / 2**20}
+        self.figures |= {"tok_sec": self.total / median, "train_peak_mb": mx.get_peak_memory() / 2**20}
 
     def parts(self):
         """A step taken apart. Forward holds the head's gradient, which loss_fn takes along with the loss."""
-        step, micro_batches, loss = self.step, self.micro_batches, partial(train.loss_fn, self.step.model)
-        loss = mx.compile(loss, inputs=step.model.state) if step.compiled else loss
+        trainer, micro_batches, loss = self.trainer, self.micro_batches, partial(train.loss_fn, self.trainer.model)
+        loss = mx.compile(loss, inputs=trainer.model.state) if trainer.compiled else loss
 
         def forward():
             losses = []
             for tokens in micro_batches:
-                for part, stream in zip(step.split(tokens), step.streams, strict=False):
+                for part, stream in zip(trainer.split(tokens), trainer.streams, strict=False):
                     with mx.stream(stream):
                         losses.append(loss(part))
             mx.eval(losses)
 
-        gradients, count = step.gradients(micro_batches), mx.array(float(len(micro_batches)))
+        gradients = trainer.gradients(micro_batches)
         return {
             "forward_ms": 1e3 * seconds_of(forward),
-            "forward_backward_ms": 1e3 * seconds_of(lambda: mx.eval(step.gradients(micro_batches))),
-            "update_ms": 1e3 * seconds_of(lambda: mx.eval(step.update(gradients, count), step.state)),
+            "forward_backward_ms": 1e3 * seconds_of(lambda: mx.eval(trainer.gradients(micro_batches))),
+            "update_ms": 1e3 * seconds_of(lambda: mx.eval(trainer.update(gradients), trainer.state)),
         }
+
+    def attention(self):
+        """What MLX's attention costs a layer and row, and what it would unfused; prints which passes are fused."""
+        config, shape = self.config, (1, self.config.n_head, self.config.sequence_length, self.config.head_dim)
+        q, k, v = (mx.random.normal(shape).astype(train.COMPUTE_DTYPE) for _ in range(3))
+        attend = partial(mx.fast.scaled_dot_product_attention, scale=config.head_dim**-0.5, mask="causal")
+
+        def plain(q, k, v):
+            places = mx.arange(shape[2])
+            scores = (q @ k.swapaxes(2, 3)).astype(mx.float32) * config.head_dim**-0.5
+            scores = mx.where(places[:, None] >= places, scores, -mx.inf)
+            return mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+        def both_ways(function):
+            mx.eval(mx.vjp(function, [q, k, v], [q]))
+
+        mx.eval(q, k, v)
+        fused = {"forward": True, "backward": True}
+        try:
+            mx.eval(attend(q, k, v, force_fused=True))
+        except ValueError:
+            fused["forward"] = False
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        both_ways(attend)  # scores that stand in memory betray the pass that is not fused
+        fused["backward"] = fused["forward"] and mx.get_peak_memory() - before < 2 * shape[1] * shape[2] ** 2
+        print("  attention:", *(f"{way} {'fused' if yes else 'not fused'}." for way, yes in fused.items()))
+        times = {"attention_ms": attend, "plain_attention_ms": plain}
+        return {name: 1e3 * seconds_of(partial(both_ways, function), 1.0) for name, function in times.items()}
 
     def packing(self, count=256):
         """Tokens a second that the batch thread packs when nothing else is at work."""
@@ -124,18 +160,18 @@ class Training:
         mx.reset_peak_memory()
         start = time.perf_counter()
         rows, at_once = prepare.evaluation_rows(self.cache, self.dataset), train.EVAL_BATCH_SIZE
-        packed, part = time.perf_counter() - start, rows[: batches * at_once * len(self.step.streams)]
-        taken = seconds_of(lambda: prepare.score_rows(self.step.model, part, self.tokenizer, at_once))
+        packed, part = time.perf_counter() - start, rows[: batches * at_once * len(self.trainer.streams)]
+        taken = seconds_of(lambda: prepare.score_rows(self.trainer.model, part, self.tokenizer, at_once))
         return {"eval_seconds": packed + taken * len(rows) / len(part), "eval_peak_mb": mx.get_peak_memory() / 2**20}
 
     def arithmetic(self):
         """The model's FLOP/s in training, and what large square products reach, all streams at work."""
         n = 8192 if train.CUDA else 4096 if train.GPU else 1024
-        lanes = self.step.streams * max(2, 8 // len(self.step.streams))
+        lanes = self.trainer.streams * max(2, 8 // len(self.trainer.streams))
         a = mx.random.normal((n, n)).astype(train.COMPUTE_DTYPE)
         taken = seconds_of(lambda: mx.eval([mx.matmul(a, a, stream=stream) for stream in lanes]), 1.0)
         peak = len(lanes) * 2 * n**3 / taken / 1e12
-        model = self.figures["tok_sec"] * flops_per_token(self.config, self.step.model.parameters()) / 1e12
+        model = self.figures["tok_sec"] * flops_per_token(self.config, self.trainer.model.parameters()) / 1e12
         return {"model_tflops": model, "peak_tflops": peak, "peak_share": 100 * model / peak}
 
 
@@ -150,10 +186,10 @@ def flops_per_token(config, parameters):
     return 6 * in_products + sum(12 * config.n_embd * config.window(layer) for layer in range(config.depth))
 
 
-def in_child(rows, compiled):
+def in_child(left=None, **options):
     """The figures of `Training` from a process that may run out of memory or of time: then {"why": …}."""
-    command = [sys.executable, __file__, "--only", str(rows), str(int(compiled))]
-    left = max(0.01, TIME_LIMIT - (time.monotonic() - prepare.PROCESS_START))
+    command = [sys.executable, __file__, "--only", json.dumps(options)]
+    left = left or max(0.01, TIME_LIMIT - (time.monotonic() - prepare.PROCESS_START))
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=left)
     except subprocess.TimeoutExpired:
@@ -172,7 +208,7 @@ def sweep(figures, compiled):
     for n in [n for n in powers if n and train.TOTAL_BATCH_SIZE % (n * length) == 0]:
         needed = largest["train_peak_mb"] * n / largest["rows"]
         swaps = {"why": f"does not fit: would take about {needed:,.0f} MB"}  # where a GPU would refuse
-        found = {"rows": n, **(swaps if needed > memory_mb else in_child(n, compiled))}
+        found = {"rows": n, **(swaps if needed > memory_mb else in_child(rows=n, compiled=compiled))}
         largest = max(largest, found, key=lambda size: 0 if "why" in size else size["rows"])
         yield found
 
@@ -204,9 +240,11 @@ def last_bench(profile):
 
 def main():
     parser = argparse.ArgumentParser(description="Profile the present train.py on this machine.")
-    parser.add_argument("--only", type=int, nargs=2, metavar=("ROWS", "COMPILED"), help="steps alone, as JSON")
+    parser.add_argument("--only", type=json.loads, metavar="OPTIONS", help="steps alone; options of Training, as JSON")
     if only := parser.parse_args().only:
-        print(json.dumps(Training(only[0], 3.0, compiled=bool(only[1])).figures))
+        training = Training(**{"seconds": 3.0, **only})
+        per_token = flops_per_token(training.config, training.trainer.model.parameters())
+        print(json.dumps(training.figures | {"flops_per_token": per_token}))
         return
     figures, sizes, rows = {}, [], train.DEVICE_BATCH_SIZE
 
@@ -218,16 +256,18 @@ def main():
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
     print("train.py on {name} ({backend}, BLAS: {blas}, mlx {mlx}), load {load:.1f}".format(**device, load=load))
     training = Training(rows, 5.0)
-    present, compiled = training.figures, training.step.compiled
+    present, compiled = training.figures, training.trainer.compiled
     start = [sys.executable, "-c", "import train"]
     note({"import_seconds": seconds_of(lambda: subprocess.run(start, cwd=record.ROOT, check=True), 0.0)} | present)
     note(training.parts() | training.arithmetic())
+    note(training.attention())
     note(training.packing() | training.evaluation())
     del training  # the children need the memory
     gc.collect()
     mx.clear_cache()
     names = ("uncompiled_step_ms", "compiled_step_ms")
-    note({names[compiled]: present["step_ms"], names[not compiled]: in_child(rows, not compiled).get("step_ms")})
+    other = in_child(rows=rows, compiled=not compiled).get("step_ms")
+    note({names[compiled]: present["step_ms"], names[not compiled]: other})
     print(f"  {'DEVICE_BATCH_SIZE':<20}{'tok/s':>12}{'peak MB':>12}")
     for size in sweep(present, compiled):
         sizes.append(size)

@@ -114,7 +114,7 @@ def test_the_baseline_passes(tokenizer):
     import train
 
     mx.random.seed(1)
-    model = train.GPT(train.GPTConfig(vocab_size=V, sequence_length=64, depth=2, n_head=1, head_dim=32))
+    model = train.GPT(train.GPTConfig(vocab_size=V, sequence_length=64, depth=2, aspect_ratio=16, head_dim=32))
     model.update({"head": {"weight": mx.random.normal(model.head.weight.shape)}})
     prepare.evaluate_bpb(model, tokenizer, 8)
 

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Fit depth, step and batch size in train.py to this machine and budget; archived in data/tune_*.json.
+#
+# usage: make tune [BUDGET=300] [WAIT=1]
+#
+# Times steps of the real train.py at a few sizes, one to two minutes, shows the table and why, and writes
+# DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Commits nothing. A session is tuned when it is opened.
+# exit: 0 written · 1 refused or failed, and why · 2 the machine is busy; nothing was written
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+export_settings
+same_dataset
+need_python
+take_lock
+exec "${LAUNCH[@]}" scripts/tune.py

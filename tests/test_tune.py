@@ -1,0 +1,170 @@
+"""make tune: the ladder against what was measured, the climb on machines that are told, and what is written."""
+
+import json
+import math
+import re
+import sys
+import types
+
+import pytest
+from conftest import FOLDER, ROOT, new_checkout
+
+import prepare
+import train
+
+FILES = ("prepare.py", "checks.py", "data_sources.py", "train.py", "bench.py")
+
+
+@pytest.fixture(scope="module")
+def tune():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        import tune
+
+        yield tune
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """train.py's sizes on a GPU."""
+    monkeypatch.setattr(train, "HEAD_DIM", 128)
+    config = train.GPTConfig
+    monkeypatch.setattr(train, "GPTConfig", lambda **sizes: config(**{"head_dim": 128, **sizes}))
+
+
+def measured():
+    """{machine: {(depth, step): (tokens, val_bpb)}} of the table in docs/tuning.md."""
+    row = r"^\| ([\w ,]+) \| (\d+) \| 2\^(\d+) \| ([\d.]+) \| \**([\d.]+)\** \|$"
+    found = {}
+    for machine, depth, step, tokens, bpb in re.findall(row, (ROOT / "docs" / "tuning.md").read_text(), re.MULTILINE):
+        found.setdefault(machine, {})[int(depth), 2 ** int(step)] = (float(tokens) * 1e6, float(bpb))
+    return found
+
+
+@pytest.mark.parametrize("machine", measured())
+def test_the_ladder_chooses_within_3_thousandths_of_the_best_that_was_measured(tune, gpu, machine):
+    runs = measured()[machine]
+    tokens = {depth: tokens for (depth, _), (tokens, _) in runs.items()}
+    depth = tune.best_depth({d: (n, tune.size_of(d, 8192, 2048)[0]) for d, n in tokens.items()})
+    choice = depth, tune.step_size(tokens[depth], 2048)
+    assert runs[choice][1] <= min(bpb for _, bpb in runs.values()) + 0.003
+
+
+def test_the_size_of_a_model_is_that_of_the_model(tune):
+    import bench
+
+    for depth in (1, 2, 5):
+        config = train.GPTConfig(vocab_size=50, sequence_length=16, depth=depth, windows="L")
+        flops = bench.flops_per_token(config, train.GPT(config).parameters())
+        scalars_and_gates = 2 * depth + train.GATE_CHANNELS * config.n_head * math.ceil(depth / 2)
+        assert tune.size_of(depth, 50, 16)[1] == flops - 6 * scalars_and_gates
+
+
+def machine(speed, memory=lambda depth, rows: 100.0, asked=None):
+    """Steps as a machine of `speed` FLOP/s would take them."""
+
+    def measure(depth, total, rows):
+        if asked is not None:
+            asked.append((depth, total, rows))
+        import tune
+
+        figures = {"tok_sec": speed / tune.size_of(depth, 8192, 2048)[1], "train_peak_mb": memory(depth, rows)}
+        return {"depth": depth, "total": total, "rows": rows, **figures}
+
+    return measure
+
+
+def climb(tune, measure, budget=300, limit=1000.0):
+    return tune.climb(budget, 8192, 2048, limit, math.inf, measure)
+
+
+def test_a_faster_machine_and_a_longer_budget_get_no_smaller_model(tune, gpu):
+    for budget in (60, 300):
+        chosen = [climb(tune, machine(10.0**power), budget)[0] for power in (10, 11, 12, 13, 14, 15, 16)]
+        depths, steps = ([choice[key] for choice in chosen] for key in ("depth", "total"))
+        assert depths == sorted(depths) and depths[0] == 2 and depths[-1] == 12
+        assert steps == sorted(steps) and steps[-1] == 2**17
+    assert climb(tune, machine(1e13), 60)[0]["depth"] <= climb(tune, machine(1e13), 300)[0]["depth"]
+
+
+def test_what_is_chosen_was_timed_and_divides_the_step(tune, gpu):
+    for power in range(10, 17):
+        choice, done = climb(tune, machine(10.0**power))
+        assert choice in done and choice["total"] % (choice["rows"] * 2048) == 0
+        assert len(done) <= 4  # a size more would cost half a minute of compilation
+
+
+def test_memory_bounds_the_rows_and_then_the_depth(tune, gpu):
+    small = climb(tune, machine(1e15, lambda depth, rows: 100.0 * rows), limit=250.0)[0]
+    large = climb(tune, machine(1e15, lambda depth, rows: 10.0 * rows), limit=1e6)[0]
+    assert small["rows"] == 2 and large["rows"] > 2 and small["depth"] == large["depth"]
+    shallow = climb(tune, machine(1e15, lambda depth, rows: 100.0 * depth), limit=500.0)[0]
+    assert shallow["depth"] == 4
+    assert climb(tune, machine(1e15, lambda depth, rows: 2000.0))[0] is None
+
+
+def test_a_size_that_fails_is_passed_over(tune, gpu):
+    def measure(depth, total, rows):
+        return (
+            {"depth": depth, "total": total, "rows": rows, "why": "killed"}
+            if depth > 2
+            else machine(1e15)(depth, total, rows)
+        )
+
+    assert climb(tune, measure)[0]["depth"] == 2
+
+
+def test_only_the_three_lines_change(tune):
+    text = (ROOT / "train.py").read_text()
+    new = tune.written(text, {"DEPTH": 6, "TOTAL_BATCH_SIZE": 2**15, "DEVICE_BATCH_SIZE": 4})
+    changed = [(a, b) for a, b in zip(text.splitlines(), new.splitlines(), strict=True) if a != b]
+    assert [b.split("#")[0].strip() for _, b in changed] == [
+        "DEPTH = 6",
+        "TOTAL_BATCH_SIZE = 2**15",
+        "DEVICE_BATCH_SIZE = 4",
+    ]
+    assert all(a.split("#")[1] == b.split("#")[1] for a, b in changed)  # the comments stay
+    module = types.ModuleType("tuned")
+    sys.modules["tuned"] = module
+    exec(compile(new, "train.py", "exec"), module.__dict__)
+    assert (module.DEPTH, module.TOTAL_BATCH_SIZE, module.DEVICE_BATCH_SIZE) == (6, 2**15, 4)
+    with pytest.raises(SystemExit, match="error: train.py has 0 lines of the form DEPTH"):
+        tune.written(text.replace("\nDEPTH = ", "\nLAYERS = "), {"DEPTH": 6})
+
+
+def test_a_whole_tuning(tmp_path):
+    """The real scripts and train.py, a dataset of small sizes, and a machine that is not asked whether it is busy."""
+    checkout = new_checkout(tmp_path / FOLDER, tmp_path / "home", [ROOT / name for name in FILES])
+    source = checkout.path / "data_sources.py"
+    source.write_text(
+        source.read_text().replace("vocab_size=8192, sequence_length=2048", "vocab_size=300, sequence_length=32")
+    )
+    path = checkout.path / "train.py"
+    text = re.sub(r"^DATASET = .*", 'DATASET = "files"', path.read_text(), flags=re.MULTILINE)
+    path.write_text(text)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(200):
+        (texts / f"{i}.txt").write_text(" ".join(f"{(i * j) % 97} sheep and {j} goats." for j in range(40)))
+    script = checkout.path / "scripts" / "tune.py"
+    quiet = script.read_text()
+    script.write_text(quiet.replace("BUSY = 0.4", "BUSY = -1"))
+    done = checkout.script("tune", check=1)
+    assert "not prepared" in done.stderr and path.read_text() == text
+    checkout.run(sys.executable, "prepare.py", check=0, AUTORESEARCH_FILES=str(texts))
+    done = checkout.script("tune", check=2)
+    assert done.stderr.startswith("error: this machine is busy (load ") and path.read_text() == text
+    script.write_text(quiet.replace("BUSY = 0.4", "BUSY = 1e9"))
+    done = checkout.make("tune", "BUDGET=5", check=0)
+    (archive,) = (checkout.path / "data").glob("tune_*.json")
+    record = json.loads(archive.read_text())
+    constants = record["constants"]
+    assert record["budget"] == 5 and record["dataset"] == "files" and archive.name in done.stdout
+    assert record["why"] in done.stdout and all(f"{n} = {v}" in done.stdout for n, v in constants.items())
+    assert path.read_text() != text
+    for name, value in constants.items():
+        assert eval(re.search(rf"^{name} = ([^#\n]+)", path.read_text(), re.MULTILINE).group(1)) == value
+    chosen = [f for f in record["timed"] if all(f[k] == constants[n] for k, n in
+              (("depth", "DEPTH"), ("total", "TOTAL_BATCH_SIZE"), ("rows", "DEVICE_BATCH_SIZE")))]  # fmt: skip
+    assert chosen and chosen[0]["tok_sec"] > 0
+    assert prepare.git_blob_hash(path) != prepare.git_blob_hash(ROOT / "train.py")
