@@ -21,7 +21,9 @@ sys.path.insert(0, str(ROOT))
 import mlx.core as mx  # noqa: E402
 
 import bench  # noqa: E402
+import machine  # noqa: E402
 import prepare  # noqa: E402
+import record  # noqa: E402
 import train  # noqa: E402
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
@@ -151,8 +153,8 @@ def written(text, constants):
 
 
 def main():
-    budget = float(os.environ.get("AUTORESEARCH_BUDGET") or "300")
-    dataset, device = prepare.get_dataset(train.DATASET), prepare.describe_device()
+    budget = record.settings()[0]
+    dataset, device = prepare.get_dataset(train.DATASET), machine.describe()
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > BUSY * cores and not train.CUDA:
@@ -186,12 +188,11 @@ def main():
     path = ROOT / "train.py"
     text = written(path.read_text(), constants)
     now = datetime.now().astimezone()
-    record = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "device": device, "load": load}
-    record |= {"dataset": dataset.name, "budget": budget, "limit_mb": limit_mb if free else None}
-    record |= {"constants": constants, "why": why, "timed": done}
-    prepare.DATA_DIR.mkdir(exist_ok=True)
-    archive = prepare.DATA_DIR / f"tune_{now:%Y%m%d_%H%M%S}.json"
-    prepare.write_atomically(archive, json.dumps(record, indent=1))
+    found = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "device": device, "load": load}
+    found |= {"dataset": dataset.name, "budget": budget, "limit_mb": limit_mb if free else None}
+    found |= {"constants": constants, "why": why, "timed": done}
+    archive = record.STORE / f"tune_{now:%Y%m%d_%H%M%S}.json"
+    record.write_atomically(archive, json.dumps(found, indent=1))
     path.write_text(text)
     print(why)
     print(*(f"{name} = {value}" for name, value in constants.items()), sep=", ", end=" ")

@@ -4,14 +4,14 @@
 # usage: make tune [BUDGET=300] [WAIT=1]
 #
 # Times steps of the real train.py at a few sizes, one to two minutes, shows the table and why, and writes
-# DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Commits nothing. A session is tuned when it is opened.
+# DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Commits nothing. Outside a session commit it yourself.
 # exit: 0 written · 1 refused or failed, and why · 2 the machine is busy; nothing was written
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 export_settings
-same_dataset
 need_python
+same_dataset
 take_lock
 exec "${LAUNCH[@]}" scripts/tune.py

@@ -7,12 +7,10 @@ import sys
 import types
 
 import pytest
-from conftest import FOLDER, ROOT, new_checkout
+from conftest import FOLDER, HARNESS, ROOT, new_checkout
 
-import prepare
 import train
-
-FILES = ("prepare.py", "checks.py", "data_sources.py", "train.py", "bench.py")
+from record import blob_hash
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +132,7 @@ def test_only_the_three_lines_change(tune):
 
 def test_a_whole_tuning(tmp_path):
     """The real scripts and train.py, a dataset of small sizes, and a machine that is not asked whether it is busy."""
-    checkout = new_checkout(tmp_path / FOLDER, tmp_path / "home", [ROOT / name for name in FILES])
+    checkout = new_checkout(tmp_path / FOLDER, tmp_path / "home", HARNESS)
     source = checkout.path / "data_sources.py"
     source.write_text(
         source.read_text().replace("vocab_size=8192, sequence_length=2048", "vocab_size=300, sequence_length=32")
@@ -167,4 +165,4 @@ def test_a_whole_tuning(tmp_path):
     chosen = [f for f in record["timed"] if all(f[k] == constants[n] for k, n in
               (("depth", "DEPTH"), ("total", "TOTAL_BATCH_SIZE"), ("rows", "DEVICE_BATCH_SIZE")))]  # fmt: skip
     assert chosen and chosen[0]["tok_sec"] > 0
-    assert prepare.git_blob_hash(path) != prepare.git_blob_hash(ROOT / "train.py")
+    assert blob_hash(path) != blob_hash(ROOT / "train.py")
