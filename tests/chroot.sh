@@ -97,6 +97,8 @@ if [ -n "$small" ]; then
 fi
 chroot "$folder" chown -R worker: /home/worker
 run=(chroot --userspec=worker:worker "$folder" env -i HOME=/home/worker USER=worker PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8)
+# a server's processor, not all that qemu can do: for SME the OpenBLAS of the lock file has no kernels
+[ "$arch" != arm64 ] || run=("${run[@]}" "QEMU_CPU=${QEMU_CPU:-neoverse-n1}")
 # shellcheck disable=SC2016  # the inner shell's
 in_clone=(sh -c 'cd "$0" && exec "$@"' "$clone")
 "${run[@]}" git config --global user.name worker

@@ -22,6 +22,7 @@ echo "$(basename "$0") $*" >>"$CALLS"
 case "$*" in
   -V) echo "Python 3.12.1" ;;
   *libcuda*) [ ! -e "$DRIVER" ] || cat "$DRIVER" ;;
+  *array_equal*) [ ! -e "$WRONG" ] ;;
   *mx.eval*) [ ! -e "$BROKEN" ] || { cat "$BROKEN" >&2; exit 1; } ;;
   *ensurepip*) echo "$0" ;;
   *"-m venv"*) mkdir -p .venv/bin .venv/lib && cp "$0" .venv/bin/python ;;
@@ -66,6 +67,7 @@ def world(tmp_path):
     world.env.update(PYTHON="", PATH=str(world.bin), CALLS=str(world.calls_file))
     world.env.update(FAIL=str(tmp_path / "fail"), BLAS=str(tmp_path / "blas"), SEEN=str(tmp_path / "seen"))
     world.env.update(BROKEN=str(tmp_path / "broken"), DRIVER=str(tmp_path / "driver"))
+    world.env["WRONG"] = str(tmp_path / "wrong")
     for tool in "basename bash cat chmod cksum cp dirname env grep head mkdir rm sed sh uname".split():
         (world.bin / tool).symlink_to(shutil.which(tool))
     world.add("python3.12", FAKE_PYTHON)
@@ -112,6 +114,14 @@ def test_openblas_stands_under_its_usual_names(world):
     assert (world.path / ".venv/lib/libopenblas.so").read_text() == "a library"
     assert "scipy_cblas_sgemm cblas_sgemm" in (world.path / ".venv/openblas.map").read_text().splitlines()
     assert "patchelf --rename-dynamic-symbols .venv/openblas.map .venv/lib/libopenblas.so" in world.calls
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is for Linux")
+def test_an_openblas_that_multiplies_wrongly_is_not_used(world, tmp_path):
+    """Seen on an emulated ARM with SME: each product printed `should never get called`, and was not computed."""
+    (tmp_path / "wrong").touch()
+    assert "OpenBLAS does not multiply on this processor" in world.build().stderr
+    assert world.built() and not (world.path / ".venv/lib/libopenblas.so").exists()
 
 
 def test_it_is_built_again_when_the_lock_or_its_python_changes(world):
