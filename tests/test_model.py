@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import types
-from itertools import product
 
 import mlx.core as mx
 import mlx.nn as nn
