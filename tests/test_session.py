@@ -166,8 +166,8 @@ def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
 
 
 def test_noise_that_could_make_the_difference_asks_for_more_and_then_says_none_was_seen(session):
-    session.write_train(outcomes(session, 1.5, 1.504, 1.496), commit="noisy baseline")
-    for _ in range(3):
+    session.write_train(outcomes(session, 1.5, 1.504, 1.496, 1.5), commit="noisy baseline")
+    for _ in range(4):
         session.script("run", AGAIN="1", check=0)
     session.make("log-result", "STATUS=keep", "DESC=noisy", check=0)
     body = outcomes(session, 1.495, 1.502, 1.4985) + "\nx = 1"
@@ -175,7 +175,7 @@ def test_noise_that_could_make_the_difference_asks_for_more_and_then_says_none_w
     assert "verdict  rerun: noise could make this difference" in done.stdout
     for _ in range(2):
         done = session.script("run", AGAIN="1", check=0)
-    assert "verdict  discard: no difference seen" in done.stdout and "3 runs against 3" in done.stdout
+    assert "verdict  discard: no difference seen" in done.stdout and "3 runs against 4" in done.stdout
     session.make("log-result", "STATUS=discard", "DESC=x", check=0)
     assert session.rows[-1][1] == "1.498500"  # the mean, which decided
 
