@@ -5,8 +5,9 @@
 #
 # Debian's minbase with git, make, python3, python3-venv and ca-certificates, and nothing else: what a tool
 # takes for granted shows there. COMMAND is run in the clone of this repository's last commit; without one it
-# is `make baseline BUDGET=20`. --small commits one layer, short rows and a text of 200 kB first (the repository's
-# own files), for a machine that is emulated: another architecture needs qemu-user-static, and patience. Without --folder a temporary folder is used and removed; with it Debian is built there once.
+# is `make baseline BUDGET=20`. --small commits a train.py of one layer and a text of 200 kB first (the
+# repository's own files), for a machine that is emulated: another architecture needs qemu-user-static, and
+# patience. Without --folder a temporary folder is used and removed; with it Debian is built there once.
 #
 # Needs root, debootstrap and a network. Debian comes from the mirror that apt uses here (MIRROR overrides),
 # packages of Python from where pip finds them here: its system-wide configuration is copied in.
@@ -83,11 +84,8 @@ trusted=/etc/ssl/certs/ca-certificates.crt
 [ ! -e $trusted ] || cat $trusted >"$folder$trusted"
 
 clone=/home/worker/autoresearch
-rm -rf "${folder:?}/kept"
-[ ! -d "$folder$clone/.venv" ] || mv "$folder$clone/.venv" "$folder/kept" # built again only where it is not fresh
 rm -rf "${folder:?}$clone"
 git clone -q --no-local "$root" "$folder$clone"
-[ ! -d "$folder/kept" ] || mv "$folder/kept" "$folder$clone/.venv"
 if [ -n "$small" ]; then
   texts=$folder/home/worker/texts
   rm -rf "$texts"
@@ -95,13 +93,7 @@ if [ -n "$small" ]; then
   cat "$root"/*.py "$root"/*.md "$root"/scripts/* "$root"/tests/*.py >"$texts/all"
   head -c 200000 "$texts/all" | split -b 4000 --additional-suffix=.txt - "$texts/part-"
   rm "$texts/all"
-  sed -i -e 's/^DATASET = .*/DATASET = "files"/' -e 's/^DEPTH = [^#]*/DEPTH = 1  /' -e 's/^HEAD_DIM = [^#]*/HEAD_DIM = 32  /' \
-    -e 's/^ASPECT_RATIO = [^#]*/ASPECT_RATIO = 32  /' -e 's/^DEVICE_BATCH_SIZE = [^#]*/DEVICE_BATCH_SIZE = 4  /' \
-    -e 's/^TOTAL_BATCH_SIZE = [^#]*/TOTAL_BATCH_SIZE = 512  /' "$folder$clone/train.py"
-  cat >>"$folder$clone/data_sources.py" <<'END'
-DATASETS["files"] = dataclasses.replace(DATASETS["files"], vocab_size=512, sequence_length=128, eval_tokens=128 * 32)
-END
-  grep -q '^import dataclasses' "$folder$clone/data_sources.py" || sed -i '0,/^import/s//import dataclasses\nimport/' "$folder$clone/data_sources.py"
+  sed -i -e 's/^DATASET = .*/DATASET = "files"/' -e 's/^\( *\)\(DEPTH = \)[^#]*/\1\21  /' "$folder$clone/train.py"
 fi
 chroot "$folder" chown -R worker: /home/worker
 run=(chroot --userspec=worker:worker "$folder" env -i HOME=/home/worker USER=worker PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8)
@@ -112,7 +104,7 @@ in_clone=(sh -c 'cd "$0" && exec "$@"' "$clone")
 "${run[@]}" git config --global user.name worker
 "${run[@]}" git config --global user.email worker@localhost
 if [ -n "$small" ]; then
-  "${run[@]}" "${in_clone[@]}" git commit -q -a -m "one layer, a small text"
+  "${run[@]}" "${in_clone[@]}" git commit -q -m "one layer, a small text" train.py
   "${run[@]}" "${in_clone[@]}" make prepare FILES=/home/worker/texts
 fi
 # shellcheck disable=SC2016
