@@ -228,15 +228,15 @@ def of_attempt(sitting, attempt, rows):
         return Verdict("keep", "nothing was kept before", new=side(run["train_blob"], run)[0]), None, run, None
     new, new_runs = side(run["train_blob"], run)
     old, old_runs = side(row.blob, run)
-    if not old_runs:
-        known = [r for r in record.archived() if r["train_blob"] == row.blob]
+    if not any(other["run_id"] != run["run_id"] for other in old_runs):
+        known = [r for r in record.archived() if r["train_blob"] == row.blob and r["run_id"] != run["run_id"]]
         if known:
             unlike = record.differences(run, known[-1])
             refusal = Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
             if len(unlike) == 1 and run["budget"] != known[-1]["budget"]:
                 refusal.budget = known[-1]["budget"]
             raise refusal
-        old = Side([row.bpb], [row.rate], lines=old.lines)
+        old = old if old_runs else Side([row.bpb], [row.rate], lines=old.lines)
     noise = record.noise(run, lambda r: not busy(r))
     if row.blob == run["train_blob"]:
         return Verdict("again", "the reference's own text: it measures noise", new=new, old=old), row, run, run

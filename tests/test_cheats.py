@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import HARNESS
 from gallery import WIDTH, Mix, Network, later
 
 import checks
@@ -1046,7 +1047,7 @@ def as_train(small, tmp_path):
     """as_train(text) runs `text` as the train.py of a folder of its own, with the real harness."""
 
     def as_train(text):
-        for path in (*prepare.HARNESS_FILES, ROOT / "record.py", ROOT / "machine.py"):
+        for path in HARNESS:
             shutil.copy(path, tmp_path)
         with (tmp_path / "data_sources.py").open("a") as out:
             out.write(SIZES)

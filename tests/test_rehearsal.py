@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_cheats
 import test_honest
+from conftest import HARNESS
 from gallery import Network
 
 import checks
@@ -126,14 +127,14 @@ def test_a_refused_model_is_put_back_too(tokenizer):
 def test_training_goes_on_as_if_nothing_had_been_asked(tokenizer):
     def losses(asked):
         mx.random.seed(3)
-        _, schedule, step = train.build(V, 64)
+        _, trainer = train.build(V, 64)
         if asked:
-            rehearse(step.model, tokenizer)
+            rehearse(trainer.model, tokenizer)
         batch = mx.random.randint(0, V, (4, 65))
         found = []
         for n in range(3):
-            schedule.set(n, n / 3)
-            found.append(step([batch]).item())
+            trainer.optimizer.schedule(n, n / 3)
+            found.append(trainer.step([batch]).item())
         return found
 
     assert losses(asked=True) == losses(asked=False)
@@ -213,7 +214,7 @@ def program(small, tmp_path):
     """program(rehearse, *words): (result, record or None) of a train.py with that line, run with the real harness."""
 
     def program(rehearse, *words):
-        for path in (*prepare.HARNESS_FILES, prepare.record.ROOT / "record.py", prepare.record.ROOT / "machine.py"):
+        for path in HARNESS:
             shutil.copy(path, tmp_path)
         with (tmp_path / "data_sources.py").open("a") as out:
             out.write(test_cheats.SIZES)
