@@ -66,7 +66,7 @@ baseline:   ## prepare, run train.py as it is, log it as the baseline
 run:        ## one experiment of the committed train.py
 	@scripts/run.sh
 
-verdict:    ## keep, discard, rerun or judge: the newest run against the last kept one
+verdict:    ## again, keep, discard, rerun or judge: all runs of it against all of the last kept program
 	@scripts/verdict.sh
 
 log-result: ## log the newest run: make log-result STATUS=keep DESC="…" [FOUND="…" OPEN="…"]

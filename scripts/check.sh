@@ -10,7 +10,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 export_settings
-same_dataset
 need_python
+same_dataset
 take_lock
 exec "${LAUNCH[@]}" train.py --check

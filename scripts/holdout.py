@@ -18,17 +18,13 @@ import summary
 import verdict
 from session import Refused, Session, record, run_command
 
-# Student's t for a two-sided interval of 95 %, by degrees of freedom; beyond them the normal distribution's.
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-
 
 def interval(differences):
     """(mean, half the width of its 95 % interval) of paired differences; nan where there is one alone."""
     n = len(differences)
     if n < 2:
         return float(np.mean(differences)), math.nan
-    t = T95[n - 1] if n - 1 < len(T95) else 1.96
-    return float(np.mean(differences)), t * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return float(np.mean(differences)), verdict.in_t(1.96, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
 
 
 def ends_of(rows, like):

@@ -41,7 +41,7 @@ whole() { # NAME VALUE: a whole number, 0 or more
   [[ "$2" =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"
 }
 
-# Python reads these four and nothing else (record.settings knows what holds where nothing is set).
+# Settings reach Python through the environment; what holds where nothing is set, record.settings knows.
 export_settings() {
   [ -z "${BUDGET:-}" ] || { positive BUDGET "$BUDGET" && export AUTORESEARCH_BUDGET=$BUDGET; }
   [ -z "${SEED:-}" ] || { whole SEED "$SEED" && export AUTORESEARCH_SEED=$SEED; }

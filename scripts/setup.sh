@@ -3,8 +3,8 @@
 #
 # usage: make setup TAG=nov24 [DATASET=climbmix]
 #
-# Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the dataset is prepared, and if
-# not, the command that prepares it.
+# Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the
+# dataset is prepared, and if not, the command that prepares it.
 # exit: 0 the session is open · 1 refused, and why; nothing was changed
 set -euo pipefail
 # shellcheck source=scripts/lib.sh

@@ -244,11 +244,12 @@ def of_attempt(sitting, attempt, rows):
     if text and kept and session.essence(text) == session.essence(kept) is not None:
         words = "only the seed, comments or layout differ from the reference: no idea to keep"
         return Verdict("again", words, new=new, old=old), row, run, old_runs and old_runs[-1]
-    pairs, by_id = [], {r["run_id"]: r for r in (*new_runs, *old_runs)}
-    for name in {a["pair"] for a in sitting.attempts() if a.get("pair")}:
-        ends = [by_id.get(a.get("run_id")) for a in sitting.attempts() if a.get("pair") == name]
-        blobs = {r["train_blob"]: r for r in ends if r}
-        a, b = blobs.get(run["train_blob"]), blobs.get(row.blob)
+    by_id, ends, pairs = {r["run_id"]: r for r in (*new_runs, *old_runs)}, {}, []
+    for made in sitting.attempts():
+        if made["pair"] and made.get("run_id") in by_id:
+            ends.setdefault(made["pair"], {})[made["train_blob"]] = by_id[made["run_id"]]
+    for pair in ends.values():
+        a, b = pair.get(run["train_blob"]), pair.get(row.blob)
         if a and b and alike(busy(a), busy(b)):
             pairs.append((record.bpb(a) - record.bpb(b), record.tok_sec(a) / record.tok_sec(b)))
     twin = next((r for r in old_runs if r["seed"] == run["seed"]), None)

@@ -171,7 +171,8 @@ def session(pristine_session, tmp_path):
 def cache(tmp_path, monkeypatch):
     """An empty cache folder of this test's own."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    for name in ("AUTORESEARCH_FILES", "AUTORESEARCH_BUDGET", "AUTORESEARCH_SEED", "HF_ENDPOINT", "HF_TOKEN"):
+    ours = ("AUTORESEARCH_FILES", "AUTORESEARCH_COLUMN", "AUTORESEARCH_BUDGET", "AUTORESEARCH_SEED")
+    for name in (*ours, "HF_ENDPOINT", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"
 

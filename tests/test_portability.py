@@ -225,3 +225,13 @@ def test_a_missing_tool_is_named(checkout, tmp_path):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
     done = checkout.script("help", PATH=str(tmp_path / "bin"))  # lists by sed
     assert done.returncode and re.match(r"(error: sed is missing|.*sed: command not found)", done.stderr)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem)
+def test_a_helper_that_asks_python_has_one(path):
+    """Without PYTHON there is none before need_python; these tests give one, so only the text shows it."""
+    lines = [line.strip() for line in path.read_text().splitlines() if not line.startswith("#")]
+    asks = re.compile(r"^(same_dataset|helper |take_lock)|dataset_of_train\)")
+    asking = [i for i, line in enumerate(lines) if asks.search(line)]
+    if asking and path.stem != "lib":
+        assert "need_python" in lines[: asking[0]]
