@@ -28,12 +28,12 @@ CUDA = GPU and mx.cuda.is_available()
 
 DATASET = "stdlib"  # one of data_sources.DATASETS
 SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
-DEPTH = 8 if CUDA else 4 if GPU else 3  # layers; more learn more a token and see fewer tokens
+DEPTH = 8 if CUDA else 4 if GPU else 2  # layers; more learn more a token and see fewer tokens
 TOTAL_BATCH_SIZE = 2**17 if CUDA else 2**14 if GPU else 2**12  # tokens an optimizer step; fewer buy more steps
 DEVICE_BATCH_SIZE = max(1, (2**16 if CUDA else 2**14 if GPU else 2**12) // SEQUENCE_LENGTH)  # rows at once: memory
 EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 4 if CUDA else DEVICE_BATCH_SIZE // 2)  # rows whose logits stand whole
 
-ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
+ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
 WINDOWS = "SL" if CUDA else "L"  # a layer each, repeated: L sees all before it, S what its half of the context holds
 MLP_RATIO = 4  # hidden channels of an MLP, in widths

@@ -245,9 +245,10 @@ def of_attempt(sitting, attempt, rows):
         words = "only the seed, comments or layout differ from the reference: no idea to keep"
         return Verdict("again", words, new=new, old=old), row, run, old_runs and old_runs[-1]
     by_id, ends, pairs = {r["run_id"]: r for r in (*new_runs, *old_runs)}, {}, []
-    for made in sitting.attempts():
-        if made["pair"] and made.get("run_id") in by_id:
-            ends.setdefault(made["pair"], {})[made["train_blob"]] = by_id[made["run_id"]]
+    for attempt in sitting.attempts():
+        end = by_id.get(attempt.get("run_id"))
+        if end and attempt.get("pair"):
+            ends.setdefault(attempt["pair"], {})[end["train_blob"]] = end
     for pair in ends.values():
         a, b = pair.get(run["train_blob"]), pair.get(row.blob)
         if a and b and alike(busy(a), busy(b)):

@@ -26,6 +26,7 @@ def tune():
 def gpu(monkeypatch):
     """train.py's sizes on a GPU."""
     monkeypatch.setattr(train, "HEAD_DIM", 128)
+    monkeypatch.setattr(train, "ASPECT_RATIO", 64)
     config = train.GPTConfig
     monkeypatch.setattr(train, "GPTConfig", lambda **sizes: config(**{"head_dim": 128, **sizes}))
 
