@@ -26,9 +26,8 @@ def tune():
 def gpu(monkeypatch):
     """train.py's sizes on a GPU."""
     monkeypatch.setattr(train, "HEAD_DIM", 128)
-    monkeypatch.setattr(train, "ASPECT_RATIO", 64)
     config = train.GPTConfig
-    monkeypatch.setattr(train, "GPTConfig", lambda **sizes: config(**{"head_dim": 128, **sizes}))
+    monkeypatch.setattr(train, "GPTConfig", lambda **sizes: config(**{"head_dim": 128, "aspect_ratio": 64, **sizes}))
 
 
 def measured():
