@@ -28,15 +28,17 @@ done
 others=$(git diff --name-only "$kept" HEAD | grep -vx train.py | tr '\n' ' ' || true)
 [ -z "$others" ] || die "discard would also change ${others% }, committed since $(short "$kept"). Put back first:" \
   "git restore --source=$(short "$kept") --staged --worktree -- ${others% } && git commit -m 'put back'"
-for blob in "$(git hash-object train.py)" "$(git rev-parse -q --verify :train.py)"; do
-  [ "$blob" = "$(git rev-parse HEAD:train.py)" ] || [ "$blob" = "$(git rev-parse "$kept:train.py")" ] ||
-    die "train.py has changes that are not committed and would be lost: git commit -m 'what it tries' train.py," \
-      "or git checkout HEAD -- train.py"
-done
+if [ -f train.py ]; then
+  for blob in "$(git hash-object train.py)" "$(git rev-parse -q --verify :train.py)"; do
+    [ "$blob" = "$(git rev-parse HEAD:train.py)" ] || [ "$blob" = "$(git rev-parse "$kept:train.py")" ] ||
+      die "train.py has changes that are not committed and would be lost: git commit -m 'what it tries' train.py," \
+        "or git checkout HEAD -- train.py"
+  done
+fi
 
 if [ -z "$(git for-each-ref --contains HEAD "refs/experiments/$TAG/")" ]; then # never run, but never lost
   git update-ref "refs/experiments/$TAG/dropped-$(short "$HEAD")" HEAD
 fi
-git restore --source="$kept" --staged --worktree -- train.py
+put_train "$kept" # file, index, branch: after each of them the same command goes on
 git update-ref -m "discard" "refs/heads/$BRANCH" "$kept" "$HEAD"
 echo "train.py and autoresearch/$TAG are back on $(short "$kept")"

@@ -150,7 +150,9 @@ FROZEN="Makefile kernels.py prepare.py examination.py downloads.py token_cache.p
 read_git() {
   HEAD='' BRANCH='' TAG=none START=''
   [ -e .git ] && command -v git >/dev/null || return 0
-  git rev-parse --git-dir >/dev/null || die "git does not work in $ROOT (see above)"
+  local folders
+  folders=$(git rev-parse --git-dir --git-common-dir) || die "git does not work in $ROOT (see above)"
+  drop_stale_locks "${folders%%$'\n'*}" "${folders#*$'\n'}"
   HEAD=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
   BRANCH=$(git symbolic-ref -q HEAD) || BRANCH='' # not --short: that name depends on which tags exist
   BRANCH=${BRANCH#refs/heads/}
@@ -169,6 +171,30 @@ refuse_detached() {
   session=${session#refs/experiments/}
   [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout autoresearch/${session%/start}"
 }
+
+# COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment; git writes it in place.
+put_train() {
+  git cat-file blob "$1:train.py" | "$PYTHON" -c 'import record, sys; record.write_atomically("train.py", sys.stdin.buffer.read())'
+  git restore --source="$1" --staged -- train.py
+}
+
+# OWN COMMON (git's folders): a git that was killed leaves its lock files, and the next one would refuse. Where no git
+# is at work any more, they are nobody's.
+drop_stale_locks() {
+  local found name locks='find "$1"/*.lock "$2"/*.lock "$2/refs/heads" "$2/refs/experiments" -name "*.lock" 2>/dev/null'
+  found=$(eval "$locks") || true
+  [ -n "$found" ] || return 0
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    git_runs || break
+    sleep 1
+  done
+  found=$(eval "$locks" | sort -u) || true
+  [ -n "$found" ] || return 0
+  ! git_runs || die "git is at work, or was cut off; if it was, remove $(printf '%s' "$found" | tr '\n' ' ')"
+  printf '%s\n' "$found" | while IFS= read -r name; do rm -f "$name"; done
+  say "note: a git that was killed left its lock, which is removed: $(printf '%s' "$found" | tr '\n' ' ')"
+}
+git_runs() { ps -A -o comm= | grep -qE '(^|/)git$'; }
 
 short() { printf '%.7s' "$1"; }
 

@@ -61,7 +61,7 @@ class Session:
         """Make results.tsv in the root this session's table; a file that stands in its place is never lost."""
         if self.tag == "none" and not self.table.exists() and not LINK.exists():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        record.make_folder(self.folder)
         target = os.path.relpath(self.table, ROOT)
         if LINK.is_symlink():
             if os.readlink(LINK) == target:
@@ -114,8 +114,9 @@ class Session:
         """Begin a new table; the old one stays beside it under a name of its own."""
         if self.table.exists():
             old = record.free_name(self.folder, "results", ".tsv")
+            self.note("table", archived=old.name)  # first: a table that is missing would be restored
             self.table.rename(old)
-            self.note("table", archived=old.name)
+            record.folder_to_disk(self.folder)
             say(f"note: the older results.tsv is now {shown(old)}")
 
     # --- events ---
@@ -201,7 +202,7 @@ def record_of(attempt):
 @contextmanager
 def one_writer():
     """One writer at a time, whatever becomes of the others: the kernel drops a dead one's lock."""
-    STORE.mkdir(parents=True, exist_ok=True)
+    record.make_folder(STORE)
     with (STORE / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
