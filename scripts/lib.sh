@@ -178,23 +178,30 @@ put_train() {
   git restore --source="$1" --staged -- train.py
 }
 
-# OWN COMMON (git's folders): a git that was killed leaves its lock files, and the next one would refuse. Where no git
-# is at work any more, they are nobody's.
+# OWN COMMON (git's folders): a git that was killed leaves its lock files, and the next one would refuse. What stays
+# where no git is at work is nobody's.
 drop_stale_locks() {
   local found name locks='find "$1"/*.lock "$2"/*.lock "$2/refs/heads" "$2/refs/experiments" -name "*.lock" 2>/dev/null'
-  found=$(eval "$locks") || true
-  [ -n "$found" ] || return 0
+  [ -n "$(eval "$locks" || true)" ] || return 0
   for _ in 1 2 3 4 5 6 7 8 9 10; do
-    git_runs || break
     sleep 1
+    git_runs_here || break
   done
   found=$(eval "$locks" | sort -u) || true
   [ -n "$found" ] || return 0
-  ! git_runs || die "git is at work, or was cut off; if it was, remove $(printf '%s' "$found" | tr '\n' ' ')"
+  ! git_runs_here || die "git is at work, or was cut off; if it was, remove $(printf '%s' "$found" | tr '\n' ' ')"
   printf '%s\n' "$found" | while IFS= read -r name; do rm -f "$name"; done
   say "note: a git that was killed left its lock, which is removed: $(printf '%s' "$found" | tr '\n' ' ')"
 }
-git_runs() { ps -A -o comm= | grep -qE '(^|/)git$'; }
+
+git_runs_here() {
+  local pid folder
+  for pid in $(ps -A -o pid= -o comm= | sed -nE 's,^ *([0-9]+) (.*/)?git$,\1,p'); do
+    folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
+    case $folder/ in / | "$ROOT"/*) return 0 ;; esac
+  done
+  return 1
+}
 
 short() { printf '%.7s' "$1"; }
 

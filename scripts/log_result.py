@@ -195,7 +195,7 @@ def open_table(args):
     with session.one_writer():
         sitting = Session(args.tag)
         if not sitting.table.exists():
-            record.append(sitting.table, "", HEADER + "\n")
+            record.write_atomically(sitting.table, HEADER + "\n")
         sitting.link()
 
 

@@ -216,7 +216,7 @@ def watch(folder, log, timeout, *options):
 def clear_up(sitting):
     """What killed commands left: a row half logged is completed, temporary files and folders go."""
     log_result.complete_begun(sitting)
-    for folder in (record.DATA, record.STORE, sitting.folder):
+    for folder in (ROOT, record.DATA, record.STORE, sitting.folder):
         record.remove_leftovers(folder)
     for folder in Path(tempfile.gettempdir()).glob(PREFIX + "*-*"):
         pid = folder.name.split("-")[1]

@@ -78,7 +78,7 @@ fail() { # back to where we came from
   die "the session was not opened (see above)"
 }
 # What the agent commits outlives a power cut; by default git leaves new commits and refs to the system.
-git config core.fsync >/dev/null || git config core.fsync committed || say "note: core.fsync could not be set"
+git config --get core.fsync >/dev/null || git config core.fsync committed || say "note: core.fsync could not be set"
 if [ -z "$start" ]; then
   start=$HEAD
   if [ "$name" != "$(dataset_of_train)" ]; then

@@ -51,10 +51,11 @@ class Lab:
         self.verb, self.pristine, self.work, self.words = verb, pristine, work, list(VERBS[verb])
         self.folder, self.log = work / "disk" / "repo", work / "log"
         self.env = {
-            **{name: os.environ[name] for name in os.environ if name.startswith(("GIT_", "LANG", "LC_"))},
+            "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1",
             "PATH": f"{work / 'bin'}:{os.environ['PATH']}", "HOME": str(work), "TMPDIR": str(work / "disk" / "tmp"),
             "PYTHON": python, "AUTORESEARCH_LOCK": str(work / "lock"), "CRASH_GIT": shutil.which("git"),
             "TAG": "t" if verb == "setup" else "", "DATASET": "tinystories" if verb == "setup" else "",
+            **{f"GIT_{who}_{what}": "tester" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
             "GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z",
             "PYTHONDONTWRITEBYTECODE": "1", "CRASH_UNDER": str(work / "disk"), "PYTHONUTF8": "1",
             "PYTHONPATH": "", "TIMEOUT": "20",
@@ -179,7 +180,8 @@ class Lab:
             "logged": [e["id"] for e in events if e["event"] == "logged"],
             "last": [e["status"] for e in events if e["event"] == "end"][-1:],
             "records": len(records) if not runs else all(r.get("seal") for r in records),
-            "left over": sorted(p.name for p in data.rglob(".*tmp")) + os.listdir(self.work / "disk" / "tmp"),
+            "left over": sorted(p.name for p in data.rglob(".*tmp")) 
+            + [name for name in os.listdir(self.work / "disk" / "tmp") if "-" in name],
         }  # fmt: skip
 
 
