@@ -181,6 +181,7 @@ put_train() {
 # OWN COMMON (git's folders): a git that was killed leaves its lock files, and the next one would refuse. What stays
 # where no git is at work is nobody's.
 drop_stale_locks() {
+  # shellcheck disable=SC2016  # for eval
   local found name locks='find "$1"/*.lock "$2"/*.lock "$2/refs/heads" "$2/refs/experiments" -name "*.lock" 2>/dev/null'
   [ -n "$(eval "$locks" || true)" ] || return 0
   for _ in 1 2 3 4 5 6 7 8 9 10; do
@@ -198,7 +199,8 @@ git_runs_here() {
   local pid folder
   for pid in $(ps -A -o pid= -o comm= | sed -nE 's,^ *([0-9]+) (.*/)?git$,\1,p'); do
     folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
-    case $folder/ in / | "$ROOT"/*) return 0 ;; esac
+    case $folder/ in "$ROOT"/*) return 0 ;; esac
+    [ -n "$folder" ] || ! kill -0 "$pid" 2>/dev/null || return 0 # it may be ours
   done
   return 1
 }

@@ -43,8 +43,10 @@ ENDS = {  # what a train.py may do: the exit code of its run
     "prepare.finish({x}, seal='made by hand')": 3,
     "open('data/last_run.json', 'w').write('{{' + str({x}))": 3,
 }
-HOSTILE = ["plain", "$(touch owned) `touch owned`", "it's \"quoted\" \\ 100 %", "-n --help", "tab\tand\nnewline", "größer 東京 🙂",
-           "\u202eright to left", "\x1b[2J\x1b]0;title\x07", "${HOME} $5 && touch owned; |", "../../x", "#!*?[a]"]  # fmt: skip
+HOSTILE = [
+    "plain", "$(touch owned) `touch owned`", "it's \"quoted\" \\ 100 %", "-n --help", "tab\tand\nnewline", "größer 東京",
+    "🙂", "\u202eright to left", "\x1b[2J\x1b]0;title\x07", "${HOME} $5 && touch owned; |", "../../x", "#!*?[a]",
+]  # fmt: skip
 
 
 class Wrong(AssertionError):
@@ -102,7 +104,7 @@ class Night:
         if done.returncode == 1:
             lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
             must(len(lines) == 1 and lines[0].startswith("error: "), name, "is refused in one line:", said)
-        must(not allowed or done.returncode in allowed, name, env.get("STATUS", ""), "ended with", done.returncode, said)
+        must(not allowed or done.returncode in allowed, name, env.get("STATUS"), "ended with", done.returncode, said)
         return done
 
     def commit(self, body):
@@ -344,7 +346,8 @@ class Night:
 
     def lost(self, chance):
         """Something is deleted that can be made again, or that is spare."""
-        name = chance.choice(["results.tsv", "run.log", "data/last_run.json", f"data/sessions/{self.side.tag}/results.tsv"])
+        table = f"data/sessions/{self.side.tag}/results.tsv"
+        name = chance.choice(["results.tsv", "run.log", "data/last_run.json", table])
         (self.lab.path / name).unlink(missing_ok=True)
         self.type("results", 0)
         self.good(chance)
@@ -382,13 +385,14 @@ class Night:
             headings = re.findall(r"^## (\d+)\. (\w+): (.*)$\n\n(?:- .*\n)*- (\S+), commit", self.lab.journal, re.M)
             mine = [(int(n), status, words) for n, status, words, tag in headings if tag == f"{side.tag}"]
             entries = [(n, status, words) for n, (status, _, words) in enumerate(side.rows, 1)]
-            must(mine == entries, "journal of", side.tag, [e for e in entries if e not in mine], Counter(mine).most_common(1))
+            lacking = [entry for entry in entries if entry not in mine]
+            must(mine == entries, "journal of", side.tag, lacking, Counter(mine).most_common(1))
         linked = (self.lab.path / "results.tsv").read_text()
         must(linked == self.side.table, "results.tsv shows another session")
         must(git("worktree", "list").count("\n") == 0, "worktrees are left")
         left = [p.name for p in (self.folder / "tmp").iterdir()]
         must(len(left) <= 1, "temporary files are left", left)
-        must(not list(self.lab.path.rglob(".git/**/*.lock")) , "a lock of git is left")
+        must(not list((self.lab.path / ".git").rglob("*.lock")), "a lock of git is left")
         must(len(list(data.rglob("*.tmp"))) <= 1 and not list(self.lab.path.glob(".*.tmp")), "temporary files in data")
         for path in data.glob("run_*.json"):
             if path not in self.seen:
@@ -419,8 +423,10 @@ def attempt_of(self, tag):
 
 Checkout.attempt_of = attempt_of
 
-SCENARIOS = {"good": 30, "bad": 20, "dies": 20, "killed": 10, "wrong_order": 6, "forgotten": 5, "frozen": 4, "uncommitted": 2,
-             "reset": 3, "switch": 5, "detached": 1, "again": 4, "holdout": 2, "worktree": 2, "lost": 4}  # fmt: skip
+SCENARIOS = {
+    "good": 30, "bad": 20, "dies": 20, "killed": 10, "wrong_order": 6, "forgotten": 5, "frozen": 4, "uncommitted": 2,
+    "reset": 3, "switch": 5, "detached": 1, "again": 4, "holdout": 2, "worktree": 2, "lost": 4,
+}  # fmt: skip
 
 
 def night(scenarios, folder, tell=lambda *_: None):
@@ -491,9 +497,10 @@ def main(args):
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     size = sum(p.lstat().st_size for p in (now.lab.path / "data").rglob("*")) / 1e6
     kinds = Counter(name for name, _ in done)
-    print(f"seed {args.seed}: {len(done)} scenarios, {now.counts['commands']} commands, {now.counts['run']} runs, "
-          f"{now.counts['killed']} killed from outside, {now.counts['died']} died at a point of their own, {rows} rows in "
-          f"{len(now.sides)} sessions, {records} records, {time.monotonic() - start:.0f} s; largest process {children:.0f} MB, "
+    counts, took = now.counts, time.monotonic() - start
+    print(f"seed {args.seed}: {len(done)} scenarios, {counts['commands']} commands, {counts['run']} runs, "
+          f"{counts['killed']} killed from outside, {counts['died']} died at a point of their own, {rows} rows in "
+          f"{len(now.sides)} sessions, {records} records, {took:.0f} s; largest process {children:.0f} MB, "
           f"data {size:.1f} MB, {len(os.listdir('/proc/self/fd'))} file handles here")  # fmt: skip
     print(dict(kinds))
     shutil.rmtree(folder)

@@ -180,8 +180,8 @@ class Lab:
             "logged": [e["id"] for e in events if e["event"] == "logged"],
             "last": [e["status"] for e in events if e["event"] == "end"][-1:],
             "records": len(records) if not runs else all(r.get("seal") for r in records),
-            "left over": sorted(p.name for p in data.rglob(".*tmp")) 
-            + [name for name in os.listdir(self.work / "disk" / "tmp") if "-" in name],
+            "left over": runs  # which clear up what others left
+            and sorted(p.name for p in data.rglob(".*tmp")) + [n for n in os.listdir(self.env["TMPDIR"]) if "-" in n],
         }  # fmt: skip
 
 
