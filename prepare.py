@@ -83,7 +83,7 @@ def prepare(dataset):
             error.path.unlink()
             meta = prepare_anew(dataset, root)
     except OSError as error:
-        sys.exit(f"error: {root}: {error.strerror or error}; AUTORESEARCH_CACHE moves the cache elsewhere")
+        sys.exit(f"error: {root}: {record.what_failed(error)}; AUTORESEARCH_CACHE moves the cache elsewhere")
     for split in SPLITS:
         print("{}: {} {documents:,} documents, {tokens:,} tokens".format(dataset.name, split, **meta[split]))
     print(f"{dataset.name}: prepared in {time.monotonic() - start:.0f} s in {root}")

@@ -129,6 +129,31 @@ def free_name(folder, prefix, suffix):
     return path
 
 
+def what_failed(error):
+    """An OSError's reason in plain words. NumPy tells a full disk by how many items were written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search(r"requested and \d+ written", str(error)):
+        return "the disk is full"
+    return error.strerror or error
+
+
+def one_line_for(tool):
+    """From here on an exception ends the program with one line, which says what `tool` needs of train.py."""
+
+    def tell(kind, error, trace):
+        if not issubclass(kind, Exception):
+            return sys.__excepthook__(kind, error, trace)
+        while trace.tb_next:
+            trace = trace.tb_next
+        place, text = Path(trace.tb_frame.f_code.co_filename).name, " ".join(str(error).split())
+        print(
+            f"error: {tool} does not work with this train.py, whose model, step and constants it uses by their names: "
+            f"{place}, line {trace.tb_lineno}: {kind.__name__}: {text}",
+            file=sys.stderr,
+        )
+
+    sys.excepthook = tell
+
+
 # --- settings, programs, harness -------------------------------------------------------------------
 
 BUDGET, SEED = 300.0, 42  # what holds where nothing is set
@@ -179,6 +204,8 @@ def dataset_of_train():
     """The constant DATASET of train.py, read without running it."""
     try:
         text = (ROOT / "train.py").read_text("utf-8", "replace")
+    except FileNotFoundError:
+        sys.exit("error: train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard")
     except OSError as error:
         sys.exit(f"error: train.py cannot be read: {error.strerror}")
     found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
@@ -251,7 +278,7 @@ def write(train, commit, **content):
         write_atomically(free_name(STORE, "run", ".json"), text)
         write_atomically(DATA / "last_run.json", text)
     except OSError as error:
-        sys.exit(f"error: the record could not be written to {STORE}: {error.strerror or error}")
+        sys.exit(f"error: the record could not be written to {STORE}: {what_failed(error)}")
     return record
 
 

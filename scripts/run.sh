@@ -18,13 +18,14 @@ positive TIMEOUT "${TIMEOUT:-600}"
 [ -z "${N:-}" ] || { whole N "$N" && [ "$N" -gt 0 ] || die "N=$N is not a number of runs"; }
 case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
 export_settings
-[ -f train.py ] || die "train.py is missing: git checkout train.py"
+[ -f train.py ] || die "train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard"
 read_git
 refuse_detached
 if [ -n "$HEAD" ]; then
   [ "$(git rev-parse -q --verify HEAD:train.py)" = "$(git hash-object train.py)" ] ||
     die "train.py is not committed, so the run could not be reproduced: git commit -m 'what it tries' train.py"
   refuse_changed_files
+  refuse_tracked_results
 fi
 need_python
 same_dataset

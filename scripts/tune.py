@@ -20,10 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 import mlx.core as mx  # noqa: E402
 
+import record  # noqa: E402
+
+if __name__ == "__main__":
+    record.one_line_for("make tune")
+
 import bench  # noqa: E402
 import machine  # noqa: E402
 import prepare  # noqa: E402
-import record  # noqa: E402
 import train  # noqa: E402
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)

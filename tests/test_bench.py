@@ -73,7 +73,8 @@ def test_it_measures_what_train_has(tiny, tmp_path, piece):
     body += f"\ndef {piece}(*arguments):\n    raise RuntimeError('broken {piece}')\n"
     (broken / "train.py").write_text(f"{body}\nif __name__{main}")
     done = Checkout(broken, tiny.env).run(sys.executable, "bench.py", check=1)
-    assert done.stderr.endswith(f"RuntimeError: broken {piece}\n")
+    assert done.stderr.startswith("error: make bench does not work with this train.py")
+    assert done.stderr.endswith(f": RuntimeError: broken {piece}\n") and done.stderr.count("\n") == 1
     assert "archived" not in done.stdout
 
 
