@@ -14,6 +14,7 @@ import bisect
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -236,6 +237,17 @@ def evaluation_rows(cache, dataset, split="val"):
     if not rows:
         sys.exit(f"error: split '{split}' of '{dataset.name}' does not fill a row of {dataset.sequence_length} tokens")
     return np.stack(rows)
+
+
+SEALED = 32  # rows of the test split, or that part of the evaluation's, that every run is scored on unseen
+
+
+def sealed_rows(cache, dataset, evaluated):
+    """Rows uint16 (n, sequence_length + 1) of documents from all over the test split: the same for every run."""
+    tokens, offsets = cache.tokens("test"), cache.offsets("test")
+    order = np.random.default_rng(0).permutation(len(offsets) - 1).tolist()
+    rows = packed_rows(tokens, offsets, order, dataset.sequence_length + 1)
+    return np.array(list(itertools.islice(rows, max(SEALED, evaluated // SEALED))))
 
 
 # --- the metric --------------------------------------------------------------------------------
@@ -596,7 +608,7 @@ class Run:
         steps, tokens = len(self._curve), self._curve[-1][2] if self._curve else 0
         served = self._stream.served() if self._stream else np.empty(0, np.uint64)
         save_weights(parameters)
-        evaluation, reason = None, None
+        evaluation, sealed, reason = None, None, None
         try:
             checks.paused(seen["paused_seconds"], self.budget)
             checks.clock(seconds, self._clocks)
@@ -608,10 +620,18 @@ class Run:
             self._verifier.join()
             checks.data(served, self.cache, self._changed_file, self._opened.strange())
             checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, checks.definitions(*HARNESS_MODULES))
+            with checks.harness_reads():
+                rows = sealed_rows(self.cache, self.dataset, len(evaluation.row_bits))
+            bits, size = self._score_test(model, batch_size, rows)
+            mask = np.random.default_rng(int(self.cache.hash[:16], 16)).uniform(0, 2**12, len(bits))
+            sealed = bits + mask, size  # differences of two runs are as they were, and no figure can be read off
         except checks.Refused as refused:
             reason = str(refused)
         if HOLDOUT and not reason:
-            self._score_test(model, batch_size)
+            with checks.harness_reads():
+                rows = evaluation_rows(self.cache, self.dataset, "test")
+            bpb, stderr = bits_per_byte(*self._score_test(model, batch_size, rows))
+            record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
         self._end(
             reason,
             evaluation=None if reason else evaluation,
@@ -631,20 +651,18 @@ class Run:
                 "startup_seconds": startup_seconds,
             },
             machine=seen,
+            sealed=None if reason else sealed,
         )
 
-    def _score_test(self, model, batch_size):
-        """Leave bits per byte of the test split in data/holdout.json, for scripts/holdout.py, and nowhere else."""
-        with checks.harness_reads():
-            rows = evaluation_rows(self.cache, self.dataset, "test")
+    def _score_test(self, model, batch_size, rows):
+        """Bits float (n,) and bytes int (n,) of rows of the test split, for a sealed sample and for scripts/holdout.py."""
         counted = self.tokenizer.token_bytes[rows[:, 1:]]
         with evaluation_mode(model):
             nats = score_rows(model, rows, self.tokenizer, batch_size)
         bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
-        bpb, stderr = bits_per_byte(bits, counted.sum(axis=1, dtype=np.int64))
-        record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
+        return bits, counted.sum(axis=1, dtype=np.int64)
 
-    def _end(self, reason, evaluation, model, training, machine):
+    def _end(self, reason, evaluation, model, training, machine, sealed=None):
         """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run."""
         served = self._stream.served() if self._stream else np.empty(0, np.uint64)
         written = record.write(
@@ -679,6 +697,8 @@ class Run:
                 "val_bpb_stderr": evaluation.stderr if evaluation else None,
                 "eval_bytes": evaluation.bytes if evaluation else None,
                 "row_bits": record.packed(evaluation.row_bits) if evaluation else None,
+                "sealed_bits": record.packed(sealed[0]) if sealed else None,
+                "sealed_bytes": int(sealed[1].sum()) if sealed else None,
             },
             curve=record.binned(self._curve[:-1] or self._curve),  # the last end is noted otherwise
         )
