@@ -45,7 +45,15 @@ import record  # noqa: E402
 import token_cache  # noqa: E402
 from data_sources import SPLITS, cache_dir, get_dataset  # noqa: E402
 from record import dataset_of_train  # noqa: E402
-from token_cache import TokenCache, Tokenizer, document_hash, not_prepared, write_token_cache  # noqa: E402
+from token_cache import (  # noqa: E402
+    TokenCache,
+    Tokenizer,
+    damaged,
+    document_hash,
+    file_hash,
+    not_prepared,
+    write_token_cache,
+)
 
 mx = SimpleNamespace(**vars(mlx.core))  # its functions as they are now, whoever replaces one later
 HARNESS_MODULES = (sys.modules[__name__], token_cache, checks, examination, data_sources)  # what is measured, and how
@@ -68,6 +76,13 @@ def prepare(dataset):
     start, root = time.monotonic(), cache_dir(dataset)
     try:
         downloads.remove_leftovers(root)
+        known = (record.read_json(root / "tokens" / "meta.json") or {}).get("shards", {})
+        bad = [path for path in data_sources.shards(dataset) if known.get(path.name) not in (None, file_hash(path))]
+        for path in bad:
+            print(f"{dataset.name}: {path} is not as it was fetched; fetching it anew", flush=True)
+            path.unlink()
+        if bad:
+            data_sources.fetch(dataset)
         if is_prepared(dataset):
             changed = TokenCache.load(dataset).changed_file()
             if not changed:
@@ -507,6 +522,10 @@ class Run:
         took = time.monotonic() - start
         self.rehearsal_seconds += took
         if CHECK_ONLY:
+            self._verifier.join()
+        if self._changed_file:  # found now, it costs no budget; a run does not wait for it
+            sys.exit(damaged(self.dataset, self._changed_file))
+        if CHECK_ONLY:
             if reason:
                 print(f"error: this model is not valid. {reason}", file=sys.stderr)
                 sys.exit(2)
@@ -655,7 +674,7 @@ class Run:
         )
 
     def _score_test(self, model, batch_size, rows):
-        """Bits float (n,) and bytes int (n,) of rows of the test split, for a sealed sample and for scripts/holdout.py."""
+        """Bits float (n,) and bytes int (n,) of rows of the test split, for the sealed sample and for holdout.py."""
         counted = self.tokenizer.token_bytes[rows[:, 1:]]
         with evaluation_mode(model):
             nats = score_rows(model, rows, self.tokenizer, batch_size)

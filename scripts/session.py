@@ -90,10 +90,13 @@ class Session:
             record.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
         if not logged and not self.table.exists():
-            refs = (git("for-each-ref", "--format=%(refname:lstrip=3)", f"refs/experiments/{self.tag}/") or "").split()
-            if known := sum(ref.isdigit() for ref in refs):
-                say(f"note: {known} experiments of {self.tag} were logged, and data/ has nothing of them. If git tracked "
-                    "it: git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal")  # fmt: skip
+            refs = git("for-each-ref", "--format=%(refname:lstrip=3)", f"refs/experiments/{self.tag}/") or ""
+            if known := sum(ref.isdigit() for ref in refs.split()):
+                say(
+                    f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked "
+                    "it: git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal "
+                    "brings it back"
+                )
 
     def rows(self):
         """The rows of the table, and what is wrong with it: a line that is none does not count."""
@@ -290,8 +293,7 @@ def run_command(function, *arguments):
         name = shown(Path(error.filename or "data"))
         sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'writing'}: {record.what_failed(error)}; mend that, and run the same again")
+        reason = record.what_failed(error)
+        sys.exit(f"error: {error.filename or 'writing'}: {reason}; mend that, and run the same again")
     except KeyboardInterrupt:
         sys.exit(130)
-
-

@@ -171,9 +171,7 @@ def test_ctrl_c_on_a_terminal(session):
 
 
 def test_on_a_terminal_the_log_keeps_the_last_state_of_a_progress_line(session):
-    session.write_train(
-        "for n in range(3): print(f'\\rstep {n}', end='', flush=True)\nprint()\nprepare.finish(1.4)"
-    )
+    session.write_train("for n in range(3): print(f'\\rstep {n}', end='', flush=True)\nprint()\nprepare.finish(1.4)")
     process, terminal = on_a_terminal(session, "make", "run")
     shown = b""
     try:
@@ -314,7 +312,7 @@ def test_results_that_git_tracks_are_noticed_before_and_after_a_reset(session):
     done = session.script("run", check=1)
     session.git("reset", "-q", "--hard", "HEAD~2")
     lost = session.make("results", check=0)
-    assert "1 experiments of t were logged, and data/ has nothing of them" in lost.stderr
+    assert "1 experiments of t were logged, and data/ has none of them" in lost.stderr
     commit = session.git("log", "--all", "--reflog", "--format=%h", "--", "data").split()[0]
     session.git("restore", f"--source={commit}", "--", "data", "internal")
     assert session.make("results", check=0).stderr == "" and len(session.rows) == 1
@@ -353,7 +351,10 @@ def test_a_full_disk_is_no_crash_of_the_idea(monkeypatch):
     ended = {"pid": 1, "code": 1, "late": None, "wall": 2.0, "found": None, "before": None}
     assert run.outcome({}, **ended)[0] == "crash"
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
-    assert run.outcome({}, **ended)[:2] == ("paused", "the disk is full, and train.py ended with exit 1: free some space")
+    assert run.outcome({}, **ended)[:2] == (
+        "paused",
+        "the disk is full, and train.py ended with exit 1: free some space",
+    )
 
 
 def test_a_lock_that_cannot_be_made_says_how_another_is_chosen(session):
