@@ -468,6 +468,10 @@ class Run:
     """One experiment: its dataset, the clock of its budget, its log and its record."""
 
     def __init__(self, dataset_name):
+        if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name in ("bench.py", "tune.py"):
+            sys.exit(
+                "error: train.py trains when it is imported: what begins a run belongs below if __name__ == '__main__'"
+            )
         self.dataset = get_dataset(dataset_name)
         self.budget, self.seed = record.settings()
         self.tokenizer = Tokenizer.load(self.dataset)

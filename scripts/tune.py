@@ -181,7 +181,9 @@ def main():
     start = time.monotonic()
     choice, done = climb(budget, vocab, length, limit_mb, start + TIME_LIMIT, measure)
     if choice is None:
-        sys.exit("error: no size fits this machine's free memory; train.py keeps its constants")
+        why = {str(found.get("why")).removeprefix("error: ") for found in done}
+        why = why.pop() if len(why) == 1 else "no size fits this machine's free memory"
+        sys.exit(f"error: {why}; train.py keeps its constants")
     constants = {"DEPTH": choice["depth"], "TOTAL_BATCH_SIZE": choice["total"], "DEVICE_BATCH_SIZE": choice["rows"]}
     tokens, parameters = budget * choice["tok_sec"], size_of(choice["depth"], vocab, length)[0]
     needed = tokens_needed(parameters) / 1e6
