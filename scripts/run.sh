@@ -6,7 +6,8 @@
 # AGAIN=1 runs the same train.py once more, with the next seed that it has not had; REFERENCE=1 runs the last
 # kept program once more, without touching branch or tree; both until there are N runs, where N is given.
 # PAIR=1 runs the two in turn. WAIT=1 waits for another run on this machine instead of refusing. The output
-# goes to run.log. To stop a run: kill -INT the process that `make run` started, or Ctrl-C.
+# goes to run.log. To stop a run: Ctrl-C, or a plain kill of make or of this
+# (INT is ignored by what a script started in the background).
 # exit: 0 a valid result · 1 refused, and why · 2 it crashed, or a check found it invalid · 3 it ended,
 #       but data/last_run.json is missing, stale or not of this run · 124 it ran past TIMEOUT and was
 #       killed · 128 + n a signal (Ctrl-C: 130) interrupted it

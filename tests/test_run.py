@@ -9,6 +9,7 @@ import signal
 import subprocess
 import termios
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,16 @@ def test_a_signal_ends_the_run_and_marks_it(session, name):
     assert len(session.rows) == 1
     session.write_train("prepare.finish(1.4)")
     session.script("run", check=0)  # and the lock is free
+
+
+def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(session):
+    """As a script's `&` starts it: INT is ignored from the beginning."""
+    session.write_train(FAMILY)
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    process, pids = started(session, "make", "run", preexec_fn=ignore, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.terminate()
+    assert b"interrupted" in process.communicate(timeout=30)[0]
+    wait_for(lambda: not any(map(alive, pids)), "children gone")
 
 
 def test_ctrl_c_on_a_terminal(session):
