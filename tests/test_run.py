@@ -91,6 +91,10 @@ def test_a_valid_run(session):
 ENDS = {  # what train.py does: the exit code, the status, a line of the summary
     "raise ValueError('a bad idea')": (2, "crash", "ValueError: a bad idea"),
     "x = = 1": (2, "crash", "SyntaxError"),
+    "raise ValueError('of:\\n  (8, 64)\\nand that')": (2, "crash", "ValueError: of: (8, 64) and that"),
+    "e = ValueError('it'); e.add_note('(a note)'); raise e": (2, "crash", "ValueError: it (a note)"),
+    "import atexit; atexit.register(print, 'bye'); 1 / 0": (2, "crash", "ZeroDivisionError: division by zero bye"),
+    "raise ExceptionGroup('many', [ValueError('one')])": (2, "crash", "ValueError: one"),
     "import nonsense": (2, "crash", "No module named 'nonsense'"),
     "raise SystemExit('error: the loss is nan at step 3')": (2, "crash", "the loss is nan at step 3"),
     "import os; os.kill(os.getpid(), 11)": (2, "crash", "signal 11"),
