@@ -41,6 +41,7 @@ import data_sources  # noqa: E402
 import downloads  # noqa: E402
 import examination  # noqa: E402
 import machine  # noqa: E402
+import model_state  # noqa: E402
 import record  # noqa: E402
 import token_cache  # noqa: E402
 from data_sources import SPLITS, cache_dir, get_dataset  # noqa: E402
@@ -56,7 +57,8 @@ from token_cache import (  # noqa: E402
 )
 
 mx = SimpleNamespace(**vars(mlx.core))  # its functions as they are now, whoever replaces one later
-HARNESS_MODULES = (sys.modules[__name__], token_cache, checks, examination, data_sources)  # what is measured, and how
+# What is measured, and how.
+HARNESS_MODULES = (sys.modules[__name__], token_cache, checks, examination, model_state, data_sources)
 HARNESS_FILES = tuple(Path(module.__file__).resolve() for module in HARNESS_MODULES)
 HARNESS = record.code_hash(HARNESS_FILES)  # of the files that this process loaded, whatever happens to them later
 
@@ -365,20 +367,20 @@ def rehearsal(model, tokenizer, batch_size, seconds):
     rows = np.resize(tokens, (max(2, len(tokens) // width), width))
     first = np.resize(rows, (batch_size * len(compute_streams()), width))
     asked = partial(examine, model, tokenizer=tokenizer, batch_size=batch_size, split="training")
-    with evaluation_mode(model), examination.put_back(model) as parameters:
+    with evaluation_mode(model), model_state.put_back(model) as parameters:
         try:
             built = score_rows(model, first, tokenizer, batch_size)
             for _ in range(2):  # what shows by little may pass once
-                shaken = examination.shake(parameters)
+                shaken = model_state.shake(parameters)
                 left = start + seconds - time.monotonic()
                 try:
                     asked(rows).before(left)
                 except checks.Refused as refused:
                     if not (shaken and str(refused).startswith("finite: ")):
                         raise
-                    examination.restore(parameters)  # shaken too much for this model: as it was built, then
+                    model_state.restore(parameters)  # shaken too much for this model: as it was built, then
                     asked(rows).before(left)
-                examination.restore(parameters)
+                model_state.restore(parameters)
                 if time.monotonic() - start > seconds / 2:
                     break
             asked(first).same_again(built)
@@ -624,7 +626,7 @@ class Run:
         self._read_loss()
         parameters = model.parameters() if hasattr(model, "parameters") else {}
         # What is pending belongs into the budget: MLX is lazy, and would train while it is evaluated.
-        mx.eval(parameters, list(examination.arrays_of(model)[0].values()))
+        mx.eval(parameters, list(model_state.arrays_of(model)[0].values()))
         mx.synchronize()
         seconds, step_ends = self.elapsed(), [end for end, *_ in self._curve]
         seen = self._watch.stop(step_ends[:-1])

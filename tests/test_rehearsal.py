@@ -18,6 +18,7 @@ from gallery import Network
 
 import checks
 import examination
+import model_state
 import prepare
 import record
 import train
@@ -100,7 +101,7 @@ def test_all_is_put_back_bit_for_bit(tokenizer):
     mx.random.seed(11)
     model, asked = Parts().train(), []
     before, random = contents(model), mx.random.state[0].tolist()
-    shaken = examination.shake
+    shaken = model_state.shake
 
     def shake(pairs):
         shaken(pairs)
@@ -108,7 +109,7 @@ def test_all_is_put_back_bit_for_bit(tokenizer):
         return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(examination, "shake", shake)
+        patch.setattr(model_state, "shake", shake)
         rehearse(model, tokenizer)
     during = asked[0]
     moved = {name for name in before if during[name] != before[name]}
