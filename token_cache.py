@@ -20,7 +20,7 @@ import tiktoken
 
 import data_sources
 from data_sources import SPLITS, cache_dir
-from downloads import printable
+from downloads import file_hash, printable
 from record import to_disk, write_atomically
 
 # --- tokenizer ---------------------------------------------------------------------------------
@@ -220,11 +220,6 @@ def document_hash(tokens):
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
 
 
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_token_cache(dataset, folder):
     """Write `tokenizer.json` and `tokens/` of the fetched dataset into `folder`; returns the cache's meta."""
     print(f"{dataset.name}: training the tokenizer", flush=True)
@@ -236,6 +231,7 @@ def write_token_cache(dataset, folder):
     tokens, held_out = folder / "tokens", set()
     tokens.mkdir()
     meta = {"dataset": asdict(dataset), "source": data_sources.fingerprint(dataset), "sha256": {}}
+    meta["shards"] = {path.name: file_hash(path) for path in data_sources.shards(dataset)}
     for split in ("val", "test", "train"):  # held-out first: train gives way to them
         print(f"{dataset.name}: tokenizing {split}", flush=True)
         try:

@@ -514,7 +514,7 @@ OTHERS = {
     "statistics of the batch": ("rows", lambda: Network(V, [BatchStatistics])),
     "attention across rows": ("rows", lambda: Network(V, [gallery.Attention, AcrossRows])),
     "the row above": ("rows", lambda: Network(V, [RowAbove])),
-    "experts with a shared capacity": ("rows", lambda: Network(V, [SharedCapacity])),
+    "experts with a shared capacity": ("(rows|causality)", lambda: Network(V, [SharedCapacity])),
     "a row's number": ("order", lambda: Network(V, [RowNumber])),
     "a count of calls": ("stateless", lambda: Network(V, [Calls])),
     "a state carried on": ("stateless", lambda: Network(V, [CarriedState])),
