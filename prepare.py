@@ -617,7 +617,7 @@ def save_weights(parameters):
 
 
 def weight_sketches(parameters):
-    """float32 (ranks, parameters, 2), this rank's row filled in: each array's norm, and its product with a fixed one."""
+    """Each array's norm, and its product with a fixed one: float32 (ranks, arrays, 2), of which our row is filled."""
     arrays = [array.astype(mx.float32).reshape(-1) for _, array in tree_flatten(parameters)]
     sketches = np.zeros((group.SIZE, len(arrays), 2), np.float32)
     if group.SIZE > 1:

@@ -38,15 +38,14 @@ SIGN = re.compile(rb"\x1e(-?\d+)\r?\n")
 
 def facts(dataset, address=None, port=None):
     """What must be the same on all hosts, and whether a port is free here."""
-    import data_sources  # they take a while, and are of no use to the launcher itself
-    import mlx.core as mx
+    import data_sources  # here: they take a while, and are of no use to the launcher itself
     import token_cache
 
     cache = token_cache.TokenCache.read(data_sources.cache_dir(data_sources.get_dataset(dataset)) / "tokens")
     files = sorted(path for path in ROOT.glob("*.py") if path.name != "train.py")
     return {
         "code": record.code_hash(files),
-        "version of MLX": mx.__version__,
+        "version of MLX": launch.mx.__version__,
         "token cache": cache.hash if cache else None,
         "port": port is None or can_bind(address, int(port)),
     }
@@ -86,9 +85,9 @@ def hostfile():
         for host in found["hosts"]:
             host["ips"] = host["ips"] or [address_of(host["ssh"])]
     else:
-        names = hosts.split(",")
-        found = {"backend": "", "envs": [], "hosts": [
-            {"ssh": name, "ips": [name if name == "127.0.0.1" else address_of(name)], "rdma": []} for name in names]}  # fmt: skip
+        addresses = {name: address_of(name) if os.environ.get("HOSTS") else name for name in hosts.split(",")}
+        listed = [{"ssh": name, "ips": [address], "rdma": []} for name, address in addresses.items()]
+        found = {"backend": "", "envs": [], "hosts": listed}
     found["backend"] = found["backend"] or ("nccl" if launch.mx.cuda.is_available() else "ring")
     if found["backend"] == "mpi":
         raise Refused("HOSTS: the backend mpi has a launcher of its own, which is not supported: nccl, ring or jaccl")
@@ -117,7 +116,8 @@ def look_at(hosts, port, program):
         if name == "127.0.0.1":
             continue
         ours = ours or facts(dataset)
-        command = f"cd {shlex.quote(str(ROOT))} && {python} scripts/launch.py --facts {dataset} {host['ips'][0]} {port + rank}"
+        asked_for = f"--facts {dataset} {host['ips'][0]} {port + rank}"
+        command = f"cd {shlex.quote(str(ROOT))} && {python} scripts/launch.py {asked_for}"
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR"]
         asked = subprocess.run(["ssh", *options, name, command], input=program, capture_output=True, text=True)
         said = (asked.stderr.strip().splitlines() or ["no word"])[-1]
