@@ -11,6 +11,7 @@
 #   NPROC     train one model on so many devices of this machine, or of each of HOSTS (run, baseline, holdout)
 #   HOSTS     the machines of a group, this one first: mac1.local,mac2.local, or a hostfile of mlx.launch
 #   DEVICE    the number of the GPU to take; without it the first free one
+#   ALL       1: the slow tests as well (test)
 #   TAG       the session's name (setup)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
 #   PYTHON    an interpreter that has the packages; without it .venv is built and used
@@ -19,7 +20,7 @@
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED
-GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE ALL
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass
@@ -84,7 +85,7 @@ results:    ## the table of experiments, the best marked
 holdout:    ## the night's gain, measured anew on text that nobody selected on
 	@scripts/holdout.sh
 
-test:       ## every test
+test:       ## the tests; ALL=1: the slow ones as well
 	@scripts/test.sh
 
 lint:       ## ruff and shellcheck

@@ -93,7 +93,7 @@ APART = 0.02  # of an array's norm, by which ranks may differ: unlike devices ro
 
 
 def one_model(sketches):
-    """All ranks hold the same weights. sketches: `weight_sketches` of all of them."""
+    """All ranks hold the same weights. sketches: `group.weight_sketches`."""
     norms = sketches[..., 0]
     if (np.ptp(sketches, axis=0) > APART * norms.max(axis=0)[:, None]).any():
         raise Refused(

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 GROUP = None
 if "MLX_RANK" in os.environ:
@@ -63,6 +64,17 @@ def step_figures(loss, clock):
     """(mean over all ranks of a scalar loss, rank 0's `clock`), an array that is not computed yet."""
     figures = mx.stack([loss.astype(mx.float32) / SIZE, mx.array(0.0 if RANK else clock)])
     return mx.distributed.all_sum(figures, group=GROUP)
+
+
+def weight_sketches(parameters):
+    """Of each array its norm, and its product with a fixed one: float32 (ranks, arrays, 2), zeros for one rank."""
+    arrays = [array.astype(mx.float32).reshape(-1) for _, array in tree_flatten(parameters)]
+    sketches = np.zeros((SIZE, len(arrays), 2), np.float32)
+    if SIZE > 1:
+        for i, x in enumerate(arrays):
+            fixed = mx.cos(1.7 * mx.arange(x.size))
+            sketches[RANK, i] = mx.sqrt((x * x).sum()).item(), (x * fixed).sum().item()
+    return summed(sketches)
 
 
 def describe(device):

@@ -319,6 +319,7 @@ def bits_per_byte(bits, size):
 
 HOLDOUT = "--holdout" in sys.argv[1:] and (record.DATA / ".holdout").exists()  # scripts/holdout.py's own worktrees
 CHECK_ONLY = "--check" in sys.argv[1:]  # `train.py --check`: the dress rehearsal alone
+WEIGHTS = sys.argv[2] if sys.argv[1:2] == ["--weights"] and len(sys.argv) == 3 else None  # `train.py --weights FILE`
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
@@ -373,8 +374,11 @@ class Run:
 
         model, batch_size: as `finish` gets them. See `rehearsal`; its time counts neither as start-up nor as
         budget. Exits with 2, after an invalid record, where a check refuses the model. Under `train.py --check`
-        the program ends here and leaves no record.
+        the program ends here and leaves no record; under `train.py --weights FILE` as well, when it has told what a
+        model with these saved weights scores.
         """
+        if WEIGHTS:
+            score_weights(model, self.tokenizer, batch_size)
         start, reason = time.monotonic(), None
         try:
             with group.agreement(checks.Refused):
@@ -506,7 +510,7 @@ class Run:
         served = self._stream.served() if self._stream else np.empty(0, np.uint64)
         if not group.RANK:
             save_weights(parameters)
-        sketches = group.summed(weight_sketches(parameters))
+        sketches = group.weight_sketches(parameters)
         evaluation, reason = None, None
         try:
             with group.agreement(checks.Refused):
@@ -616,14 +620,17 @@ def save_weights(parameters):
         print(f"note: the weights were not kept: {error}")
 
 
-def weight_sketches(parameters):
-    """Each array's norm, and its product with a fixed one: float32 (ranks, arrays, 2), of which our row is filled."""
-    arrays = [array.astype(mx.float32).reshape(-1) for _, array in tree_flatten(parameters)]
-    sketches = np.zeros((group.SIZE, len(arrays), 2), np.float32)
-    if group.SIZE > 1:
-        for i, x in enumerate(arrays):
-            sketches[group.RANK, i] = mx.sqrt((x * x).sum()).item(), (x * mx.cos(1.7 * mx.arange(x.size))).sum().item()
-    return sketches
+def score_weights(model, tokenizer, batch_size):
+    """Print what `model` scores with the weights of the file WEIGHTS, and exit."""
+    try:
+        model.load_weights(WEIGHTS)
+        evaluation = evaluate_bpb(model, tokenizer, batch_size)
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {WEIGHTS} does not hold the weights of this train.py's model: {' '.join(str(error).split())}")
+    except checks.Refused as refused:
+        sys.exit(f"error: this model is not valid. {refused}")
+    print(f"val_bpb: {evaluation.bpb:.6f} (± {evaluation.stderr:.6f} over rows)")
+    sys.exit(0)
 
 
 def tree_digest(tree):
