@@ -187,7 +187,8 @@ class Rank:
 
 def fault(ranks):
     """(the rank that is to blame, why), or None."""
-    for rank in ranks:
+    # One that was killed comes first: the others end because of it, perhaps before we look.
+    for rank in sorted(ranks, key=lambda rank: (rank.process.returncode or 0) >= 0):
         if rank.process.returncode:
             return rank, rank.how_it_ended()
         if rank.process.returncode is None and rank.silent > SILENCE:
@@ -229,7 +230,7 @@ def to_the_end(ranks):
         for where, end in ((1, rank.process.stdout), (2, rank.process.stderr)):
             selector.register(end, selectors.EVENT_READ, (rank, where))
     force = [signal.SIGTERM, signal.SIGKILL]
-    while any(rank.process.poll() is None for rank in ranks):
+    while None in [rank.process.poll() for rank in ranks]:
         for key, _ in selector.select(0.2):
             rank, where = key.data
             if not rank.read(where):

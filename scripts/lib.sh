@@ -134,7 +134,7 @@ helper() { # NAME [OPTION …]: a Python helper of this folder
 locked() { # COMMAND …
   local name
   for name in NPROC DEVICE; do [ -z "${!name:-}" ] || whole "$name" "${!name}"; done
-  PYTHONUTF8=1 exec "$PYTHON" scripts/lock.py ${WAIT:+--wait} -- "$@"
+  exec "$PYTHON" scripts/lock.py ${WAIT:+--wait} -- "$@"
 }
 
 # --- git -----------------------------------------------------------------------------------------
