@@ -61,47 +61,56 @@ def holder(path):
         return ""
 
 
+def try_all(needed, others, wanted):
+    """({path: descriptor} of all `needed` locks and `wanted` others, None), or (None, the first that is taken)."""
+    held, taken = {}, None
+    for path in [*needed, *others]:
+        if len(held) < len(needed) + wanted:
+            lock = open_lock(path)
+            held |= {} if lock is None else {path: lock}
+            taken = path if lock is None and taken is None else taken
+    if len(held) == len(needed) + wanted and set(needed) <= set(held):
+        return held, None
+    for lock in held.values():
+        os.close(lock)
+    return None, taken
+
+
 def take(wait, command):
     total, usable = gpus()
-    chosen, wanted = os.environ.get("DEVICE"), int(os.environ.get("NPROC") or 1)
-    several = total > 1
-    if chosen and int(chosen) not in (usable if several else [0]):
-        raise Refused(f"DEVICE={chosen} is not here: the devices are {', '.join(map(str, usable)) if several else '0'}")
-    devices = ([int(chosen)] if chosen else usable) if several else [0]
+    chosen, wanted, several = os.environ.get("DEVICE"), int(os.environ.get("NPROC") or 1), total > 1
+    devices = usable if several else [0]
+    if chosen and int(chosen) not in devices:
+        raise Refused(f"DEVICE={chosen} is not here; there is {', '.join(map(str, devices)) or 'none'}")
     if several and wanted > len(devices):
         raise Refused(f"NPROC={wanted} devices are wanted, and {len(devices)} may be used here")
-    paths = {device: f"{LOCK}.{device}" if several else LOCK for device in devices}
-    wanted, waited = min(wanted, len(devices)), False
-    while True:
-        held = {}
-        for device, path in paths.items():
-            if len(held) < wanted and (lock := open_lock(path)) is not None:
-                held[device] = lock
-        if len(held) == wanted:
-            break
-        busy = next(device for device in devices if device not in held)
-        what = "this machine" if not several else f"device {busy}" if chosen else f"all but {len(held)} of its devices"
-        for lock in held.values():
-            os.close(lock)
+    places = {f"{LOCK}.{d}" if several else LOCK: d for d in devices if not chosen or d == int(chosen)}
+    folder = [str(ROOT / "data" / ".run")] if several else []  # two runs in it would mix their files
+    os.makedirs(ROOT / "data", exist_ok=True)
+    held, taken = try_all(folder, places, min(wanted, len(places)))
+    if not held:
+        what = "every device" if len(places) > 1 else f"device {chosen}" if several else "this machine"
+        what = "this folder (a run beside it needs a git worktree of its own)" if taken in folder else what
         if not wait:
-            raise Refused(f"{what} is taken by another run{holder(paths[busy])}; WAIT=1 waits for it")
-        if not waited:
-            print(f"waiting for another run{holder(paths[busy])}", flush=True)
-        waited = True
-        time.sleep(PAUSE)
+            raise Refused(f"{what} is taken by another run{holder(taken)}; WAIT=1 waits for it")
+        print(f"waiting for another run{holder(taken)}", flush=True)
+        while not held:
+            time.sleep(PAUSE)
+            held, taken = try_all(folder, places, min(wanted, len(places)))
     note = {"pid": os.getpid(), "clock": time.monotonic(), "folder": str(ROOT)}
-    for device, lock in held.items():
+    for path, lock in held.items():
         os.set_inheritable(lock, True)
         with suppress(OSError):  # of another user's lock file only the content is out of reach
-            with open(os.open(paths[device], os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "w") as out:
+            with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "w") as out:
                 json.dump(note, out)
-    os.environ["AUTORESEARCH_LOCK"] = paths[next(iter(held))]
+    ours = [places[path] for path in held if path in places]
+    os.environ["AUTORESEARCH_LOCK"] = list(held)[-1]
     os.environ["AUTORESEARCH_LOCKED"] = " ".join(map(str, held.values()))
     if several:
-        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, held))}
+        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, ours))}
         cores = sorted(os.sched_getaffinity(0))
-        ours = {core for d in held for core in cores[d * len(cores) // total : (d + 1) * len(cores) // total]}
-        os.sched_setaffinity(0, ours or cores)
+        parts = {core for d in ours for core in cores[d * len(cores) // total : (d + 1) * len(cores) // total]}
+        os.sched_setaffinity(0, parts or cores)
     os.execvp(command[0], command)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HARNESS, ROOT, new_checkout
+from conftest import HARNESS, ROOT, Checkout, new_checkout
 from test_run import alive, started, wait_for
 
 import checks
@@ -209,17 +209,21 @@ def two_gpus(session, tmp_path):
     return session
 
 
-def test_each_gpu_has_a_run_of_its_own(two_gpus):
+def test_each_gpu_has_a_run_of_its_own(two_gpus, tmp_path):
     first, (_, device) = started(two_gpus)
     assert device == 0
-    (two_gpus.path / "pids").unlink()
-    two_gpus.env["AGAIN"] = "1"
-    assert "DEVICE=2 is not here: the devices are 0, 1" in two_gpus.script("run", DEVICE="2", check=1).stderr
-    assert f"device 0 is taken by another run: pid {first.pid}" in two_gpus.script("run", DEVICE="0", check=1).stderr
-    assert "taken by another run" in two_gpus.script("run", CUDA_VISIBLE_DEVICES="GPU-aa", check=1).stderr
-    assert "taken by another run" in two_gpus.script("run", NPROC="2", check=1).stderr
-    second, (_, device) = started(two_gpus)
+    again = {"AGAIN": "1", "check": 1}
+    assert "this folder (a run beside it needs a git worktree" in two_gpus.script("run", **again).stderr
+    two_gpus.git("worktree", "add", "-q", str(tmp_path / "beside"), "HEAD")
+    beside = Checkout(tmp_path / "beside", two_gpus.env)
+    beside.make("setup", "TAG=u", check=0)
+    assert "DEVICE=2 is not here; there is 0, 1" in beside.script("run", DEVICE="2", check=1).stderr
+    assert f"device 0 is taken by another run: pid {first.pid}" in beside.script("run", DEVICE="0", check=1).stderr
+    assert "there is 1" in beside.script("run", CUDA_VISIBLE_DEVICES="1", DEVICE="0", check=1).stderr
+    assert "is taken by another run" in beside.script("run", CUDA_VISIBLE_DEVICES="GPU-aa", check=1).stderr
+    assert "every device is taken by another run" in beside.script("run", NPROC="2", check=1).stderr
+    second, (_, device) = started(beside)
     assert device == 1
-    assert "taken by another run" in two_gpus.script("run", check=1).stderr
-    (two_gpus.path / "go").touch()
+    for checkout in (two_gpus, beside):
+        (checkout.path / "go").touch()
     assert (first.wait(timeout=30), second.wait(timeout=30)) == (0, 0)
