@@ -482,7 +482,8 @@ class Run:
         if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
             sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
         self._curve.append((now, loss, tokens, mx.get_peak_memory() / 2**20))
-        record.tell_step(self._curve, self.budget)
+        if not group.RANK:
+            record.tell_step(self._curve, self.budget)
 
     def finish(self, model, batch_size, config):
         """Evaluate, write the record, print the summary. Exits with 2 where a check refuses the run.

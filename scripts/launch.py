@@ -108,6 +108,12 @@ def free_port(hosts):
     raise Refused(f"no free ports from {FIRST_PORT} on")
 
 
+def carried():
+    """What of our environment goes to other hosts: ["NAME=value", …]."""
+    names = re.compile(r"AUTORESEARCH_(?!LOCK)|MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$|OPENBLAS_|PYTHONU|MLX_")
+    return [f"{name}={value}" for name, value in os.environ.items() if names.match(name)]
+
+
 def look_at(hosts, port, program):
     """Refuse hosts that cannot be reached or differ from this one; each gets the program."""
     ours, dataset, python = None, record.dataset_of_train(), shlex.quote(sys.executable)
@@ -117,7 +123,7 @@ def look_at(hosts, port, program):
             continue
         ours = ours or facts(dataset)
         asked_for = f"--facts {dataset} {host['ips'][0]} {port + rank}"
-        command = f"cd {shlex.quote(str(ROOT))} && {python} scripts/launch.py {asked_for}"
+        command = f"cd {shlex.quote(str(ROOT))} && env {shlex.join(carried())} {python} scripts/launch.py {asked_for}"
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR"]
         asked = subprocess.run(["ssh", *options, name, command], input=program, capture_output=True, text=True)
         said = (asked.stderr.strip().splitlines() or ["no word"])[-1]
@@ -214,13 +220,10 @@ def supervise(kind, arguments, verbose=False):
                 os.sched_setaffinity(ranks[-1].process.pid, part or [cores[number % len(cores)]])
             number += 1
         else:
-            env = [*env, *(f"{k}={v}" for k, v in os.environ.items() if CARRIED.match(k)), f"PYTHONPATH={ROOT}"]
+            env = [*env, *carried(), f"PYTHONPATH={ROOT}"]
             command = [command[0], "scripts/lock.py", "--", command[0], "data/group/train.py", *command[2:]]
             ranks.append(Rank(rank, host, kind, (rank, host, python, str(ROOT), files, env, command)))
     sys.exit(to_the_end(ranks))
-
-
-CARRIED = re.compile(r"AUTORESEARCH_(?!LOCK)|MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$|OPENBLAS_|PYTHONU|HF_|MLX_")
 
 
 def to_the_end(ranks):
