@@ -244,7 +244,7 @@ def to_the_end(ranks):
             for rank in ranks:
                 rank.silent += 1
                 with suppress(OSError):
-                    os.write(rank.process.stdin.fileno(), b".")
+                    os.write(rank.process.stdin.fileno(), b"\n")  # a terminal, as ssh makes one, hands on whole lines
         found = found or fault(ranks)
         if deadline is None and (found or ranks[0].process.returncode is not None):
             hangs = found and found[0].process.returncode is None
