@@ -162,8 +162,8 @@ class Rank:
         except BlockingIOError:
             return True
         text = SIGN.sub(self._sign, self.held[where] + chunk)
-        if where == 1 and self.temporary is None and b"\n" in text:
-            line, _, text = text.partition(b"\n")
+        if where == 1 and self.temporary is None and b"\n" in text.lstrip():
+            line, _, text = text.lstrip().partition(b"\n")
             self.temporary = line.strip().decode()
         # What is not whole waits: a sign; of the other ranks, which go by lines, a line.
         whole = len(text) if self.number == 0 and self.temporary else text.rfind(b"\n") + 1
@@ -221,7 +221,7 @@ def supervise(kind, arguments, verbose=False):
             number += 1
         else:
             env = [*env, *carried(), f"PYTHONPATH={ROOT}"]
-            command = [command[0], "scripts/lock.py", "--", command[0], "data/group/train.py", *command[2:]]
+            command = [command[0], "scripts/lock.py", "--", command[0], "data/group/program.py", *command[2:]]
             ranks.append(Rank(rank, host, kind, (rank, host, python, str(ROOT), files, env, command)))
     sys.exit(to_the_end(ranks))
 
@@ -270,7 +270,7 @@ def to_the_end(ranks):
 
 def main(words):
     if words[0] == "--facts":
-        program, place = sys.stdin.read(), ROOT / "data" / "group" / "train.py"
+        program, place = sys.stdin.read(), ROOT / "data" / "group" / "program.py"
         print(json.dumps(facts(*words[1:])))
         record.write_atomically(place, program)
         return
