@@ -171,8 +171,11 @@ class Rank:
             whole = min(whole, text.rindex(b"\x1e"))
         whole = len(text) if not chunk else whole
         self.held[where] = text[whole:]
-        for line in text[:whole].splitlines(keepends=True) if whole else ():
-            os.write(where, line if self.number == 0 else b"rank %d: " % self.number + line)
+        if self.number == 0 and whole:
+            os.write(where, text[:whole])
+        for line in text[:whole].splitlines(keepends=True) if self.number else ():
+            if line.strip():
+                os.write(where, b"rank %d: " % self.number + line)
         return bool(chunk)
 
     def _sign(self, match):
