@@ -1,4 +1,4 @@
-"""The fixed harness: data, tokenizer, batches, the metric, and a run with its clock.
+"""The fixed harness: the metric, and a run with its clock.
 
 Nothing here changes during a session, so that every experiment is measured the same way.
 
@@ -6,7 +6,8 @@ Nothing here changes during a session, so that every experiment is measured the 
 
 train.py uses, in this order: `Run(dataset)`, `run.batches(…)`, `run.warm_up(…)`, `run.rehearse(…)`,
 `run.start_clock()`, `run.training()` and `run.log_step(…)` in its loop, and `run.finish(…)`, which evaluates
-and leaves data/last_run.json. What a run leaves behind stands in record.py, how text becomes tokens in token_cache.py.
+and leaves data/last_run.json. How text becomes tokens stands in token_cache.py, how those become batches in
+batches.py, what a run leaves behind in record.py, what changes with more than one device in group.py.
 """
 
 import argparse
@@ -15,13 +16,11 @@ import gc
 import hashlib
 import json
 import math
-import os
-import shutil
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,16 +35,15 @@ from mlx.utils import tree_flatten  # noqa: E402
 import batches  # noqa: E402
 import checks  # noqa: E402
 import data_sources  # noqa: E402
-import downloads  # noqa: E402
 import examination  # noqa: E402
 import group  # noqa: E402
 import machine  # noqa: E402
 import record  # noqa: E402
 import token_cache  # noqa: E402
 from batches import Batches, evaluation_rows  # noqa: E402
-from data_sources import SPLITS, cache_dir, get_dataset  # noqa: E402
+from data_sources import get_dataset  # noqa: E402
 from record import dataset_of_train  # noqa: E402
-from token_cache import TokenCache, Tokenizer, not_prepared, write_token_cache  # noqa: E402
+from token_cache import TokenCache, Tokenizer, is_prepared, not_prepared, prepare  # noqa: E402
 
 mx = SimpleNamespace(**vars(mlx.core))  # its functions as they are now, whoever replaces one later
 HARNESS_MODULES = (  # what is measured, and how
@@ -53,64 +51,6 @@ HARNESS_MODULES = (  # what is measured, and how
 )  # fmt: skip
 HARNESS_FILES = tuple(Path(module.__file__).resolve() for module in HARNESS_MODULES)
 HARNESS = record.code_hash(HARNESS_FILES)  # of the files that this process loaded, whatever happens to them later
-
-# --- the dataset, made ready ---------------------------------------------------------------------
-
-
-def is_prepared(dataset):
-    """Whether the cache is whole and made from today's definition and source of the dataset."""
-    cache = TokenCache.read(cache_dir(dataset) / "tokens")
-    if cache is None or cache.meta["dataset"] != asdict(dataset):
-        return False
-    return data_sources.fingerprint(dataset) in (None, cache.meta["source"])
-
-
-def prepare(dataset):
-    """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there and whole."""
-    start, root = time.monotonic(), cache_dir(dataset)
-    try:
-        downloads.remove_leftovers(root)
-        if is_prepared(dataset):
-            changed = TokenCache.load(dataset).changed_file()
-            if not changed:
-                print(f"{dataset.name}: prepared in {root}")
-                return
-            print(f"{dataset.name}: {changed} is not as it was prepared; preparing anew", flush=True)
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            meta = prepare_anew(dataset, root)
-        except data_sources.Damaged as error:
-            if not dataset.repo:
-                raise  # a person's own file
-            print(f"{error.code.removeprefix('error: ')}; fetching it anew", flush=True)
-            error.path.unlink()
-            meta = prepare_anew(dataset, root)
-    except OSError as error:
-        sys.exit(f"error: {root}: {error.strerror or error}; AUTORESEARCH_CACHE moves the cache elsewhere")
-    for split in SPLITS:
-        print("{}: {} {documents:,} documents, {tokens:,} tokens".format(dataset.name, split, **meta[split]))
-    print(f"{dataset.name}: prepared in {time.monotonic() - start:.0f} s in {root}")
-
-
-def prepare_anew(dataset, root):
-    """Fetch, make tokenizer and tokens in a temporary folder, move them to `root`; returns the cache's meta."""
-    data_sources.fetch(dataset)
-    temporary = root / f"tokens.{os.getpid()}.part"
-    temporary.mkdir()
-    try:
-        meta = write_token_cache(dataset, temporary)
-        # First the old cache goes, whole: at no time does one stand beside a tokenizer that is not its own.
-        if (root / "tokens").exists():
-            (root / "tokens").rename(temporary / "old")
-            record.folder_to_disk(root)
-        (temporary / "tokenizer.json").replace(root / "tokenizer.json")
-        record.folder_to_disk(root)
-        (temporary / "tokens").rename(root / "tokens")
-        record.folder_to_disk(root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return meta
-
 
 # --- the metric --------------------------------------------------------------------------------
 
