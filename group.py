@@ -16,12 +16,51 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+# --- signs of life -----------------------------------------------------------------------------------
+#
+# A rank that waits in a sum for another one says nothing, and cannot be asked. So each tells the launcher every
+# second how many steps it has begun (scripts/launch.py), and hears from it as often: it ends when the launcher has
+# gone, or the cable has. It goes by the pipes that the launcher has anyway, over ssh too; no port is opened for it.
+
+SILENCE = 15  # seconds without a word
+SIGN = b"\x1e"  # begins a line of ours among what train.py prints
+
+_steps = -1
+
+
+def at_step(number=None):
+    """Training has come to this step, or to the next one; -1 outside of training."""
+    global _steps
+    _steps = _steps + 1 if number is None else number
+
+
+def _give_signs():
+    silent = 0  # counted, not timed: a machine that slept has missed nothing
+    while silent < SILENCE:
+        try:
+            os.write(1, SIGN + b"%d\n" % _steps)
+            silent += 1
+            if select.select([0], [], [], 1.0)[0]:
+                silent = 0 if os.read(0, 4096) else SILENCE
+        except OSError:
+            break
+    with suppress(OSError):
+        os.write(2, b"error: this rank hears no more of the launcher, and ends\n")
+    os._exit(1)
+
+
+if "AUTORESEARCH_GROUP" in os.environ:
+    threading.Thread(target=_give_signs, daemon=True, name="signs of life").start()
+
+# --- what ranks exchange ---------------------------------------------------------------------------
+
 GROUP = None
 if "MLX_RANK" in os.environ:
     GROUP = mx.distributed.init(strict=True, backend=os.environ.get("AUTORESEARCH_GROUP", "any"))
+    if "AUTORESEARCH_GROUP" in os.environ:
+        with suppress(OSError, KeyError):
+            os.unlink(os.environ["MLX_HOSTFILE"])  # the launcher's, for this process alone
 RANK, SIZE = (GROUP.rank(), GROUP.size()) if GROUP else (0, 1)
-
-# --- what ranks exchange ---------------------------------------------------------------------------
 
 
 def averaged(gradients):
@@ -82,42 +121,3 @@ def describe(device):
     if SIZE == 1:
         return None
     return {"backend": os.environ.get("AUTORESEARCH_GROUP", "any"), "size": SIZE, "devices": told(device)}
-
-
-# --- signs of life -----------------------------------------------------------------------------------
-#
-# A rank that waits in a sum for another one says nothing, and cannot be asked. So each tells the launcher every
-# second how many steps it has begun (scripts/launch.py), and hears from it as often: it ends when the launcher has
-# gone, or the cable has. It goes by the pipes that the launcher has anyway, over ssh too; no port is opened for it.
-
-SILENCE = 15  # seconds without a word
-SIGN = b"\x1e"  # begins a line of ours among what train.py prints
-
-_steps = -1
-
-
-def at_step(number=None):
-    """Training has come to this step, or to the next one; -1 outside of training."""
-    global _steps
-    _steps = _steps + 1 if number is None else number
-
-
-def _give_signs():
-    silent = 0  # counted, not timed: a machine that slept has missed nothing
-    while silent < SILENCE:
-        try:
-            os.write(1, SIGN + b"%d\n" % _steps)
-            silent += 1
-            if select.select([0], [], [], 1.0)[0]:
-                silent = 0 if os.read(0, 4096) else SILENCE
-        except OSError:
-            break
-    with suppress(OSError):
-        os.write(2, f"error: rank {RANK} of {SIZE} hears no more of the launcher, and ends\n".encode())
-    os._exit(1)
-
-
-if "AUTORESEARCH_GROUP" in os.environ:
-    with suppress(OSError, KeyError):
-        os.unlink(os.environ["MLX_HOSTFILE"])  # the launcher's, for this process alone
-    threading.Thread(target=_give_signs, daemon=True, name="signs of life").start()

@@ -27,6 +27,7 @@ from mlx._distributed_utils import launch
 from session import ROOT, Refused, record, run_command
 
 SILENCE = 15  # seconds without a sign of life after which a rank is held for lost (see group.py)
+START = 30  # seconds until the first
 STEP = 20.0  # seconds that a step may take at least, and three times as long as the longest before it
 PATIENCE = 3.0  # seconds that the others have to end by themselves; and again, once they were asked to
 FIRST_PORT = 32323
@@ -149,7 +150,7 @@ class Rank:
     def __init__(self, number, host, kind, arguments):
         self.number, self.host, self.started = number, host, kind(*arguments)
         self.process = self.started.process
-        self.silent, self.steps, self.since, self.longest = 0, -1, time.monotonic(), 0.0
+        self.silent, self.steps, self.since, self.longest = SILENCE - START, -1, time.monotonic(), 0.0
         self.held = {1: b"", 2: b""}  # what was read and is not passed on yet
         self.temporary = None  # the file that mlx.launch's script makes first, and says
         for end in (self.process.stdin, self.process.stdout, self.process.stderr):
