@@ -8,6 +8,9 @@
 #   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (600); SEED (42)
 #   AGAIN     1: run the same train.py again, REFERENCE=1 the last kept one, PAIR=1 both in turn; N: so many runs
 #   WAIT      1: wait for another run on this machine to end
+#   NPROC     train one model on so many devices of this machine, or of each of HOSTS (run, baseline, holdout)
+#   HOSTS     the machines of a group, this one first: mac1.local,mac2.local, or a hostfile of mlx.launch
+#   DEVICE    the number of the GPU to take; without it the first free one
 #   ALL       1: the slow tests as well (test)
 #   TAG       the session's name (setup)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
@@ -17,7 +20,7 @@
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED
-GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT ALL
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE ALL
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass

@@ -187,13 +187,14 @@ class Session:
 
 
 def alive(attempt):
-    """Whether the run still holds the machine's lock (see lock.py)."""
+    """Whether the run still holds its device's lock (see lock.py)."""
+    path = attempt.get("lock") or LOCK
     try:
-        with open(LOCK) as lock:
+        with open(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
-        return (record.read_json(LOCK) or {}).get("pid") == attempt["launcher"]
+        return (record.read_json(path) or {}).get("pid") == attempt["launcher"]
     except OSError:
         return False
 

@@ -18,6 +18,7 @@ import pytest
 from conftest import HARNESS
 from gallery import WIDTH, Mix, Network, later
 
+import batches
 import checks
 import data_sources
 import examination
@@ -711,7 +712,7 @@ READS = {
         mx.save_safetensors(str(run.cache.folder.parent / "old.safetensors"), {"a": mx.zeros(1)}),
         mx.load(str(run.cache.folder.parent / "old.safetensors")),
     ],
-    "a packed stream of it": lambda run: prepare.packed_rows(
+    "a packed stream of it": lambda run: batches.packed_rows(
         run.cache.tokens("val"), run.cache.offsets("val"), range(9), 65
     ),
 }
