@@ -29,7 +29,7 @@ command_not_found_handle() {
 
 # --- what a person gives -------------------------------------------------------------------------
 
-for name in AGAIN REFERENCE PAIR WAIT; do # `AGAIN=0` is a no
+for name in AGAIN REFERENCE PAIR WAIT ALL; do # `AGAIN=0` is a no
   case ${!name:-} in 0 | no | No | NO | false | off) unset "$name" ;; esac
 done
 

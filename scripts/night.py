@@ -87,7 +87,7 @@ class Night:
 
     def __init__(self, tag):
         self.tag, self.sitting = tag, Session(tag)
-        rows, self.missing = self.sitting.rows()
+        rows, self.problems = self.sitting.rows()
         logged = self.sitting.logged()
         self.attempts, self.events = self.sitting.attempts(), self.sitting.events()
         self.records = {r["run_id"]: r for r in record.archived()}
@@ -107,7 +107,7 @@ class Night:
         self._changes()
         self.running = next((a for a in self.attempts if a["status"] == "running"), None)
         self.look = next((e for e in reversed(self.events) if e["event"] == "holdout"), None)  # at the test split
-        self._what_is_missing()
+        self.missing = [*self.problems, *self._what_is_missing()]
 
     # --- building it ---
 
@@ -163,17 +163,17 @@ class Night:
     def _what_is_missing(self):
         gone = sum(a["status"] == "valid" and a["run_id"] not in self.records for a in self.attempts)
         by_hand = [e.number for e in self.experiments if e.event.get("line") != e.row.line]
-        if gone:
-            self.missing.append(f"{gone} of {len(self.attempts)} runs have no record in data/, or a damaged one")
-        if by_hand:
-            self.missing.append(f"written or edited by hand: {numbers(by_hand)}")
         unread = [e.number for e in self.experiments if e.blob not in self.texts]
+        if gone:
+            yield f"{gone} of {len(self.attempts)} runs have no record in data/, or a damaged one"
+        if by_hand:
+            yield f"written or edited by hand: {numbers(by_hand)}"
         if unread:
-            self.missing.append(f"git does not know the program of {numbers(unread)}: no diff")
+            yield f"git does not know the program of {numbers(unread)}: no diff"
         if self.experiments and not self.noise.df:
-            self.missing.append("no program was run twice, so the noise is unknown: make run REFERENCE=1 N=4 measures it")
-        if self.best and self.best is not self.first and not self.look:
-            self.missing.append("the gain was not measured on held-out text: make holdout does that")
+            yield "no program was run twice, so the noise is unknown: make run REFERENCE=1 N=4 measures it"
+        if self.best is not self.first and not self.look:
+            yield "the gain was not measured on held-out text: make holdout does that"
 
     # --- what it says ---
 

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import session
 import summary
-from session import ROOT, Refused, Session, record, run_command, say
+from notify import notify
+from session import PROGRESS, ROOT, Refused, Session, record, run_command, say
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
@@ -246,6 +247,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
         before = (record.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
         os.environ["AUTORESEARCH_SEED"], start = str(seed), time.monotonic()
+        os.environ["AUTORESEARCH_PROGRESS"] = f"{attempt['id']} {PROGRESS}"
         if role == "holdout":
             record.write_atomically(folder / "data" / ".holdout", attempt["id"])
         pid, code, late = watch(folder, ROOT / "run.log", timeout, *["--holdout"] * (role == "holdout"))
@@ -388,7 +390,9 @@ def main(args):
         if number < len(runs):
             print(summary.brief(attempt), flush=True)
     if attempt:
-        print("\n".join(summary.lines(sitting, attempt, args.baseline)))
+        text = "\n".join(summary.lines(sitting, attempt, args.baseline))
+        print(text, flush=True)
+        notify(text)
         sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
 
 
