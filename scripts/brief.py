@@ -19,8 +19,7 @@ def lines(night):
     counts, found = night.by_outcome, []
     if not night.experiments:
         return [f"{night.tag}: no results yet: make baseline", *at_hand(night)]
-    tried = ", ".join(f"{counts[key]} {word}" for key, word in
-                      (("keep", "kept"), ("discard", "discarded"), ("crash", "crashed")))  # fmt: skip
+    tried = f"{len(night.kept[1:])} kept after the baseline, {counts['discard']} discarded, {counts['crash']} crashed"
     found.append(f"{night.tag}: {len(night.experiments)} experiments in {clock(3600 * night.hours)}; {tried}")
     found += standing(night)
     if len(night.chain) > 1:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import NormalDist
 
-import expected
 import numpy as np
 import session
 import verdict
+from expected import Prior
 from session import Session, one_line, record
 
 PART = re.compile(r"(?:def|class) (\w+)|([A-Z][A-Z0-9_]*) *(?::[^=]*)?=|    def (\w+)")
@@ -100,6 +100,7 @@ class Night:
         self.kept = [e for e in self.experiments if e.status == "keep"]
         self.first = self.kept[0] if self.kept else None
         self.best = min(self.kept, key=lambda e: e.bpb) if self.kept else None
+        self.expected = math.nan, math.nan  # gain of the best after the winner's curse, and its standard deviation
         self._references()
         self._attempts()
         self._gains()
@@ -148,9 +149,17 @@ class Night:
             e.error = self.error(e, e.before)
             if not math.isnan(e.error):
                 compared.append(e)
-        means, spreads = expected.shrunk([e.gain for e in compared], [self.sigma(e.error, 1.0) for e in compared])
-        for e, mean, spread in zip(compared, means, spreads, strict=True):
+        if not compared:
+            return
+        gains, errors = [e.gain for e in compared], [self.sigma(e.error, 1.0) for e in compared]
+        prior = Prior.of(gains, errors)
+        for e, mean, spread in zip(compared, *prior.expected(gains, errors), strict=True):
             e.expected, e.uncertain = float(mean), float(spread)
+        chain, own = self.chain, self.sigma(self.noise.bpb, 1.0)
+        means, spreads = prior.along([e.bpb for e in chain], [own / math.sqrt(max(1, e.count)) for e in chain])
+        for e, gain in zip(chain[1:], -np.diff(means), strict=True):
+            e.expected = float(gain)
+        self.expected = float(means[0] - means[-1]), math.hypot(spreads[0], spreads[-1])
 
     def _changes(self):
         self.touched = set()
@@ -202,12 +211,6 @@ class Night:
         return found
 
     @property
-    def expected(self):
-        """(expected gain of the best after the winner's curse, its standard deviation); nan where noise is unknown."""
-        steps = self.chain[1:]
-        return sum(e.expected for e in steps), math.sqrt(sum(e.uncertain**2 for e in steps))
-
-    @property
     def by_outcome(self):
         """{word: how many}: of experiments kept, discarded, crashed; of runs refused as invalid or past their time."""
         counts = {word: sum(e.status == word for e in self.experiments) for word in ("keep", "discard", "crash")}
@@ -236,9 +239,11 @@ class Night:
 
     @property
     def untouched(self):
-        """The parts of train.py that no experiment changed, in their order."""
+        """The parts of train.py that no experiment changed, in their order: constants, functions, methods."""
         text = self.texts.get(self.first.blob) if self.first else None
-        return [part for part in dict.fromkeys(parts_of(text or "")) if part and part not in self.touched]
+        parts = [part for part in dict.fromkeys(parts_of(text or "")) if part and part not in self.touched]
+        whole = {part.split(".")[0] for part in parts if "." in part}  # of a class its methods are named
+        return [part for part in parts if part not in (whole | {"DATASET"}) and "__init__" not in part]
 
     @property
     def since_gain(self):

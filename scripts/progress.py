@@ -98,8 +98,8 @@ def bounds(nights):
         return 0.0, 1.0
     all_ = [e.bpb for n in nights for e in n.experiments if e.status != "crash"]
     sigma = max([n.noise.bpb for n in nights if n.noise.df], default=0.0)
-    span = max(max(kept) - min(kept), 6 * sigma, 0.002)
-    high = max(max(kept) + 3 * sigma, min(float(np.quantile(all_, 0.9)), max(kept) + 0.7 * span))
+    span = max(max(kept) - min(kept), 6 * sigma, 0.004)
+    high = max(max(kept) + max(3 * sigma, 0.2 * span), min(float(np.quantile(all_, 0.9)), max(kept) + 0.7 * span))
     low = min(kept)
     return low - 0.35 * (high - low), high + 0.06 * (high - low)
 
@@ -148,13 +148,16 @@ def one_night(axis, night, limits, labels):
             y = [fixed or e.bpb for e in found]
             edge = {} if marker == "x" else {"edgecolors": LIGHT["paper"], "linewidths": 0.8}
             dots = axis.scatter([at[e] for e in found], y, area, LIGHT[colour], marker, zorder=4, clip_on=False, **edge)
-            dots.set_urls([f"#{place(night, e)}" for e in found])
+            if labels:
+                dots.set_urls([f"#{place(night, e)}" for e in found])
     words = label_words(night) if labels else {e: str(e.number) for e in night.kept}
-    put_labels(axis, [(at[e], e.bpb, words[e]) for e in night.kept], steps, 9.5 if labels else 9)
+    wanted = sorted(night.kept, key=lambda e: -e.gain if e.before else -math.inf)
+    others = [(at[e], min(e.bpb, high)) for e in night.experiments if e.status == "discard"]
+    put_labels(axis, [(at[e], e.bpb, words[e]) for e in wanted], steps, others, 9.5 if labels else 9)
 
 
 def label_words(night):
-    """What stands beside each kept point; with many of them, only beside the largest gains."""
+    """What stands beside each kept point."""
     words = {}
     for e in night.kept:
         text = one_line(e.description)
@@ -163,37 +166,42 @@ def label_words(night):
     return words
 
 
-def put_labels(axis, labels, steps, size):
-    """Text beside points, below the staircase where nothing else is, without touching another; no room, no text."""
-    figure = axis.figure
+def put_labels(axis, labels, steps, dots, size):
+    """Text beside points, where it touches neither a point nor the staircase nor other text; no room, no text.
+
+    labels: (x, y, words), those that matter most first; steps: see `one_night`; dots: (x, y) of the other points.
+    """
+    figure, to_pixels = axis.figure, axis.transData.transform
     renderer = figure.canvas.get_renderer()
     frame = axis.get_window_extent(renderer)
-    to_pixels = axis.transData.transform
-    taken = [(*(to_pixels((x, y)) - 6), *(to_pixels((x, y)) + 6)) for x, y, _ in labels]
-    for begin, end, e in steps:
-        (x0, y0), (x1, _) = to_pixels((begin, e.bpb)), to_pixels((end, e.bpb))
-        taken.append((x0, y0 - 3, x1, y0 + 3))
-    for (begin, _, e), (_, _, last) in zip(steps[1:], steps, strict=False):
-        (x, y0), (_, y1) = to_pixels((begin, e.bpb)), to_pixels((begin, last.bpb))
-        taken.append((x - 3, y0, x + 3, y1))
-    taken.append((frame.x0, frame.y0, frame.x1, frame.y0 + 0.09 * frame.height))  # the rail
+    taken = [(frame.x0, frame.y0, frame.x1, frame.y0 + 0.09 * frame.height)]  # the rail
+    for points, around in (([label[:2] for label in labels], 6), (dots, 3)):
+        taken += [(x - around, y - around, x + around, y + around) for x, y in (to_pixels(p) for p in points)]
+    for (begin, end, e), last in zip(steps, [None, *(e for _, _, e in steps)], strict=False):
+        (x0, y), (x1, _) = to_pixels((begin, e.bpb)), to_pixels((end, e.bpb))
+        taken.append((x0, y - 3, x1, y + 3))
+        if last:
+            above = to_pixels((begin, last.bpb))[1]
+            taken.append((x0 - 3, min(y, above), x0 + 3, max(y, above)))
     for x, y, words in labels:
         px, py = to_pixels((x, y))
         text = axis.text(0, 0, words, fontsize=size, color=LIGHT["ink"], va="center", zorder=5)
         box = text.get_window_extent(renderer)
-        width, height = box.width, box.height
+        width, height, boxes = box.width, box.height, np.array(taken)
         for dx, dy in places(width, height):
             x0, y0 = px + dx, py + dy - height / 2
-            room = (x0, y0, x0 + width, y0 + height)
-            inside = frame.x0 <= x0 and x0 + width <= frame.x1 + 8 and frame.y0 <= y0 and y0 + height <= frame.y1
-            if inside and not any(touch(room, other) for other in taken):
-                taken.append(room)
-                text.set_position(axis.transData.inverted().transform((x0, py + dy)))
-                if abs(dy) > 1.6 * height:
-                    end = (px, y0 + (height if dy < 0 else 0))
-                    axis.plot(*zip((x, y), axis.transData.inverted().transform(end), strict=True),
-                              color=LIGHT["quiet"], linewidth=0.6, zorder=2)  # fmt: skip
-                break
+            x1, y1 = x0 + width, y0 + height
+            if not (frame.x0 <= x0 and x1 <= frame.x1 + 8 and frame.y0 <= y0 and y1 <= frame.y1):
+                continue
+            if ((x0 < boxes[:, 2]) & (boxes[:, 0] < x1) & (y0 < boxes[:, 3]) & (boxes[:, 1] < y1)).any():
+                continue
+            taken.append((x0, y0, x1, y1))
+            back = axis.transData.inverted().transform
+            text.set_position(back((x0, py + dy)))
+            if abs(dy) > 1.6 * height:
+                ends = zip((x, y), back((px, y1 if dy < 0 else y0)), strict=True)
+                axis.plot(*ends, color=LIGHT["quiet"], linewidth=0.6, zorder=2)
+            break
         else:
             text.remove()
 
@@ -201,14 +209,9 @@ def put_labels(axis, labels, steps, size):
 def places(width, height):
     """Where a label may stand, in pixels from its point: near ones first, below before above."""
     for row in range(14):
-        for side in (-1, 1):
-            dy = side * -(1.0 + row) * height * 0.95
+        for dy in (-(1.0 + row) * height * 0.95, (1.0 + row) * height * 0.95):
             for dx in (8, -width - 8, -width / 2, -width + 4, -4):
-                yield dx, -abs(dy) if side < 0 else abs(dy)
-
-
-def touch(a, b):
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+                yield dx, dy
 
 
 def busy_stretches(night):
@@ -241,7 +244,8 @@ def price(night, size=(12, 4.2)):
                     x = [float(np.mean([read(r) for r in e.runs])) for e in found]
                     dots = axis.scatter(x, np.minimum([e.bpb for e in found], high), area, LIGHT[colour], zorder=3,
                                         edgecolors=LIGHT["paper"], linewidths=0.8, clip_on=False)  # fmt: skip
-                    dots.set_urls([f"#{place(night, e)}" for e in found])
+                    if wide:
+                        dots.set_urls([f"#{place(night, e)}" for e in found])
                     for e, at in zip(found, x, strict=True):
                         if e is night.first or e is night.best:
                             words = "baseline" if e is night.first else "best"
@@ -277,6 +281,8 @@ def svg(figure, name, alt):
         text = text.replace(colour, f"var(--{variable})")
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(xlink:href="#|url\(#)(?!e-)', rf"\1{name}-", text)
+    text = re.sub(r'(?<=\b[dxy]=")[^"]+', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), text)
+    text = re.sub(r"\n\s*", "\n", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace("<a xlink:href", '<a tabindex="-1" href')
     return re.sub(r"<svg ", f'<svg role="img" aria-label="{alt}" ', text, count=1)

@@ -26,7 +26,8 @@ import verdict
 from night import Night, clock, diff
 from session import Refused, one_line, record, run_command, shown
 
-LINES, MORE_LINES = 100, 1000  # of a diff that the page shows: of any experiment, of what was kept
+ROOM = 1_200_000  # characters of diffs, and as many of journal entries, that the page holds for all experiments
+KEPT_LINES = 600  # of the diff of a kept change
 POINTS = 64  # of a loss curve
 
 
@@ -88,15 +89,15 @@ class Page:
                     f"fresh runs on the test split, {look['pairs']} pair{'s' * (look['pairs'] != 1)}, best {look['best']}")  # fmt: skip
         worth, spread = n.expected if best else (math.nan, math.nan)
         compared = sum(not math.isnan(e.expected) for e in n.experiments)
-        why = f"after the winner's curse: shrunk by the noise and by {compared} comparisons; ± is its standard deviation"
+        why = f"after the winner's curse: shrunk by the noise and by {compared} comparisons; 95 % interval"
         if best and math.isnan(worth):
             why = "needs the noise: make run REFERENCE=1 N=4"
         return [
             ("measured gain", self.signed(gain, half), runs or "nothing was kept after the baseline"),
             ("held-out gain", *held),
-            ("expected gain", self.signed(worth, spread), why if best else ""),
+            ("expected gain", self.signed(worth, 1.96 * spread), why if best else ""),
             ("experiments", str(len(n.experiments)),
-             f"{counts['keep']} kept, {counts['discard']} discarded, {counts['crash']} crashed; "
+             f"{len(n.kept[1:])} kept after the baseline, {counts['discard']} discarded, {counts['crash']} crashed; "
              f"{counts['refused']} runs refused"),
         ]  # fmt: skip
 
@@ -156,11 +157,22 @@ class Page:
         a, b = (self.night.texts.get(x.blob) if x else None for x in (old, e))
         if a is None or b is None:
             return ""
-        lines, most = diff(a, b), MORE_LINES if rich else LINES
+        lines, most = diff(a, b, context=3 if rich else 2), KEPT_LINES
+        if not rich:
+            most = max(8, int(np.searchsorted(np.cumsum([len(line) + 10 for line in lines]), self.room)))
         found = highlighted(lines[:most], rich)
         if len(lines) > most:
             found += escape(f"\n… {len(lines) - most} more lines: git diff {old.commit} {e.commit} -- train.py")
         return found
+
+    @property
+    def room(self):
+        """Characters of each experiment's diff, and of its journal entry."""
+        return ROOM // max(60, len(self.night.experiments))
+
+    def entry(self, e):
+        text = (e.event.get("entry") or "").strip()
+        return text if len(text) <= self.room else text[: self.room] + " …"
 
     @property
     def curves(self):
@@ -222,7 +234,8 @@ def write(args):
     folder = FileSystemLoader(str(record.ROOT / "scripts"))
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clock": clock, "one_line": one_line}
-    text = environment.get_template("report.html.j2").render(pages=[Page(n) for n in nights])
+    together = Markup(progress.svg(progress.progress(nights, (12, 5.5)), "all", "the sessions")) if nights[1:] else ""
+    text = environment.get_template("report.html.j2").render(pages=[Page(n) for n in nights], together=together)
     text = text.encode("utf-8", "replace").decode("utf-8")
     record.write_atomically(record.DATA / "report.html", text)
     picture = record.DATA / ".progress.png"

@@ -95,10 +95,17 @@ def make(folder, count=40, tag="t", seed=1, budget=300.0, describe=None, share=(
     2 and 4 SIGMA. change: fields of every record to replace. Returns the true gain of the last kept program.
     """
     draw, folder = random.Random(seed), Path(folder)
-    base = (folder / "train.py").read_text()
+    told, programs, reference = simulated((folder / "train.py").read_text(), count, draw, share)
     clock = datetime.now().astimezone() - timedelta(seconds=480 * count)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
-    programs, told, pooled = [], [], {}  # each program once; (what happened, program, details) in order
+    commits = imported(folder, programs, tag, reference, head)
+    write(folder, told, commits, tag, clock, draw, budget, describe or described, change or {})
+    return 1.2 - reference.truth
+
+
+def simulated(base, count, draw, share=(0.06, 0.03)):
+    """A night judged by the real rule: what happened in order, as (what, program, details); its programs; the last kept."""
+    programs, told, pooled = [], [], {}
 
     def program(text, parent, truth):
         blob = blob_of(text)
@@ -160,9 +167,7 @@ def make(folder, count=40, tag="t", seed=1, budget=300.0, describe=None, share=(
         status = "keep" if keep else "discard"
         told.append(("log", p, {"status": status, "words": words, "decision": decision, "old": reference}))
         reference = p if keep else reference
-    commits = imported(folder, programs, tag, reference, head)
-    write(folder, told, commits, tag, clock, draw, budget, describe or described, change or {})
-    return 1.2 - reference.truth
+    return told, programs, reference
 
 
 def described(number, words):
