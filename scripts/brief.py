@@ -55,7 +55,8 @@ def standing(night):
         width = "" if math.isnan(half) else f" ± {half:.6f}"
         worth = night.expected[0]
         after = "" if math.isnan(worth) else f"; after the winner's curse {worth:+.6f}"
-        found.append(f"best     {best.bpb:.6f} ({best.commit}, {verdict.runs(best.count)}), gain {gain:+.6f}{width}{after}")
+        runs = verdict.runs(best.count)
+        found.append(f"best     {best.bpb:.6f} ({best.commit}, {runs}), gain {gain:+.6f}{width}{after}")
     if night.noise.df:
         seen = verdict.in_t(verdict.LOOKS[0][1], night.noise.df) * night.noise.bpb
         seen *= math.sqrt(1 + 1 / max(1, night.kept[-1].count))

@@ -31,7 +31,8 @@ def notify(text):
 
 def deliver():
     with open(record.DATA / "on_result.log", "wb") as log:
-        child = subprocess.Popen(["/bin/sh", "-c", os.environ["ON_RESULT"]], stdout=log, stderr=log, start_new_session=True)
+        command = ["/bin/sh", "-c", os.environ["ON_RESULT"]]
+        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             code = child.wait(LIMIT)
             words = f"ON_RESULT ended with {code}\n" if code else ""

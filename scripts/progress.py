@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 # Each is a variable of the page's style sheet too, so no two are the same.
 LIGHT = {"paper": "#fefefd", "ink": "#1c2127", "quiet": "#6b7480", "line": "#d5dae0", "dot": "#9aa5b1",
          "good": "#0a7d4f", "band": "#bfe3d2", "bad": "#c2413a", "busy": "#faf1d6"}  # fmt: skip
-LABEL = 34  # characters of a description
+LABEL, LABELS = 34, 24  # characters of a description; how many are shown
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks: boxes, and no word
 STYLE = {
@@ -65,8 +65,9 @@ def legend(figure, nights):
         (any(map(busy_stretches, nights)), Patch(color=LIGHT["busy"]), "machine shared"),
     ]  # fmt: skip
     shown = [(mark, words) for there, mark, words in marks if there]
-    figure.legend(*zip(*shown, strict=True), loc="upper right", bbox_to_anchor=(0.985, 0.985), ncols=len(shown),
-                  frameon=False, fontsize=9.5, labelcolor=LIGHT["quiet"], handletextpad=0.3, columnspacing=1.2)  # fmt: skip
+    look = {"frameon": False, "fontsize": 9.5, "labelcolor": LIGHT["quiet"], "handletextpad": 0.3, "columnspacing": 1.2}
+    where = {"loc": "upper right", "bbox_to_anchor": (0.985, 0.985), "ncols": len(shown)}
+    figure.legend(*zip(*shown, strict=True), **where, **look)
 
 
 def headline(nights):
@@ -151,7 +152,7 @@ def one_night(axis, night, limits, labels):
             if labels:
                 dots.set_urls([f"#{place(night, e)}" for e in found])
     words = label_words(night) if labels else {e: str(e.number) for e in night.kept}
-    wanted = sorted(night.kept, key=lambda e: -e.gain if e.before else -math.inf)
+    wanted = sorted(night.kept, key=lambda e: -e.gain if e.before else -math.inf)[:LABELS]
     others = [(at[e], min(e.bpb, high)) for e in night.experiments if e.status == "discard"]
     put_labels(axis, [(at[e], e.bpb, words[e]) for e in wanted], steps, others, 9.5 if labels else 9)
 
@@ -249,7 +250,8 @@ def price(night, size=(12, 4.2)):
                     for e, at in zip(found, x, strict=True):
                         if e is night.first or e is night.best:
                             words = "baseline" if e is night.first else "best"
-                            axis.annotate(words, (at, e.bpb), (7, -4), textcoords="offset points", fontsize=9.5, va="top")
+                            beside = {"xytext": (7, -4), "textcoords": "offset points", "va": "top"}
+                            axis.annotate(words, (at, e.bpb), fontsize=9.5, **beside)
             axis.set_ylim(low, high)
             axis.set_xlabel(name)
             axis.xaxis.set_major_locator(MaxNLocator(5))

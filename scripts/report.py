@@ -60,7 +60,8 @@ class Page:
             return "Nothing was kept yet, so there is nothing to compare."
         if n.best is n.first:
             tried = len(n.experiments) - 1
-            return f"Nothing better than the baseline yet: {tried} idea{'s' * (tried != 1)} tried, val_bpb {self.figure(n.first.bpb)}."
+            ideas = f"{tried} idea{'s' * (tried != 1)}"
+            return f"Nothing better than the baseline yet: {ideas} tried, val_bpb {self.figure(n.first.bpb)}."
         gain, half = n.gain
         words = f"val_bpb fell from {self.figure(n.first.bpb)} to {self.figure(n.best.bpb)}"
         if n.look:
@@ -82,18 +83,20 @@ class Page:
         n, look, counts = self.night, self.night.look, self.night.by_outcome
         best = n.best if n.best is not n.first else None
         gain, half = n.gain if best else (math.nan, math.nan)
-        runs = f"{verdict.runs(n.first.count)} of the baseline, {n.best.count} of the best; 95 % interval" if best else ""
+        runs = "nothing was kept after the baseline"
+        if best:
+            runs = f"{verdict.runs(n.first.count)} of the baseline, {best.count} of the best; 95 % interval"
         held = ("not measured", "make holdout measures it on text that nothing selected on")
         if look:
-            held = (self.signed(look["test"][0], look["test"][1] or math.nan),
-                    f"fresh runs on the test split, {look['pairs']} pair{'s' * (look['pairs'] != 1)}, best {look['best']}")  # fmt: skip
+            pairs = f"{look['pairs']} pair{'s' * (look['pairs'] != 1)}"
+            held = (self.signed(*look["test"]), f"fresh runs on the test split, {pairs}, best {look['best']}")
         worth, spread = n.expected if best else (math.nan, math.nan)
         compared = sum(not math.isnan(e.expected) for e in n.experiments)
         why = f"after the winner's curse: shrunk by the noise and by {compared} comparisons; 95 % interval"
         if best and math.isnan(worth):
             why = "needs the noise: make run REFERENCE=1 N=4"
         return [
-            ("measured gain", self.signed(gain, half), runs or "nothing was kept after the baseline"),
+            ("measured gain", self.signed(gain, half), runs),
             ("held-out gain", *held),
             ("expected gain", self.signed(worth, 1.96 * spread), why if best else ""),
             ("experiments", str(len(n.experiments)),
@@ -111,7 +114,8 @@ class Page:
         if like:
             device = like["device"]
             memory = f", {device['memory_gb']} GB" if device.get("memory_gb") else ""
-            found += [f"{one_line(str(device.get('name')))}{memory}", f"dataset {like['dataset']}", f"{like['budget']:g} s a run"]
+            found.append(f"{one_line(str(device.get('name')))}{memory}")
+            found += [f"dataset {like['dataset']}", f"{like['budget']:g} s a run"]
         if n.noise.df:
             found.append(f"noise of a run ± {n.noise.bpb:.5f} ({n.noise.df} degrees of freedom)")
         return found
@@ -130,7 +134,9 @@ class Page:
             found.append(f"Kept by fewer than {verdict.RUNS} runs: " + ", ".join(map(str, few)) + ".")
         looks = sum(event["event"] == "holdout" for event in n.events)
         if looks > 1:
-            found.append(f"The test split was looked at {looks} times: each look after the first believes it a little less.")
+            found.append(
+                f"The test split was looked at {looks} times: each look after the first is worth a little less."
+            )
         if n.look and n.best and n.look["best"] != n.best.commit:
             found.append(f"The held-out gain is that of {n.look['best']}; the best is now {n.best.commit}.")
         return found
@@ -139,7 +145,8 @@ class Page:
     def home(self):
         """[(what it does, commands)] that take the night's work along."""
         n = self.night
-        branch = next((b for b in ("main", "master") if session.git("rev-parse", "-q", "--verify", f"refs/heads/{b}")), "main")
+        named = (session.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads") or "").split()
+        branch = next((name for name in ("main", "master") if name in named), "main")
         steps = [f"git checkout -b {n.tag}-clean {branch}"]
         for e in n.chain[1:]:
             words = shlex.quote(f"{one_line(e.description)} (val_bpb {-e.gain:+.{self.digits}f})")

@@ -284,5 +284,3 @@ def run_command(function, *arguments):
         sys.exit(f"error: {error.filename or 'writing'}: {error.strerror or error}; mend that, and run the same again")
     except KeyboardInterrupt:
         sys.exit(130)
-
-

@@ -104,12 +104,13 @@ def make(folder, count=40, tag="t", seed=1, budget=300.0, describe=None, share=(
 
 
 def simulated(base, count, draw, share=(0.06, 0.03)):
-    """A night judged by the real rule: what happened in order, as (what, program, details); its programs; the last kept."""
+    """A night judged by the real rule: (what happened, program, details) in order; its programs; the last."""
     programs, told, pooled = [], [], {}
 
     def program(text, parent, truth):
         blob = blob_of(text)
-        programs.append(SimpleNamespace(text=text, parent=parent, truth=truth, rate=60000.0, runs=[], blob=blob, mark=0))
+        facts = {"text": text, "blob": blob, "parent": parent, "truth": truth, "rate": 60000.0}
+        programs.append(SimpleNamespace(runs=[], mark=0, **facts))
         return programs[-1]
 
     def run(p, role, pair=None):
@@ -231,7 +232,7 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
             bpb = np.mean([r[0] for r in p.runs]) if valid else 0
             rate = np.mean([r[1] for r in p.runs]) if valid else 0
             line = f"{commit[:7]}\t{bpb:.6f}\t{1.8 if valid else 0.0:.1f}\t{rate:.0f}\t{facts['status']}\t{words}"
-            entry = f"\n## {row}. {facts['status']}: {words}\n\n- val_bpb {bpb:.6f}, {rate:.0f} tok/s\n- found: {found}\n"
+            entry = f"\n## {row}. {facts['status']}: {words}\n\n- val_bpb {bpb:.6f}\n- found: {found}\n"
             note("logging", id=stamp, row=row, number=row, line=line, row_status=facts["status"], commit=commit,
                  train_blob=p.blob, description=words, verdict=decision.word if decision else None,
                  rule=decision.rule if decision else None, reference=commits[old.blob][:7] if old else None,

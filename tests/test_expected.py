@@ -1,6 +1,6 @@
 """The winner's curse: what is kept looks better than it is, and the expected gain takes that back.
 
-`python tests/test_expected.py 200` prints, for nights of several kinds, the gain as measured, as expected and as it was.
+`python tests/test_expected.py 200` prints for nights of several kinds the gain as measured, as expected and as it was.
 """
 
 import math
@@ -17,7 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 import nights  # noqa: E402
 from expected import Prior  # noqa: E402
 
-BASE = "".join([*(f"{name} = 1.5\n" for name in nights.CONSTANTS), *(f"\n{p}:\n    def __call__:\n" for p in nights.LINES)])
+BASE = "".join(f"{name} = 1.5\n" for name in nights.CONSTANTS)  # what the ideas look for in train.py
+BASE += "".join(f"\n{place}:\n    def __call__:\n" for place in nights.LINES)
 
 
 def gains(seed, count, share):
@@ -83,4 +84,5 @@ if __name__ == "__main__":
         figures = np.array([gains(seed, 60, share) for seed in range(count)])
         seen, worth, truth = figures.mean(axis=0)
         off = [math.sqrt(np.mean((figures[:, i] - figures[:, 2]) ** 2)) for i in (0, 1)]
-        print(f"{kind:14}  measured {seen:6.2f}  expected {worth:6.2f}  true {truth:6.2f}   off by {off[0]:.2f}, {off[1]:.2f} σ")
+        figures = f"measured {seen:6.2f} (off by {off[0]:.2f})  expected {worth:6.2f} (off by {off[1]:.2f})"
+        print(f"{kind:14}  {figures}  true {truth:6.2f}, in standard deviations of a run")
