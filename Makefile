@@ -8,8 +8,8 @@
 #   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (600); SEED (42)
 #   AGAIN     1: run the same train.py again, REFERENCE=1 the last kept one, PAIR=1 both in turn; N: so many runs
 #   WAIT      1: wait for another run on this machine to end
+#   ALL       1: every session's table (results), the slow tests as well (test)
 #   ON_RESULT a command of yours that gets the summary of each run on its standard input (run, holdout)
-#   ALL       1: the tables of every session (results)
 #   TAG       the session's name (setup); of several, "nov24 nov25" (report)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
 #   PYTHON    an interpreter that has the packages; without it .venv is built and used
@@ -17,7 +17,11 @@
 
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
+<<<<<<< HEAD
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED ON_RESULT
+=======
+SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED
+>>>>>>> main
 GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT ALL
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
@@ -92,7 +96,7 @@ watch:      ## one screen on the running experiment; leaves the run alone
 holdout:    ## the night's gain, measured anew on text that nobody selected on
 	@scripts/holdout.sh
 
-test:       ## every test
+test:       ## the tests; ALL=1: the slow ones as well
 	@scripts/test.sh
 
 lint:       ## ruff and shellcheck

@@ -433,6 +433,7 @@ def bits_per_byte(bits, size):
 
 HOLDOUT = "--holdout" in sys.argv[1:] and (record.DATA / ".holdout").exists()  # scripts/holdout.py's own worktrees
 CHECK_ONLY = "--check" in sys.argv[1:]  # `train.py --check`: the dress rehearsal alone
+WEIGHTS = sys.argv[2] if sys.argv[1:2] == ["--weights"] and len(sys.argv) == 3 else None  # `train.py --weights FILE`
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
@@ -485,8 +486,11 @@ class Run:
 
         model, batch_size: as `finish` gets them. See `rehearsal`; its time counts neither as start-up nor as
         budget. Exits with 2, after an invalid record, where a check refuses the model. Under `train.py --check`
-        the program ends here and leaves no record.
+        the program ends here and leaves no record; under `train.py --weights FILE` as well, when it has told what a
+        model with these saved weights scores.
         """
+        if WEIGHTS:
+            score_weights(model, self.tokenizer, batch_size)
         start, reason = time.monotonic(), None
         try:
             rehearsal(model, self.tokenizer, batch_size, max(examination.SECONDS, examination.SHARE * self.budget))
@@ -696,6 +700,19 @@ def save_weights(parameters):
         path.with_name(".part.safetensors").replace(path)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"note: the weights were not kept: {error}")
+
+
+def score_weights(model, tokenizer, batch_size):
+    """Print what `model` scores with the weights of the file WEIGHTS, and exit."""
+    try:
+        model.load_weights(WEIGHTS)
+        evaluation = evaluate_bpb(model, tokenizer, batch_size)
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {WEIGHTS} does not hold the weights of this train.py's model: {' '.join(str(error).split())}")
+    except checks.Refused as refused:
+        sys.exit(f"error: this model is not valid. {refused}")
+    print(f"val_bpb: {evaluation.bpb:.6f} (± {evaluation.stderr:.6f} over rows)")
+    sys.exit(0)
 
 
 def tree_digest(tree):

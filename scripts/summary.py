@@ -30,6 +30,9 @@ def lines(sitting, attempt, baseline=False):
         decision, row, _, old = verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, sitting.rows()[0]))
     except verdict.Incomparable as refusal:
         refused = refusal
+    if decision and decision.word == "again":
+        told = [brief(attempt), *disturbed, f"verdict  again: {decision.rule}"]
+        return [*told, standing(attempt["train_blob"], run), "next     change train.py"]
     found += figures(run, decision, old)
     if refused:
         mend = f"make run BUDGET={refused.budget:g}" if refused.budget else "make baseline AGAIN=1"
@@ -42,8 +45,6 @@ def lines(sitting, attempt, baseline=False):
     found.append(f"verdict  {decision.word}: {decision.rule}")
     if baseline:  # baseline.sh does the next step itself
         return found
-    if decision.word == "again":
-        return [*found, standing(attempt["train_blob"], run)]
     choice = decision.word if decision.word in ("keep", "discard") else "keep|discard"
     return [*found, f"next     {decision.next or f'make log-result STATUS={choice} DESC=…'}"]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run every test.
+# Run the tests: those that take minutes together as well where ALL=1.
 #
-# usage: make test
+# usage: make test [ALL=1]
 #        scripts/test.sh [pytest's arguments]
 #
 # exit: pytest's
@@ -12,4 +12,6 @@ set -euo pipefail
 need_python
 # the tests set these themselves
 unset AUTORESEARCH_BUDGET AUTORESEARCH_SEED AUTORESEARCH_FILES AUTORESEARCH_COLUMN AUTORESEARCH_CACHE AUTORESEARCH_LOCK
+[ -n "${ALL:-}" ] || set -- -m "not slow" "$@"
+unset ALL
 exec "${LAUNCH[@]}" -m pytest "$@"

@@ -30,6 +30,7 @@ REFERENCE_RUNS = 4  # a kept program was lucky more often than not, and many are
 LOOKS = ((0.5, 3.0), (0.8, 2.5), (1.5, 1.5))
 # The same for pairs: each stands alone, where other candidates share one reference, so more of them are lucky.
 PAIR_LOOKS = ((1.0, math.inf), (1.6, 3.8), (3.0, 3.0))
+UNEVEN_PAIR = 0.10  # share of throughput by which the ends of a pair may differ, and one pair still ends it
 UNEVEN_LOAD = 2.0  # times the noise of a quiet machine: pairs that differ so much among themselves are judged by that
 PAIRED_SIGMAS = 4.0  # of the difference at equal steps that asks for a second look
 
@@ -128,8 +129,8 @@ def in_t(sigmas, df):
 def decide(new, old, noise, pairs=(), equal_steps=None):
     """The rule for keeping.
 
-    new, old: `Side`. noise: `record.Noise`. pairs: (difference of val_bpb new - old, ratio of throughput new / old)
-    of runs made in turn on a shared machine. equal_steps: see `record.at_equal_steps`.
+    new, old: `Side`. noise: `record.Noise`. pairs: of runs made in turn on a shared machine, each (new, old) as
+    (val_bpb, tokens a second). equal_steps: see `record.at_equal_steps`. The verdict's sides are those that decided.
     """
     result = Verdict("", "", new=new, old=old, gain=old.bpb - new.bpb)
     result.faster = new.rate / old.rate - 1 if old.rate else 0.0
@@ -145,8 +146,10 @@ def decide(new, old, noise, pairs=(), equal_steps=None):
         return result
     by_pairs = bool(pairs) and bool(new.disturbed or old.disturbed or 2 / len(pairs) < spread**2)
     if by_pairs:  # both ends of a pair were disturbed alike
-        differences = np.array([d for d, _ in pairs])
-        result.gain, result.faster = -float(differences.mean()), float(np.mean([r for _, r in pairs])) - 1
+        differences = np.array([a[0] - b[0] for a, b in pairs])
+        result.gain, result.faster = -float(differences.mean()), float(np.mean([a[1] / b[1] for a, b in pairs])) - 1
+        result.new = Side([a[0] for a, _ in pairs], [a[1] for a, _ in pairs], lines=new.lines)
+        result.old = Side([b[0] for _, b in pairs], [b[1] for _, b in pairs], lines=old.lines)
         own = float(differences.std(ddof=1)) / math.sqrt(2) if len(pairs) > 1 else math.nan
         if not df or own > UNEVEN_LOAD * sigma:
             df = len(pairs) - 1
@@ -166,6 +169,8 @@ def decide(new, old, noise, pairs=(), equal_steps=None):
         seen = 1 if z >= high else -1 if z <= -high else 0
         open_ = low <= z < high or (-high < z < low and (faster or simpler))
         if equal_steps and looks < 2 and not seen and equal_steps[0] < -PAIRED_SIGMAS * equal_steps[1]:
+            open_ = True
+        if by_pairs and looks < 2 and abs(result.faster) > UNEVEN_PAIR:  # or the load came or went between the two
             open_ = True
         if (open_ and more) or (not seen and more_of_old):
             result.word, result.next = "rerun", again
@@ -252,7 +257,7 @@ def of_attempt(sitting, attempt, rows):
     for pair in ends.values():
         a, b = pair.get(run["train_blob"]), pair.get(row.blob)
         if a and b and alike(busy(a), busy(b)):
-            pairs.append((record.bpb(a) - record.bpb(b), record.tok_sec(a) / record.tok_sec(b)))
+            pairs.append(tuple((record.bpb(end), record.tok_sec(end)) for end in (a, b)))
     twin = next((r for r in old_runs if r["seed"] == run["seed"]), None)
     equal = record.at_equal_steps(run, twin) if twin else None
     verdict = decide(new, old, noise, pairs, equal)

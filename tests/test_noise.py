@@ -104,7 +104,7 @@ def night(effects, seed, load=False, uneven=0.0, simpler=False):
                 ran = {id(program): machine.run(program) for program in ends}
                 a, b = ran[id(candidate)], ran[id(reference)]
                 if verdict.alike(a[2], b[2]):
-                    pairs.append((a[0] - b[0], a[1] / b[1]))
+                    pairs.append((a[:2], b[:2]))
             else:
                 machine.run(reference if "REFERENCE" in found.next else candidate)
         assert found.word in ("keep", "discard"), found  # it ends, and nothing here is a matter of taste
@@ -361,7 +361,7 @@ def test_disturbed_runs_count_only_where_there_are_no_others():
 
 
 def in_pairs(*gains, ratio=1.0, noise=KNOWN, gain=-0.1, **more):
-    return decide(*sides(gain, new_busy=BUSY, **more), noise, [(-g, ratio) for g in gains])
+    return decide(*sides(gain, new_busy=BUSY, **more), noise, [((1.5 - g, 1000 * ratio), (1.5, 1000)) for g in gains])
 
 
 def test_pairs_decide_beside_a_load():
@@ -369,6 +369,11 @@ def test_pairs_decide_beside_a_load():
     assert in_pairs(*[-4 * SIGMA] * 3).word == "discard"
     assert in_pairs(*[1.5 * SIGMA] * 3).word == "discard"
     assert in_pairs(0.0).word == "discard"
+    assert (found := in_pairs(-4 * SIGMA, gain=0.5)).new.bpbs == [1.5 + 4 * SIGMA]  # the figures that decided
+    assert found.word == "discard" and in_pairs(-4 * SIGMA, ratio=1.1).word == "discard"
+    for ratio in (0.65, 1.5):  # the load changed between the two, or so it may be
+        assert in_pairs(-4 * SIGMA, ratio=ratio).word == "rerun"
+        assert in_pairs(-4 * SIGMA, -4 * SIGMA, ratio=ratio).word == "discard"
     found = in_pairs(100 * SIGMA)
     assert found.word == "rerun" and found.next == "make run PAIR=1" and "4 more runs" in found.rule  # one: never
     found = in_pairs(3 * SIGMA, 3.5 * SIGMA)
@@ -392,7 +397,7 @@ def test_pairs_with_unknown_noise():
 
 def test_quiet_runs_decide_where_they_say_more_than_pairs():
     new, old = Side([1.4] * 3 + [1.7], [1e3] * 4, [None] * 3 + [BUSY]), Side([1.5] * 4, [1e3] * 4)
-    found = decide(new, old, KNOWN, [(0.05, 1.0)])
+    found = decide(new, old, KNOWN, [((1.7, 1e3), (1.65, 1e3))])
     assert found.word == "keep" and found.gain == pytest.approx(0.1)
     assert not by_pairs(found)
 

@@ -254,3 +254,23 @@ def test_the_check_alone_says_one_line_and_leaves_nothing(program):
     assert done.stderr.startswith("error: this model is not valid. causality: ")
     done, left = program("", "--check")
     assert done.returncode == 1 and "does not call run.rehearse" in done.stderr and done.stderr.count("\n") == 1
+
+
+MODULE = """import mlx.nn as nn
+model = nn.Embedding(run.tokenizer.vocab_size, run.tokenizer.vocab_size)
+model.weight = mx.random.normal(model.weight.shape, key=mx.random.key({key}))
+run.rehearse(model, 16)
+honest = model  # what is trained and finished"""
+
+
+def test_saved_weights_are_evaluated_again(program, tmp_path):
+    done, left = program(MODULE.format(key=1))
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "data" / "last_run.json").unlink()
+    done, again = program(MODULE.format(key=2), "--weights", "data/last_run.safetensors")
+    assert done.returncode == 0 and again is None and "trained" not in done.stdout
+    assert f"val_bpb: {left['result']['val_bpb']:.6f} " in done.stdout
+    for weights in ("absent.safetensors", "train.py"):
+        done, again = program(MODULE.format(key=2), "--weights", weights)
+        assert done.returncode == 1 and again is None
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {weights} does not hold")
