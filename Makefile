@@ -17,11 +17,7 @@
 
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
-<<<<<<< HEAD
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED ON_RESULT
-=======
-SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED
->>>>>>> main
 GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT ALL
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
