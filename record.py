@@ -326,11 +326,17 @@ def tell_device(device):
 
 
 def tell_step(curve, budget):
-    """On a terminal, one line that is overwritten. curve: see `binned`."""
-    if not (sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL")):
-        return
+    """On a terminal, one line that is overwritten; once a second a note for `make watch`. curve: see `binned`."""
     (before, _, fewer, _), (now, loss, tokens, _) = curve[-2] if len(curve) > 1 else (0.0, 0.0, 0, 0.0), curve[-1]
     share, rate, left = 100 * now / budget, (tokens - fewer) / max(now - before, 1e-9), max(0.0, budget - now)
+    note = os.environ.get("AUTORESEARCH_PROGRESS")
+    if note and int(now) > int(before):
+        attempt, path = note.split(" ", 1)
+        figures = {"step": len(curve) - 1, "seconds": now, "budget": budget, "loss": loss, "tok_sec": rate}
+        with suppress(OSError):  # a reader takes what is not whole for nothing
+            Path(path).write_text(json.dumps({"attempt": attempt, **figures}))
+    if not (sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL")):
+        return
     line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
     print(line, end="", flush=True)
 

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import session
 import summary
-from session import ROOT, Refused, Session, record, run_command, say, tell
+from notify import notify
+from session import PROGRESS, ROOT, Refused, Session, record, run_command, say, tell
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 ROOM = 2**20  # bytes that are free on a disk that is not full
@@ -259,6 +260,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
         before = (record.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
         os.environ["AUTORESEARCH_SEED"], start = str(seed), time.monotonic()
+        os.environ["AUTORESEARCH_PROGRESS"] = f"{attempt['id']} {PROGRESS}"
         if role == "holdout":
             record.write_atomically(folder / "data" / ".holdout", attempt["id"])
         pid, code, late = watch(folder, ROOT / "run.log", timeout, *["--holdout"] * (role == "holdout"))
@@ -434,7 +436,9 @@ def main(args):
         if number < len(runs):
             tell(summary.brief(attempt))
     if attempt:
-        tell("\n".join(summary.lines(sitting, attempt, args.baseline)))
+        text = "\n".join(summary.lines(sitting, attempt, args.baseline))
+        tell(text)
+        notify(text)
         sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
 
 

@@ -1,6 +1,5 @@
 """Setup, verdict, discard: the branch, and what git keeps of an experiment."""
 
-
 import pytest
 
 
