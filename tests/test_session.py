@@ -1,13 +1,12 @@
 """Setup, verdict, discard: the branch, and what git keeps of an experiment."""
 
-
 import pytest
 
 
 def test_setup_opens_a_session(checkout):
     (checkout.path / "results.tsv").write_text("an older table\n")
     done = checkout.make("setup", "TAG=nov24", "DATASET=tinystories", check=0)
-    assert "make prepare DATASET=tinystories" in done.stdout
+    assert done.stdout.endswith("next     make prepare DATASET=tinystories && make baseline\n")
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/nov24"
     assert 'DATASET = "tinystories"' in (checkout.path / "train.py").read_text()
     assert checkout.git("status", "--porcelain") == ""
@@ -19,7 +18,7 @@ def test_setup_opens_a_session(checkout):
 def test_setup_without_a_dataset_takes_the_one_of_train(checkout):
     before = checkout.git("rev-parse", "HEAD")
     done = checkout.make("setup", "TAG=nov24", check=0)
-    assert "not prepared" not in done.stdout and "stdlib" in done.stdout
+    assert done.stdout.endswith("next     make baseline\n") and "stdlib" in done.stdout
     assert checkout.git("rev-parse", "HEAD") == before
 
 
