@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import requests
 import urllib3
 
-from record import folder_to_disk, make_folder, remove_leftovers, to_disk
+from record import folder_to_disk, make_folder, printable, remove_leftovers, to_disk
 
 WORKERS = 8  # files at once
 ATTEMPTS = 6  # tries a file
@@ -332,8 +332,3 @@ def move_into_place(temporary, path):
 def file_hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def printable(text):
-    """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

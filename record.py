@@ -194,6 +194,11 @@ def one_line_for(tool):
     sys.excepthook = tell
 
 
+def printable(text):
+    """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 # --- settings, programs, harness -------------------------------------------------------------------
 
 BUDGET, SEED = 300.0, 42  # what holds where nothing is set
@@ -206,14 +211,14 @@ def positive(name, text):
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        sys.exit(f"error: {name}={text} is not a positive number")
+        sys.exit(f"error: {name}={printable(text)} is not a positive number")
     return value
 
 
 def whole(name, text):
     """`text` as a whole number from 0 to 2^32 - 1, or the program ends with one line."""
-    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
-        sys.exit(f"error: {name}={text} is not a whole number (0 to {2**32 - 1})")
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**32):
+        sys.exit(f"error: {name}={printable(text)} is not a whole number (0 to {2**32 - 1})")
     return int(text)
 
 

@@ -17,7 +17,8 @@ cd "$ROOT"
 say() { printf '%s\n' "$*" >&2; }
 
 die() {
-  say "error: $*"
+  local text="$*"
+  say "error: ${text//[[:cntrl:]]/ }" # what was typed may hold anything
   exit 1
 }
 
@@ -38,7 +39,7 @@ positive() { # NAME VALUE: a plain decimal number above 0
 }
 
 whole() { # NAME VALUE: a whole number, 0 or more
-  [[ "$2" =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"
+  [[ "$2" =~ ^[0-9]{1,10}$ ]] || die "$1=$2 is not a whole number"
 }
 
 # Settings reach Python through the environment; what holds where nothing is set, record.settings knows.

@@ -29,6 +29,13 @@ PROGRESS = record.DATA / ".progress.json"  # of the run that goes on, written by
 JOURNAL = HOME / "internal" / "log"
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
+NEEDED = {  # of an event, before it counts
+    "begin": {"id": str, "time": str, "role": str, "train_blob": str, "launcher": int},
+    "end": {"id": str, "time": str, "status": str},
+    "logging": {"id": str, "time": str, "row": int, "line": str},
+    "logged": {"id": str, "time": str},
+}
+
 
 class Refused(Exception):
     """What was asked cannot be done; the text says why and what to do."""
@@ -138,9 +145,11 @@ class Session:
         found = []
         if self.log.exists():
             for line in self.log.read_bytes().decode("utf-8", "replace").split("\n"):
-                with suppress(ValueError, RecursionError):
+                with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
                     event = json.loads(line)
-                    if isinstance(event, dict) and "event" in event:
+                    needed = {"id": str} if "id" in event else {}
+                    needed |= NEEDED.get(event["event"], {})
+                    if all(isinstance(event.get(key), kind) for key, kind in needed.items()):
                         found.append(event)
         return found
 

@@ -21,7 +21,7 @@ if [ -z "$HEAD" ]; then
     "move the folder out of it, then git init && git add -A && git commit -m start"
   die "a session needs a git repository with a commit: git init && git add -A && git commit -m start"
 fi
-if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || ! git check-ref-format "refs/heads/autoresearch/$tag"; then
+if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]] || ! git check-ref-format "refs/heads/autoresearch/$tag"; then
   die "TAG=$tag cannot name a branch autoresearch/TAG: letters, digits, '.', '_' and '-', please"
 fi
 # A session in which nothing was done yet: this command was cut short, or is typed twice.
