@@ -8,7 +8,6 @@ was cut short is completed by the next one, and nothing is written twice.
 
 import argparse
 import errno
-import os
 import shutil
 import subprocess
 from datetime import datetime
@@ -187,7 +186,7 @@ def keep_weights(attempt):
     newest = record.read_json(record.DATA / "last_run.json") or {}
     weights = record.DATA / "last_run.safetensors"
     if newest.get("run_id") == attempt["run_id"] and weights.exists():
-        os.replace(weights, record.DATA / "best.safetensors")
+        record.move_into_place(weights, record.DATA / "best.safetensors")
 
 
 def next_number(tag, rows):
