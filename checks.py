@@ -212,7 +212,9 @@ def data(served, cache, changed_file, opened):
     changed_file: `cache.changed_file()`. opened: `HeldOutWatch.strange()`.
     """
     if changed_file:
-        raise Refused(f"data: {changed_file} is not as it was prepared. Restore it, or delete it and run make prepare.")
+        raise Refused(
+            f"data: {changed_file} is not as it was prepared. Restore it, or run make prepare, which makes it anew."
+        )
     if opened:
         raise Refused(
             f"data: {opened[0]} was opened during the run. Validation and test are the harness's alone, and what is "

@@ -38,16 +38,18 @@ import data_sources  # noqa: E402
 import examination  # noqa: E402
 import group  # noqa: E402
 import machine  # noqa: E402
+import model_state  # noqa: E402
 import record  # noqa: E402
 import token_cache  # noqa: E402
-from batches import Batches, evaluation_rows  # noqa: E402
+from batches import Batches, evaluation_rows, sealed_rows  # noqa: E402
 from data_sources import get_dataset  # noqa: E402
 from record import dataset_of_train  # noqa: E402
-from token_cache import TokenCache, Tokenizer, is_prepared, not_prepared, prepare  # noqa: E402
+from token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare  # noqa: E402
 
 mx = SimpleNamespace(**vars(mlx.core))  # its functions as they are now, whoever replaces one later
 HARNESS_MODULES = (  # what is measured, and how
-    sys.modules[__name__], batches, group, token_cache, checks, examination, data_sources,
+    sys.modules[__name__], batches, group, token_cache, checks, examination, model_state,
+    data_sources,
 )  # fmt: skip
 HARNESS_FILES = tuple(Path(module.__file__).resolve() for module in HARNESS_MODULES)
 HARNESS = record.code_hash(HARNESS_FILES)  # of the files that this process loaded, whatever happens to them later
@@ -154,20 +156,20 @@ def rehearsal(model, tokenizer, batch_size, seconds):
     rows = np.resize(tokens, (max(2, len(tokens) // width), width))
     first = np.resize(rows, (batch_size * len(compute_streams()), width))
     asked = partial(examine, model, tokenizer=tokenizer, batch_size=batch_size, split="training")
-    with evaluation_mode(model), examination.put_back(model) as parameters:
+    with evaluation_mode(model), model_state.put_back(model) as parameters:
         try:
             built = score_rows(model, first, tokenizer, batch_size)
             for _ in range(2):  # what shows by little may pass once
-                shaken = examination.shake(parameters)
+                shaken = model_state.shake(parameters)
                 left = start + seconds - time.monotonic()
                 try:
                     asked(rows).before(left)
                 except checks.Refused as refused:
                     if not (shaken and str(refused).startswith("finite: ")):
                         raise
-                    examination.restore(parameters)  # shaken too much for this model: as it was built, then
+                    model_state.restore(parameters)  # shaken too much for this model: as it was built, then
                     asked(rows).before(left)
-                examination.restore(parameters)
+                model_state.restore(parameters)
                 if time.monotonic() - start > seconds / 2:
                     break
             asked(first).same_again(built)
@@ -267,6 +269,10 @@ class Run:
     """One experiment: its dataset, the clock of its budget, its log and its record."""
 
     def __init__(self, dataset_name):
+        if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name in ("bench.py", "tune.py"):
+            sys.exit(
+                "error: train.py trains when it is imported: what begins a run belongs below if __name__ == '__main__'"
+            )
         self.dataset = get_dataset(dataset_name)
         self.budget, self.seed = record.settings()
         self.tokenizer = Tokenizer.load(self.dataset)
@@ -327,6 +333,10 @@ class Run:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
         took = time.monotonic() - start
         self.rehearsal_seconds += took
+        if CHECK_ONLY:
+            self._verifier.join()
+        if self._changed_file:  # found now, it costs no budget; a run does not wait for it
+            sys.exit(damaged(self.dataset, self._changed_file))
         if CHECK_ONLY:
             if reason:
                 print(f"error: this model is not valid. {reason}", file=sys.stderr)
@@ -438,7 +448,7 @@ class Run:
         self._read_loss()
         parameters = model.parameters() if hasattr(model, "parameters") else {}
         # What is pending belongs into the budget: MLX is lazy, and would train while it is evaluated.
-        mx.eval(parameters, list(examination.arrays_of(model)[0].values()))
+        mx.eval(parameters, list(model_state.arrays_of(model)[0].values()))
         mx.synchronize()
         group.at_step(-1)
         seconds, step_ends = self.elapsed(), [end for end, *_ in self._curve]
@@ -452,7 +462,7 @@ class Run:
         if not group.RANK:
             save_weights(parameters)
         sketches = group.weight_sketches(parameters)
-        evaluation, reason = None, None
+        evaluation, sealed, reason = None, None, None
         try:
             with group.agreement(checks.Refused):
                 checks.paused(seen["paused_seconds"], self.budget)
@@ -467,10 +477,19 @@ class Run:
             with group.agreement(checks.Refused):
                 checks.data(served, self.cache, self._changed_file, self._opened.strange())
                 checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, checks.definitions(*HARNESS_MODULES))
+            with checks.harness_reads():
+                rows = sealed_rows(self.cache, self.dataset, len(evaluation.row_bits))
+            bits, size = self._score_test(model, batch_size, rows)
+            mask = np.random.default_rng(int(self.cache.hash[:16], 16)).uniform(0, 2**12, len(bits))
+            sealed = bits + mask, size  # differences of two runs are as they were, and no figure can be read off
         except checks.Refused as refused:
             reason = str(refused)
         if group.told("holdout" * HOLDOUT)[0] and not reason:
-            self._score_test(model, batch_size)
+            with checks.harness_reads():
+                rows = evaluation_rows(self.cache, self.dataset, "test")
+            bpb, stderr = bits_per_byte(*self._score_test(model, batch_size, rows))
+            if not group.RANK:
+                record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
         self._end(
             reason,
             evaluation=None if reason else evaluation,
@@ -490,21 +509,18 @@ class Run:
                 "startup_seconds": startup_seconds,
             },
             machine=seen,
+            sealed=None if reason else sealed,
         )
 
-    def _score_test(self, model, batch_size):
-        """Leave bits per byte of the test split in data/holdout.json, for scripts/holdout.py, and nowhere else."""
-        with checks.harness_reads():
-            rows = evaluation_rows(self.cache, self.dataset, "test")
+    def _score_test(self, model, batch_size, rows):
+        """Bits float (n,) and bytes int (n,) of rows of the test split, for the sealed sample and for holdout.py."""
         counted = self.tokenizer.token_bytes[rows[:, 1:]]
         with evaluation_mode(model):
             nats = score_rows(model, rows, self.tokenizer, batch_size)
         bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
-        bpb, stderr = bits_per_byte(bits, counted.sum(axis=1, dtype=np.int64))
-        if not group.RANK:
-            record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
+        return bits, counted.sum(axis=1, dtype=np.int64)
 
-    def _end(self, reason, evaluation, model, training, machine):
+    def _end(self, reason, evaluation, model, training, machine, sealed=None):
         """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run."""
         if group.RANK:  # what a run leaves behind, rank 0 writes
             sys.exit(2 if reason else 0)
@@ -542,6 +558,8 @@ class Run:
                 "val_bpb_stderr": evaluation.stderr if evaluation else None,
                 "eval_bytes": evaluation.bytes if evaluation else None,
                 "row_bits": record.packed(evaluation.row_bits) if evaluation else None,
+                "sealed_bits": record.packed(sealed[0]) if sealed else None,
+                "sealed_bytes": int(sealed[1].sum()) if sealed else None,
             },
             curve=record.binned(self._curve[:-1] or self._curve),  # the last end is noted otherwise
         )

@@ -24,8 +24,8 @@ import tiktoken
 
 import data_sources
 from data_sources import SPLITS, cache_dir
-from downloads import printable, remove_leftovers
-from record import folder_to_disk, to_disk, write_atomically
+from downloads import file_hash, printable, remove_leftovers
+from record import folder_to_disk, read_json, to_disk, what_failed, write_atomically
 
 # --- tokenizer ---------------------------------------------------------------------------------
 
@@ -224,11 +224,6 @@ def document_hash(tokens):
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
 
 
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_token_cache(dataset, folder):
     """Write `tokenizer.json` and `tokens/` of the fetched dataset into `folder`; returns the cache's meta."""
     print(f"{dataset.name}: training the tokenizer", flush=True)
@@ -240,6 +235,7 @@ def write_token_cache(dataset, folder):
     tokens, held_out = folder / "tokens", set()
     tokens.mkdir()
     meta = {"dataset": asdict(dataset), "source": data_sources.fingerprint(dataset), "sha256": {}}
+    meta["shards"] = {path.name: file_hash(path) for path in data_sources.shards(dataset)}
     for split in ("val", "test", "train"):  # held-out first: train gives way to them
         print(f"{dataset.name}: tokenizing {split}", flush=True)
         try:
@@ -353,6 +349,13 @@ def prepare(dataset):
             lock = (root / ".lock").open("w")  # closed, and so free, when this returns: who waits finds all ready
             fcntl.flock(lock, fcntl.LOCK_EX)
         remove_leftovers(root)
+        known = (read_json(root / "tokens" / "meta.json") or {}).get("shards", {})
+        bad = [path for path in data_sources.shards(dataset) if known.get(path.name) not in (None, file_hash(path))]
+        for path in bad:
+            print(f"{dataset.name}: {path} is not as it was fetched; fetching it anew", flush=True)
+            path.unlink()
+        if bad:
+            data_sources.fetch(dataset)
         if is_prepared(dataset):
             changed = TokenCache.load(dataset).changed_file()
             if not changed:
@@ -368,7 +371,7 @@ def prepare(dataset):
             error.path.unlink()
             meta = prepare_anew(dataset, root)
     except OSError as error:
-        sys.exit(f"error: {root}: {error.strerror or error}; AUTORESEARCH_CACHE moves the cache elsewhere")
+        sys.exit(f"error: {root}: {what_failed(error)}; AUTORESEARCH_CACHE moves the cache elsewhere")
     for split in SPLITS:
         print("{}: {} {documents:,} documents, {tokens:,} tokens".format(dataset.name, split, **meta[split]))
     print(f"{dataset.name}: prepared in {time.monotonic() - start:.0f} s in {root}")

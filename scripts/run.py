@@ -7,6 +7,7 @@ told at the end in summary.py. Whether a record is of this run is settled by ide
 """
 
 import argparse
+import ast
 import ctypes
 import fcntl
 import os
@@ -25,9 +26,11 @@ from pathlib import Path
 
 import session
 import summary
-from session import ROOT, Refused, Session, record, run_command, say
+from notify import notify
+from session import PROGRESS, ROOT, Refused, Session, record, run_command, say, tell
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
+ROOM = 2**20  # bytes that are free on a disk that is not full
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 stopped_by = []  # signals that came
 
@@ -257,6 +260,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
         before = (record.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
         os.environ["AUTORESEARCH_SEED"], start = str(seed), time.monotonic()
+        os.environ["AUTORESEARCH_PROGRESS"] = f"{attempt['id']} {PROGRESS}"
         if role == "holdout":
             record.write_atomically(folder / "data" / ".holdout", attempt["id"])
         pid, code, late = watch(folder, ROOT / "run.log", timeout, *["--holdout"] * (role == "holdout"))
@@ -292,6 +296,8 @@ def outcome(attempt, pid, code, late, wall, found, before):
         stale = "train.py was changed while the run started"
     if not stale and found["status"] != "valid" and code:
         return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found
+    if code and shutil.disk_usage(ROOT).free < ROOM:
+        return "paused", f"the disk is full, and train.py ended with exit {code}: free some space", None
     if code:
         return "crash", summary.how_it_died(code, wall), None
     if stale:
@@ -346,6 +352,34 @@ def refuse_seen(sitting, args):
             raise Refused(f"this train.py was run before: {row.line.expandtabs(1)} (make run AGAIN=1 runs it again)")
 
 
+def refuse_modules(sitting, args):
+    """Refuse a program that is more than train.py: the commit alone, from the session's start on, must run again."""
+    base = f"refs/experiments/{sitting.tag}/start" if args.session else args.head
+    lists = ("ls-files", "--others", "--exclude-standard"), ("diff", "--name-only", base)
+    new = {name for words in lists for name in (session.git(*words, "--", "*.py", "*.so") or "").splitlines()}
+    known = (session.git("ls-tree", "--name-only", base) or "").splitlines()
+    new |= {path.name for path in ROOT.glob("*.py")} - {*known}  # what git ignores as well
+    if not args.head or not new - {"train.py"}:
+        return
+    used = set()
+    for path in [ROOT / name for name in known if name.endswith(".py")] + [ROOT / "train.py"]:
+        with suppress(OSError, SyntaxError, ValueError, RecursionError):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Import):
+                    used |= {part for alias in node.names for part in alias.name.split(".")}
+                elif isinstance(node, ast.ImportFrom):
+                    used |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    used |= {node.value, node.value.rpartition("/")[2]}
+    for name in sorted(new - {"train.py"}):
+        path = Path(name)
+        stem = path.parent.name if path.stem == "__init__" else path.name.split(".")[0]
+        if {stem, name, path.name} & used:
+            what = "was committed or changed since the session began" if args.session else "git does not have like this"
+            raise Refused(f"train.py imports or names {name}, which {what if name in known else 'is new'}: "
+                          "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
+
+
 def plan(sitting, args):
     """The runs to make: [(role, commit or None, seed, pair), …]."""
     seed, blob = record.settings()[1], record.blob_hash(ROOT / "train.py")
@@ -388,6 +422,7 @@ def main(args):
     take_charge()
     if any(a["status"] == "interrupted" and "end" not in a for a in sitting.attempts()[-1:]):
         say("note: the run before this one was cut off without a word and is not logged")
+    refuse_modules(sitting, args)
     runs = plan(sitting, args)
     if runs and len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
         sys.exit(1)
@@ -399,9 +434,11 @@ def main(args):
         if attempt["status"] != "valid":
             break
         if number < len(runs):
-            print(summary.brief(attempt), flush=True)
+            tell(summary.brief(attempt))
     if attempt:
-        print("\n".join(summary.lines(sitting, attempt, args.baseline)))
+        text = "\n".join(summary.lines(sitting, attempt, args.baseline))
+        tell(text)
+        notify(text)
         sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +25,7 @@ from record import HOME, ROOT, STORE, git  # noqa: E402
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
 ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|crash)\t([^\t]*)")
 LINK = ROOT / "results.tsv"
+PROGRESS = record.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
 JOURNAL = HOME / "internal" / "log"
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
@@ -89,6 +90,14 @@ class Session:
             lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in self.completed())]
             record.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
+        if not logged and not self.table.exists():
+            refs = git("for-each-ref", "--format=%(refname:lstrip=3)", f"refs/experiments/{self.tag}/") or ""
+            if known := sum(ref.isdigit() for ref in refs.split()):
+                say(
+                    f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked "
+                    "it: git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal "
+                    "brings it back"
+                )
 
     def rows(self):
         """The rows of the table, and what is wrong with it: a line that is none does not count."""
@@ -178,6 +187,12 @@ class Session:
         return kept[-1] if kept and not head else None
 
 
+def tags():
+    """The tags of all sessions of this clone that have a table, in the order of their last change."""
+    tables = sorted(STORE.glob("sessions/*/results.tsv"), key=lambda path: path.stat().st_mtime)
+    return [unquote(path.parent.name) for path in tables]
+
+
 def alive(attempt):
     """Whether the run still holds its device's lock (see lock.py)."""
     path = attempt.get("lock") or LOCK
@@ -259,6 +274,12 @@ def shown(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
+def tell(text):
+    """Print what is no longer waited for, perhaps: work goes on where nobody listens."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 def say(text):
     print(text, file=sys.stderr)
 
@@ -266,17 +287,21 @@ def say(text):
 def run_command(function, *arguments):
     """Call it; what went wrong is said in one line."""
     try:
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        finally:
+            sys.stdout.flush()  # not when Python ends, where nothing could be said any more
     except Refused as refused:
         sys.exit(f"error: {refused}")
-    except BrokenPipeError:
+    except BrokenPipeError as broken:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody listens any more; the work is done all the same
+        if isinstance(broken.__context__, SystemExit):
+            raise broken.__context__ from None
     except PermissionError as error:
         name = shown(Path(error.filename or "data"))
         sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror or error}; mend that, and run the same again")
+        reason = record.what_failed(error)
+        sys.exit(f"error: {error.filename or 'writing'}: {reason}; mend that, and run the same again")
     except KeyboardInterrupt:
         sys.exit(130)
-
-

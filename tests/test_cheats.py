@@ -242,6 +242,7 @@ class ChunkEnds1024(ChunkEnds):
     size = 1024
 
 
+@pytest.mark.slow
 def test_leaks_that_only_long_rows_show_are_refused(small_files, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
@@ -515,7 +516,7 @@ OTHERS = {
     "statistics of the batch": ("rows", lambda: Network(V, [BatchStatistics])),
     "attention across rows": ("rows", lambda: Network(V, [gallery.Attention, AcrossRows])),
     "the row above": ("rows", lambda: Network(V, [RowAbove])),
-    "experts with a shared capacity": ("rows", lambda: Network(V, [SharedCapacity])),
+    "experts with a shared capacity": ("(rows|causality)", lambda: Network(V, [SharedCapacity])),
     "a row's number": ("order", lambda: Network(V, [RowNumber])),
     "a count of calls": ("stateless", lambda: Network(V, [Calls])),
     "a state carried on": ("stateless", lambda: Network(V, [CarriedState])),
