@@ -607,7 +607,9 @@ def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // (SEQUENCE_LENGTH * group.SIZE)))  # of each device
+    rows = DEVICE_BATCH_SIZE
+    if group.SIZE > 1:  # of each device, so that together they make no more than a step's tokens
+        rows = max(1, min(rows, TOTAL_BATCH_SIZE // (SEQUENCE_LENGTH * group.SIZE)))
     micro_batches = micro_batches_a_step(rows * group.SIZE, SEQUENCE_LENGTH)
     batches = run.batches(rows, SEQUENCE_LENGTH)
     config, trainer = build(run.tokenizer.vocab_size, SEQUENCE_LENGTH)
