@@ -431,7 +431,7 @@ def weight_decay(progress):
 
 # What MLX sends to the GPU at once is freed at once. With its own setting, a step takes twice the memory.
 if CUDA:
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "50")
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "80")
 # MLX walks a graph depth first, so that what nothing needs any more goes early; on a CPU breadth first, so that
 # each stream has work from the beginning.
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")

@@ -84,7 +84,7 @@ def reference_of(path, weight, n_embd):
     width = math.sqrt(768 / n_embd)
     if "embedding" in path:
         return AdamReference(weight, train.EMBEDDING_LR * width, 0.8, 0.95)
-    if path == "head.weight" or "value_gate" in path:
+    if path == "head.weight" or "value_gate" in path or "shift" in path:
         return AdamReference(weight, train.HEAD_LR * width, 0.8, 0.95)
     if path == "x0_lambdas":
         return AdamReference(weight, train.X0_LR, 0.96, 0.95)
