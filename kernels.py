@@ -1,5 +1,6 @@
-"""CUDA kernels in place of four functions of train.py, which say what these compute: rows_of, mix, heads and
-chunk_loss_and_gradients. Each goes once over memory where a chain of MLX's operations goes several times.
+"""CUDA kernels in place of five functions of train.py, which say what these compute: rows_of, mix, heads,
+relu_squared and chunk_loss_and_gradients. Each goes once over memory where a chain of MLX's operations goes several
+times.
 
 On other backends nothing here is used. Arrays are as train.py's functions have them, in any 2- or 4-byte float
 type; head_dim is 64 or 128. Figures: one H100, depth 8, forward and backward of 32,768 tokens.
@@ -76,7 +77,7 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
     types = {n: f"const {NAMES[x.dtype]}" for n, x in inputs.items()} | {n: NAMES[t] for n, (_, t) in outputs.items()}
     signature = ", ".join(f"{kind}* {n}" for n, kind in types.items())
     defines = "".join(f"#define {n} {NAMES.get(value, value)}\n" for n, value in constants.items())
-    source = f"{HEADER}{defines}extern \"C\" __global__ void NAME({signature}) {{{body}}}"
+    source = f'{HEADER}{defines}extern "C" __global__ void NAME({signature}) {{{body}}}'
     name = f"{name}_{crc32(source.encode()):08x}"
     return mx.fast.precompiled_cuda_kernel(
         name=name,
@@ -427,7 +428,9 @@ RELU_SQUARED_VJP = """
 def relu_squared(x):
     """train.relu_squared, whose gradient needs only the result."""
     constants = {"N": x.size, "T": x.dtype, "P": 8 if x.size % 8 == 0 else 1}
-    return launch("relu_squared", RELU_SQUARED, x.size // constants["P"], {"x": x}, {"out": (x.shape, x.dtype)}, constants)[0]
+    return launch(
+        "relu_squared", RELU_SQUARED, x.size // constants["P"], {"x": x}, {"out": (x.shape, x.dtype)}, constants
+    )[0]
 
 
 @relu_squared.vjp

@@ -516,7 +516,7 @@ def cpu_chunk_loss_and_gradients(hidden, weight, targets):
     return (mx.log(total) - SOFTCAP * at_target).sum(), (gradient @ weight, gradient.T @ hidden)
 
 
-# On CUDA, kernels of our own take the place of four functions above: each goes once over memory where a chain of
+# On CUDA, kernels of our own take the place of five functions above: each goes once over memory where a chain of
 # MLX's operations goes several times. For another form of one of them, leave it out here: the one above is then used.
 PLAIN = {f.__name__: f for f in (rows_of, mix, heads, chunk_loss_and_gradients)} | {"relu_squared": relu_squared}
 if CUDA and HEAD_DIM in (64, 128):

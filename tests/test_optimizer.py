@@ -212,7 +212,7 @@ def test_decay_takes_hold_only_where_update_and_weight_agree():
 EXPECTED = {
     "matrices": ["attention.qkv.", "attention.out.", "mlp.up.", "mlp.down."],
     "embeddings": ["token_embedding.", "attention.value_embedding."],
-    "head": ["head.", "attention.value_gate."],
+    "head": ["head.", "attention.value_gate.", "attention.shift", "mlp.shift"],
     "x0": ["x0_lambdas"],
     "resid": ["resid_lambdas"],
 }
