@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Open a session: branch autoresearch/TAG, the dataset in train.py, a fresh results.tsv.
 #
-# usage: make setup TAG=nov24 [DATASET=climbmix]
+# usage: make setup TAG=nov24 [DATASET=climbmix] [TUNE=0]
 #
+# Where the dataset is prepared, train.py is fitted to this machine (make tune), and that is the session's first
+# commit; what was found before for the same machine, dataset and budget is taken over. TUNE=0 leaves it out.
 # Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the
 # dataset is prepared, and if not, the command that prepares it.
 # exit: 0 the session is open · 1 refused, and why; nothing was changed
@@ -64,13 +66,23 @@ undo() { # the branch we came from, and no trace of the new one
   die "the session was not opened (see above)"
 }
 git checkout -q -b "autoresearch/$tag" || die "the session was not opened (see above)"
+trap undo INT TERM
 if [ "$name" != "$(dataset_of_train)" ]; then
   sed "s/^\(DATASET *= *\)[\"'][A-Za-z0-9_]*[\"']/\1\"$name\"/" train.py >.train.py.new || undo
   cat .train.py.new >train.py && rm .train.py.new # not moved: the file keeps its mode
   git commit -q -m "Session $tag: train on $name" train.py || undo
 fi
+case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=$prepared ;; esac
+if [ "$tune" = True ] && grep -q '^DEPTH = ' train.py; then # another train.py may have nothing to fit
+  if scripts/tune.sh --known; then
+    git diff --quiet -- train.py || git commit -q -m "Session $tag: sizes fitted to this machine" train.py || undo
+  else
+    echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
+  fi
+fi
 helper log_result --tag="$tag" --open-table || undo
 git update-ref "refs/experiments/$tag/start" HEAD || undo
+trap - INT TERM
 
 echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
 next="make baseline"
