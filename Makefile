@@ -8,16 +8,20 @@
 #   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (600); SEED (42)
 #   AGAIN     1: run the same train.py again, REFERENCE=1 the last kept one, PAIR=1 both in turn; N: so many runs
 #   WAIT      1: wait for another run on this machine to end
-#   ALL       1: the slow tests as well (test)
-#   TAG       the session's name (setup)
+#   NPROC     train one model on so many devices of this machine, or of each of HOSTS (run, baseline, holdout)
+#   HOSTS     the machines of a group, this one first: mac1.local,mac2.local, or a hostfile of mlx.launch
+#   DEVICE    the number of the GPU to take; without it the first free one
+#   ALL       1: every session's table (results), the slow tests as well (test)
+#   ON_RESULT a command of yours that gets the summary of each run on its standard input (run, holdout)
+#   TAG       the session's name (setup); of several, "nov24 nov25" (report)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
 #   PYTHON    an interpreter that has the packages; without it .venv is built and used
 #   BACKEND   cpu or cuda: the build of MLX in .venv on Linux; without it cuda where a GPU answers (prepare)
 
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
-SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED
-GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT ALL
+SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED ON_RESULT
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE ALL
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass
@@ -41,7 +45,7 @@ $(error make has no variable $(unknown) here; `make help` lists them)
 endif
 
 .NOTPARALLEL:
-.PHONY: help prepare check bench tune setup baseline run verdict log-result discard results holdout test lint clean
+.PHONY: help prepare check bench tune setup baseline run verdict log-result discard results report brief watch holdout test lint clean
 
 help:       ## list the targets
 	@scripts/help.sh
@@ -76,8 +80,17 @@ log-result: ## log the newest run: make log-result STATUS=keep DESC="…" [FOUND
 discard:    ## put the branch back on the last kept commit
 	@scripts/discard.sh
 
-results:    ## the table of experiments, the best marked
+results:    ## the table of experiments, the best marked; ALL=1: of every session
 	@scripts/results.sh
+
+report:     ## the morning's page, data/report.html, and the picture data/progress.png: [TAG="nov24 nov25"]
+	@scripts/report.sh
+
+brief:      ## where the session stands, in at most 60 lines: for an agent that comes back to it
+	@scripts/brief.sh
+
+watch:      ## one screen on the running experiment; leaves the run alone
+	@scripts/watch.sh
 
 holdout:    ## the night's gain, measured anew on text that nobody selected on
 	@scripts/holdout.sh

@@ -258,7 +258,8 @@ def write(train, commit, **content):
 
     A reader of data/last_run.json sees the old record or the new one, whole.
     train: the path of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
-    `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `model`, `training`, `machine`, `result`, `curve`.
+    `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `group`, `model`, `training`, `machine`, `result`,
+    `curve`.
     """
     now = datetime.now().astimezone()
     record = {
@@ -325,11 +326,17 @@ def tell_device(device):
 
 
 def tell_step(curve, budget):
-    """On a terminal, one line that is overwritten. curve: see `binned`."""
-    if not sys.stdout.isatty():
-        return
+    """On a terminal, one line that is overwritten; once a second a note for `make watch`. curve: see `binned`."""
     (before, _, fewer, _), (now, loss, tokens, _) = curve[-2] if len(curve) > 1 else (0.0, 0.0, 0, 0.0), curve[-1]
     share, rate, left = 100 * now / budget, (tokens - fewer) / max(now - before, 1e-9), max(0.0, budget - now)
+    note = os.environ.get("AUTORESEARCH_PROGRESS")
+    if note and int(now) > int(before):
+        attempt, path = note.split(" ", 1)
+        figures = {"step": len(curve) - 1, "seconds": now, "budget": budget, "loss": loss, "tok_sec": rate}
+        with suppress(OSError):  # a reader takes what is not whole for nothing
+            Path(path).write_text(json.dumps({"attempt": attempt, **figures}))
+    if not (sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL")):
+        return
     line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
     print(line, end="", flush=True)
 
@@ -383,9 +390,17 @@ def differences(new, old):
         if new.get(key) != old.get(key):
             a, b = (str(r.get(key))[:12] for r in (new, old))
             found.append(f"{key} is {a}, was {b}")
+    if new.get("group") != old.get("group"):
+        found.append(f"group is {group_words(new)}, was {group_words(old)}")
     a, b = new.get("device") or {}, old.get("device") or {}
     found += [f"device.{k} is {a.get(k)}, was {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
     return found
+
+
+def group_words(record):
+    """The devices that a run trained on together, in words."""
+    group = record.get("group")
+    return f"{group['size']} devices by {group['backend']} ({', '.join(group['devices'])})" if group else "one device"
 
 
 # --- programs --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import run
 import session
 import summary
 import verdict
+from notify import notify
 from session import Refused, Session, record, run_command, tell
 
 
@@ -68,12 +69,14 @@ def main(args):
     fresh, test = (interval(column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
     sitting.note("holdout", **pair, night=night, fresh=fresh, test=test)
-    print(f"baseline {first.commit} against best {best.commit}, bits per byte, 95 % intervals:")
-    print(f"  as the night saw it, on validation  {night:+.6f}")
+    told = [f"baseline {first.commit} against best {best.commit}, bits per byte, 95 % intervals:",
+            f"  as the night saw it, on validation  {night:+.6f}"]  # fmt: skip
     for where, (gain, half) in (("fresh runs, on validation", fresh), ("fresh runs, on test", test)):
         width = "(one pair: no interval)" if math.isnan(half) else f"± {half:.6f}"
-        print(f"  {where:34}  {gain:+.6f} {width}")
-    print(f"the test split was looked at {before + 1} time{'s' * (before > 0)} in this session")
+        told.append(f"  {where:34}  {gain:+.6f} {width}")
+    told.append(f"the test split was looked at {before + 1} time{'s' * (before > 0)} in this session")
+    print("\n".join(told), flush=True)
+    notify("\n".join(told))
 
 
 if __name__ == "__main__":

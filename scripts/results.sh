@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Show the session's table with runs, spread and gain, the best marked, and where the session stands.
 #
-# usage: make results
+# usage: make results [ALL=1]
+#
+# ALL=1 shows the tables of every session of this clone.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 read_git
 need_python
-helper results --tag="$TAG"
+helper results --tag="$TAG" ${ALL:+--all}

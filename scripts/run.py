@@ -26,7 +26,8 @@ from pathlib import Path
 
 import session
 import summary
-from session import ROOT, Refused, Session, record, run_command, say, tell
+from notify import notify
+from session import PROGRESS, ROOT, Refused, Session, record, run_command, say, tell
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 ROOM = 2**20  # bytes that are free on a disk that is not full
@@ -179,12 +180,23 @@ def last_state(line):
     return line[line.rfind(b"\r", 0, -1) + 1 :]
 
 
+def words_of_group(*options):
+    """What runs a program: Python, and for more than one device (NPROC, HOSTS) its launcher."""
+    alone = os.environ.get("NPROC") in (None, "", "1") and not os.environ.get("HOSTS")
+    return [sys.executable] if alone else [sys.executable, str(ROOT / "scripts" / "launch.py"), *options]
+
+
+def locks():
+    """The descriptors that hold the devices' locks (see lock.py): who runs has them too."""
+    return [int(number) for number in os.environ.get("AUTORESEARCH_LOCKED", "").split()]
+
+
 def watch(folder, log, timeout, *options):
     """Run train.py in `folder` to its end: (pid, exit code, whether time ran out)."""
     output = Output(log)
     child = subprocess.Popen(
-        [sys.executable, "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
-        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[9],
+        [*words_of_group(), "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
+        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks(),
     )  # fmt: skip
     helpers, late = keep_awake(child.pid), False
     with guarded(child.pid):
@@ -243,11 +255,12 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
             "train_blob": record.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
-            "launcher": os.getpid(),
+            "launcher": os.getpid(), "lock": session.LOCK,
         }  # fmt: skip
         before = (record.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
         os.environ["AUTORESEARCH_SEED"], start = str(seed), time.monotonic()
+        os.environ["AUTORESEARCH_PROGRESS"] = f"{attempt['id']} {PROGRESS}"
         if role == "holdout":
             record.write_atomically(folder / "data" / ".holdout", attempt["id"])
         pid, code, late = watch(folder, ROOT / "run.log", timeout, *["--holdout"] * (role == "holdout"))
@@ -411,6 +424,8 @@ def main(args):
         say("note: the run before this one was cut off without a word and is not logged")
     refuse_modules(sitting, args)
     runs = plan(sitting, args)
+    if runs and len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
+        sys.exit(1)
     if not runs:
         print(f"nothing to do: there are {args.runs} runs already")
     attempt = None
@@ -421,7 +436,9 @@ def main(args):
         if number < len(runs):
             tell(summary.brief(attempt))
     if attempt:
-        tell("\n".join(summary.lines(sitting, attempt, args.baseline)))
+        text = "\n".join(summary.lines(sitting, attempt, args.baseline))
+        tell(text)
+        notify(text)
         sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +25,7 @@ from record import HOME, ROOT, STORE, git  # noqa: E402
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
 ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|crash)\t([^\t]*)")
 LINK = ROOT / "results.tsv"
+PROGRESS = record.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
 JOURNAL = HOME / "internal" / "log"
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
@@ -186,14 +187,21 @@ class Session:
         return kept[-1] if kept and not head else None
 
 
+def tags():
+    """The tags of all sessions of this clone that have a table, in the order of their last change."""
+    tables = sorted(STORE.glob("sessions/*/results.tsv"), key=lambda path: path.stat().st_mtime)
+    return [unquote(path.parent.name) for path in tables]
+
+
 def alive(attempt):
-    """Whether the run still holds the machine's lock (see lock.py)."""
+    """Whether the run still holds its device's lock (see lock.py)."""
+    path = attempt.get("lock") or LOCK
     try:
-        with open(LOCK) as lock:
+        with open(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
-        return (record.read_json(LOCK) or {}).get("pid") == attempt["launcher"]
+        return (record.read_json(path) or {}).get("pid") == attempt["launcher"]
     except OSError:
         return False
 

@@ -40,6 +40,7 @@ def tiny(tmp_path_factory):
     return checkout
 
 
+@pytest.mark.slow
 def test_a_whole_bench(tiny):
     data = tiny.path / "data"
     data.mkdir()

@@ -18,6 +18,7 @@ import pytest
 from conftest import HARNESS
 from gallery import WIDTH, Mix, Network, later
 
+import batches
 import checks
 import data_sources
 import examination
@@ -241,6 +242,7 @@ class ChunkEnds1024(ChunkEnds):
     size = 1024
 
 
+@pytest.mark.slow
 def test_leaks_that_only_long_rows_show_are_refused(small_files, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
@@ -711,7 +713,7 @@ READS = {
         mx.save_safetensors(str(run.cache.folder.parent / "old.safetensors"), {"a": mx.zeros(1)}),
         mx.load(str(run.cache.folder.parent / "old.safetensors")),
     ],
-    "a packed stream of it": lambda run: prepare.packed_rows(
+    "a packed stream of it": lambda run: batches.packed_rows(
         run.cache.tokens("val"), run.cache.offsets("val"), range(9), 65
     ),
 }

@@ -342,6 +342,7 @@ def test_another_folder_or_other_sizes_are_prepared_anew(small, small_files, cac
     assert TokenCache.load(small).hash != before
 
 
+@pytest.mark.slow
 def test_documents_that_nobody_would_read_do_not_stop_the_rest(small, cache, tmp_path, monkeypatch):
     def million(*units):
         return ["x" + unit * (1_050_000 // len(unit)) + "y" for unit in units]
@@ -509,6 +510,7 @@ def real_texts(count, size):
     return lists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["climbmix", "tinystories"])
 def test_the_hub_s_datasets_are_prepared_by_one_command(cache, name):
     dataset, hub = DATASETS[name], Hub()
@@ -637,6 +639,7 @@ print(deaths)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_is_prepared_whole_or_not_at_all(cache, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

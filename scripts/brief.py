@@ -1,0 +1,111 @@
+"""Tell an agent that lost the thread where the session stands, in at most 60 lines.
+
+usage: brief.py --tag TAG
+"""
+
+import argparse
+import math
+import textwrap
+
+import verdict
+from night import Night, clock
+from session import one_line, run_command
+
+WIDTH, LINES = 120, 60
+KEPT, NEAR, DEAD, OPEN = 12, 6, 14, 8  # of each at most
+
+
+def lines(night):
+    counts, found = night.by_outcome, []
+    if not night.experiments:
+        return [f"{night.tag}: no results yet: make baseline", *at_hand(night)]
+    tried = f"{len(night.kept[1:])} kept after the baseline, {counts['discard']} discarded, {counts['crash']} crashed"
+    found.append(f"{night.tag}: {len(night.experiments)} experiments in {clock(3600 * night.hours)}; {tried}")
+    found += standing(night)
+    if len(night.chain) > 1:
+        found.append("kept, the oldest first:" + left_out(night.chain[1:], KEPT))
+        found += [entry(night, e) for e in night.chain[1:][-KEPT:]]
+    if night.near_misses:
+        found.append("near misses, within the noise:" + left_out(night.near_misses, NEAR))
+        found += [entry(night, e) for e in night.near_misses[:NEAR]]
+    groups = list(night.dead_ends.items())
+    if groups:
+        found.append("dead ends, by the part of train.py:" + left_out(groups, DEAD))
+        for part, group in groups[:DEAD]:
+            tried = "; ".join(f"{one_line(e.description)} ({outcome(e)})" for e in group[::-1])
+            found.append(textwrap.shorten(f"  {part}, {len(group)}: {tried}", WIDTH + 2, placeholder=" …"))
+            found[-1] = "  " + found[-1].lstrip()
+    if night.questions:
+        found.append("open questions, the newest first:" + left_out(night.questions, OPEN))
+        found += [cut(f"  {e.number:3}  {text}") for e, text in night.questions[:OPEN]]
+    if night.untouched:
+        found += cut_block("not touched by any experiment: " + ", ".join(night.untouched), 4)
+    if night.due:
+        found.append(f"plateau: no kept gain in {night.since_gain} experiments. Due: {night.due}")
+    found += [cut(f"note: {words}") for words in night.missing[:3]]
+    return [*found[: LINES - 1], *at_hand(night)][:LINES]
+
+
+def standing(night):
+    if not night.best:
+        return ["nothing was kept yet"]
+    first, best, (gain, half) = night.first, night.best, night.gain
+    found = [f"baseline {first.bpb:.6f} ({first.commit}, {verdict.runs(first.count)})"]
+    if best is not first:
+        width = "" if math.isnan(half) else f" ± {half:.6f}"
+        worth = night.expected[0]
+        after = "" if math.isnan(worth) else f"; after the winner's curse {worth:+.6f}"
+        runs = verdict.runs(best.count)
+        found.append(f"best     {best.bpb:.6f} ({best.commit}, {runs}), gain {gain:+.6f}{width}{after}")
+    if night.noise.df:
+        seen = verdict.in_t(verdict.LOOKS[0][1], night.noise.df) * night.noise.bpb
+        seen *= math.sqrt(1 + 1 / max(1, night.kept[-1].count))
+        found.append(f"noise    of a run {night.noise.bpb:.6f} ({night.noise.df} degrees of freedom): "
+                     f"one run shows a gain from {seen:.6f} on")  # fmt: skip
+    if night.look:
+        fresh = night.look["test"][0]
+        found.append(f"held out {fresh:+.6f}, {night.look['baseline']} against {night.look['best']}")
+    return found
+
+
+def outcome(e):
+    return "crash" if e.status == "crash" else f"{e.gain:+.4f}" if not math.isnan(e.gain) else e.status
+
+
+def entry(night, e):
+    error = "" if math.isnan(e.error) else f" ± {e.error:.4f}"
+    where = f"  in {', '.join(e.parts[:2])}" if e.parts else ""
+    return cut(f"  {e.number:3}  {outcome(e)}{error}  {one_line(e.description)[:70]}{where}")
+
+
+def left_out(found, most):
+    return f" ({most} of {len(found)})" if len(found) > most else ""
+
+
+def cut(line):
+    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
+
+
+def cut_block(text, most):
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", max_lines=most, placeholder=" …")
+
+
+def at_hand(night):
+    """What the newest run asks for."""
+    own = [a for a in night.attempts if a["role"] == "candidate"]
+    if not own:
+        return []
+    last = own[-1]
+    what = f"row {last['row']}" if last.get("logged") else "running" if last["status"] == "running" else "not logged"
+    mend = ": make verdict" if what == "not logged" and last["status"] == "valid" else ""
+    return [f"newest run: {(last['commit'] or 'none')[:7]}, {last['status']}, {what}{mend}"]
+
+
+def show(args):
+    print("\n".join(lines(Night(args.tag))))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tag", default="none")
+    run_command(show, parser.parse_args())

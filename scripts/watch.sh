@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One screen on the running experiment and the last results; Ctrl-C leaves it, and the run alone.
+#
+# usage: make watch
+#
+# Where the output is no terminal, it prints once.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+read_git
+need_python
+helper watch --tag="$TAG"
