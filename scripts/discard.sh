@@ -38,6 +38,6 @@ done
 if [ -z "$(git for-each-ref --contains HEAD "refs/experiments/$TAG/")" ]; then # never run, but never lost
   git update-ref "refs/experiments/$TAG/dropped-$(short "$HEAD")" HEAD
 fi
-git restore --source="$kept" --staged --worktree -- train.py
+put_train "$kept" # file, index, branch: after each of them the same command goes on
 git update-ref -m "discard" "refs/heads/$BRANCH" "$kept" "$HEAD"
 echo "train.py and autoresearch/$TAG are back on $(short "$kept")"
