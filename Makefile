@@ -8,6 +8,9 @@
 #   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (600); SEED (42)
 #   AGAIN     1: run the same train.py again, REFERENCE=1 the last kept one, PAIR=1 both in turn; N: so many runs
 #   WAIT      1: wait for another run on this machine to end
+#   NPROC     train one model on so many devices of this machine, or of each of HOSTS (run, baseline, holdout)
+#   HOSTS     the machines of a group, this one first: mac1.local,mac2.local, or a hostfile of mlx.launch
+#   DEVICE    the number of the GPU to take; without it the first free one
 #   ALL       1: every session's table (results), the slow tests as well (test)
 #   ON_RESULT a command of yours that gets the summary of each run on its standard input (run, holdout)
 #   TAG       the session's name (setup); of several, "nov24 nov25" (report)
@@ -18,7 +21,7 @@
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED ON_RESULT
-GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT ALL
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE ALL
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass

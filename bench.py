@@ -25,7 +25,11 @@ from mlx.utils import tree_flatten
 import machine
 import prepare
 import record
-import train
+
+if __name__ == "__main__":
+    record.one_line_for("make bench")
+
+import train  # noqa: E402
 
 TIME_LIMIT = 105  # seconds; what is not measured by then is skipped
 

@@ -89,6 +89,19 @@ def budget(budget, seconds, step_ends):
         )
 
 
+APART = 0.02  # of an array's norm, by which ranks may differ: unlike devices round otherwise
+
+
+def one_model(sketches):
+    """All ranks hold the same weights. sketches: `group.weight_sketches`."""
+    norms = sketches[..., 0]
+    if (np.ptp(sketches, axis=0) > APART * norms.max(axis=0)[:, None]).any():
+        raise Refused(
+            "ranks: the ranks' weights differ, so they trained models of their own. Look for gradients that are not "
+            "averaged over the group before the update, random numbers or a schedule that a rank draws for itself."
+        )
+
+
 UNTRAINED = 0.9  # of the entropy of single tokens, which a model that has learnt nothing yet does not reach
 COUNTED = 2**22  # tokens of the training split, by which that is known
 
@@ -199,7 +212,9 @@ def data(served, cache, changed_file, opened):
     changed_file: `cache.changed_file()`. opened: `HeldOutWatch.strange()`.
     """
     if changed_file:
-        raise Refused(f"data: {changed_file} is not as it was prepared. Restore it, or delete it and run make prepare.")
+        raise Refused(
+            f"data: {changed_file} is not as it was prepared. Restore it, or run make prepare, which makes it anew."
+        )
     if opened:
         raise Refused(
             f"data: {opened[0]} was opened during the run. Validation and test are the harness's alone, and what is "

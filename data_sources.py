@@ -485,6 +485,11 @@ def shard_dir(dataset):
     return cache_dir(dataset) / "shards"
 
 
+def shards(dataset):
+    """The files that were fetched for a dataset of the hub, as far as they are here."""
+    return sorted(shard_dir(dataset).glob("shard_*.parquet")) if dataset.repo else []
+
+
 def fetch_tinystories(dataset):
     """Download what the hub lists, shuffle with a fixed seed, write 20 + 1 + 1 shards."""
     shards = shard_dir(dataset)

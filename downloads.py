@@ -4,6 +4,7 @@ Nothing here knows a dataset. What fails ends the program with one line that nam
 leaves nothing behind that could be taken for a whole file.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -238,6 +239,7 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
                     if response.status_code == 200:
                         have = 0
                     tag, length = answered.get("ETag", ""), answered.get("Content-Length", "")
+                    promised = hash_by_hub(response)
                     etag = tag if tag and not tag.startswith("W/") else None
                     expected = have + int(length) if length.isdecimal() else None
                     with part.open("ab" if have else "wb") as out:
@@ -250,6 +252,8 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
             size = part.stat().st_size
             if expected is not None and size != expected:
                 reason = f"{size} bytes arrived of {expected}"
+            elif promised and file_hash(part) != promised:
+                reason, etag = "what arrived is not what the hub has: its SHA-256 is another", None
             elif not is_parquet(part):
                 reason, etag = "what arrived is no whole parquet file", None
             else:
@@ -258,6 +262,12 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
         give_up(url, reason)
     finally:
         part.unlink(missing_ok=True)
+
+
+def hash_by_hub(response):
+    """The SHA-256 of a large file, which the hub itself names before it redirects to where that lies; or ""."""
+    tags = (answer.headers.get("X-Linked-ETag", "").strip('"') for answer in (*response.history, response))
+    return next((tag for tag in tags if re.fullmatch("[0-9a-f]{64}", tag)), "")
 
 
 def continues(response, have, etag):
@@ -318,6 +328,11 @@ def move_into_place(temporary, path):
         to_disk(file.fileno())
     temporary.replace(path)
     folder_to_disk(path.parent)
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def printable(text):

@@ -1,33 +1,26 @@
 """The questions that a model is asked as a black box, beside the sums of the evaluation.
 
 An answer at a position may depend on that position and those before it, in its own row, and on nothing else:
-not on later tokens, other rows, earlier calls. `Examination` asks, before and after the sums; `put_back` and
-`shake` let a model be asked before it is trained. A question that is answered wrongly raises `Refused`, whose
-text names the check, says what was seen, and what to look for.
+not on later tokens, other rows, earlier calls. `Examination` asks, before and after the sums. A question that is
+answered wrongly raises `Refused`, whose text names the check, says what was seen, and what to look for.
 """
 
-import functools
-import hashlib
 import itertools
 import math
 import re
 import time
 import types
-from contextlib import contextmanager, suppress
 
 import mlx.core
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+
+from model_state import CHANGED, Refused, arrays_of
 
 # Bound here, so that whoever replaces one of them later does not reach this.
 CLOCK = time.monotonic
 mx = types.SimpleNamespace(**vars(mlx.core))
 
-
-class Refused(Exception):
-    """A check failed. The text names the check, and what to look for."""
-
+OUT_OF_MEMORY = re.compile(r"memory|alloc|buffer size", re.IGNORECASE)
 
 # --- one answer: shape, type, finite ---------------------------------------------------------------
 
@@ -55,121 +48,6 @@ def finite(values):
             f"finite: logits are not finite (position {position}, row {row} of a batch). Look for a division by zero, "
             "a root or logarithm of a negative number, a softmax with every entry masked, an overflow in float16."
         )
-
-
-# --- what a model holds ------------------------------------------------------------------------------
-
-OUT_OF_MEMORY = re.compile(r"memory|alloc|buffer size", re.IGNORECASE)
-PLAIN = str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType, np.ndarray
-
-
-def arrays_of(model):
-    """({path: array}, paths of parameters) of every MLX array that a callable holds.
-
-    Followed are modules, attributes, containers, partial functions, bound methods, and what a function encloses
-    or names. A path may hold another array after a call: what is watched is the content.
-    """
-    found, parameters, seen, left = {}, set(), {}, [("", model, False)]
-    while left and len(seen) < 100_000:
-        path, value, module = left.pop()
-        if isinstance(value, mx.array):
-            found[path.strip(".")] = value
-            if module:
-                parameters.add(path.strip("."))
-            continue
-        if isinstance(value, PLAIN) or id(value) in seen:
-            continue
-        seen[id(value)] = value  # kept, so that its id stays its own
-        inner = {}
-        if isinstance(value, dict):
-            inner = dict(value)
-        elif isinstance(value, (list, tuple, set)):
-            inner = dict(enumerate(value))
-        elif isinstance(value, functools.partial):
-            inner = {"func": value.func, "args": value.args, "keywords": value.keywords}
-        elif isinstance(value, types.MethodType):
-            inner = {"": value.__self__, value.__func__.__name__: value.__func__}
-        elif not isinstance(value, types.FunctionType):
-            call = vars(type(value)).get("__call__")  # what it names may hold more
-            inner |= {"__call__": call} if isinstance(call, types.FunctionType) else {}
-        else:
-            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-                with suppress(ValueError):  # nothing in it yet
-                    inner[name] = cell.cell_contents
-            names = set(value.__code__.co_names) & value.__globals__.keys()
-            inner |= {name: value.__globals__[name] for name in sorted(names)}
-            inner["defaults"] = value.__defaults__
-        is_module = isinstance(value, nn.Module)
-        for key, part in [*inner.items(), *getattr(value, "__dict__", {}).items()]:
-            inside = is_module or (module and isinstance(value, (dict, list, tuple)))
-            left.append((f"{path}.{key}", part, inside and not str(key).startswith("_")))
-    if not isinstance(model, nn.Module) and callable(getattr(model, "parameters", None)):
-        own = {f"parameters.{name}": array for name, array in tree_flatten(model.parameters())}
-        found, parameters = found | own, parameters | set(own)
-    return found, parameters
-
-
-def digests(arrays):
-    """{path: SHA-256} of what is in {path: array}, and of how it is stored."""
-    found = {}
-    for path, array in arrays.items():
-        content = bytes(memoryview(mx.view(mx.contiguous(mx.atleast_1d(array)), mx.uint8))) if array.size else b""
-        found[path] = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + content).hexdigest()
-    return found
-
-
-@contextmanager
-def put_back(model):
-    """Within it weights may be shaken: afterwards all that the model holds is as before, bit for bit.
-
-    Yields [(array, a copy of it as it was)] of a module's parameters, or of all that another callable holds. Puts
-    MLX's random numbers back as well. Raises `Refused` where the model itself changed what it holds.
-    """
-    held, parameters = arrays_of(model)
-    before, key = digests(held), mx.random.state[0].tolist()
-    # Arrays of their own on the same memory: a change of the array leaves these as they are.
-    copies = {path: mx.stop_gradient(array) for path, array in held.items()}
-    mx.eval(copies)
-    wanted = parameters if isinstance(model, nn.Module) else held
-    chosen = {id(held[path]): (held[path], copies[path]) for path in wanted}
-    try:
-        yield list(chosen.values())
-    finally:
-        restore([(array, copies[path]) for path, array in held.items()])
-        mx.random.seed(key[0] << 32 | key[1])
-    after = digests({path: array for path, array in arrays_of(model)[0].items() if path in before})
-    changed = [path for path in before if path in parameters and after.get(path) != before[path]]
-    if changed:
-        raise Refused(CHANGED.format(changed[0]))
-
-
-def restore(pairs):
-    """pairs: (array, what it held). In place, so that whoever holds the array sees it."""
-    for array, old in pairs:
-        array[...] = old
-    mx.eval([array for array, _ in pairs])
-
-
-def shake(pairs):
-    """Fill in what is weak: arrays near zero hide behind them what a trained model would use.
-
-    pairs: (array, what it held). A matrix is filled up to 1 / sqrt(its smaller side), a vector or a number to a
-    tenth. What is strong stays as it was built, so that nothing is driven out of the range that it was made for;
-    what is of one sign keeps that. Returns whether anything was changed.
-    """
-    filled = False
-    for array, old in pairs:
-        if not array.size or not mx.issubdtype(array.dtype, mx.floating):
-            continue
-        values = old.astype(mx.float32)
-        missing = (min(array.shape[-2:]) ** -0.5 if array.ndim > 1 else 0.1) - mx.sqrt(mx.mean(values**2)).item()
-        if missing > 0:  # not where it is not finite
-            noise = missing * mx.random.normal(array.shape)
-            lowest, highest = values.min().item(), values.max().item()
-            noise = mx.abs(noise) if lowest > 0 else -mx.abs(noise) if highest < 0 else noise
-            array[...], filled = (values + noise).astype(array.dtype), True
-    mx.eval([array for array, _ in pairs])
-    return filled
 
 
 # --- two answers: how much they may differ ---------------------------------------------------------
@@ -353,12 +231,6 @@ ROWS = (
 ORDER = (
     "order: rows score differently when they come in another order. Look for what depends on a row's place in the "
     "batch, on the batch before, or on how often the model was called."
-)
-
-CHANGED = (
-    "parameters: {} is not what it was before the evaluation. Look for an update, a running statistic or a buffer that "
-    "the model changes when it is called: it must not learn from these rows, nor do in a call what belongs into the "
-    "budget."
 )
 
 

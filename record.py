@@ -129,6 +129,31 @@ def free_name(folder, prefix, suffix):
     return path
 
 
+def what_failed(error):
+    """An OSError's reason in plain words. NumPy tells a full disk by how many items were written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search(r"requested and \d+ written", str(error)):
+        return "the disk is full"
+    return error.strerror or error
+
+
+def one_line_for(tool):
+    """From here on an exception ends the program with one line, which says what `tool` needs of train.py."""
+
+    def tell(kind, error, trace):
+        if not issubclass(kind, Exception):
+            return sys.__excepthook__(kind, error, trace)
+        while trace.tb_next:
+            trace = trace.tb_next
+        place, text = Path(trace.tb_frame.f_code.co_filename).name, " ".join(str(error).split())
+        print(
+            f"error: {tool} does not work with this train.py, whose model, step and constants it uses by their names: "
+            f"{place}, line {trace.tb_lineno}: {kind.__name__}: {text}",
+            file=sys.stderr,
+        )
+
+    sys.excepthook = tell
+
+
 # --- settings, programs, harness -------------------------------------------------------------------
 
 BUDGET, SEED = 300.0, 42  # what holds where nothing is set
@@ -179,6 +204,8 @@ def dataset_of_train():
     """The constant DATASET of train.py, read without running it."""
     try:
         text = (ROOT / "train.py").read_text("utf-8", "replace")
+    except FileNotFoundError:
+        sys.exit("error: train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard")
     except OSError as error:
         sys.exit(f"error: train.py cannot be read: {error.strerror}")
     found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
@@ -231,7 +258,8 @@ def write(train, commit, **content):
 
     A reader of data/last_run.json sees the old record or the new one, whole.
     train: the path of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
-    `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `model`, `training`, `machine`, `result`, `curve`.
+    `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `group`, `model`, `training`, `machine`, `result`,
+    `curve`.
     """
     now = datetime.now().astimezone()
     record = {
@@ -251,7 +279,7 @@ def write(train, commit, **content):
         write_atomically(free_name(STORE, "run", ".json"), text)
         write_atomically(DATA / "last_run.json", text)
     except OSError as error:
-        sys.exit(f"error: the record could not be written to {STORE}: {error.strerror or error}")
+        sys.exit(f"error: the record could not be written to {STORE}: {what_failed(error)}")
     return record
 
 
@@ -301,13 +329,13 @@ def tell_step(curve, budget):
     """On a terminal, one line that is overwritten; once a second a note for `make watch`. curve: see `binned`."""
     (before, _, fewer, _), (now, loss, tokens, _) = curve[-2] if len(curve) > 1 else (0.0, 0.0, 0, 0.0), curve[-1]
     share, rate, left = 100 * now / budget, (tokens - fewer) / max(now - before, 1e-9), max(0.0, budget - now)
-    note, terminal = os.environ.get("AUTORESEARCH_PROGRESS"), sys.stdout.isatty()
+    note = os.environ.get("AUTORESEARCH_PROGRESS")
     if note and int(now) > int(before):
         attempt, path = note.split(" ", 1)
         figures = {"step": len(curve) - 1, "seconds": now, "budget": budget, "loss": loss, "tok_sec": rate}
         with suppress(OSError):  # a reader takes what is not whole for nothing
             Path(path).write_text(json.dumps({"attempt": attempt, **figures}))
-    if not terminal:
+    if not (sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL")):
         return
     line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
     print(line, end="", flush=True)
@@ -362,9 +390,17 @@ def differences(new, old):
         if new.get(key) != old.get(key):
             a, b = (str(r.get(key))[:12] for r in (new, old))
             found.append(f"{key} is {a}, was {b}")
+    if new.get("group") != old.get("group"):
+        found.append(f"group is {group_words(new)}, was {group_words(old)}")
     a, b = new.get("device") or {}, old.get("device") or {}
     found += [f"device.{k} is {a.get(k)}, was {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
     return found
+
+
+def group_words(record):
+    """The devices that a run trained on together, in words."""
+    group = record.get("group")
+    return f"{group['size']} devices by {group['backend']} ({', '.join(group['devices'])})" if group else "one device"
 
 
 # --- programs --------------------------------------------------------------------------------------
@@ -419,18 +455,28 @@ def noise(like, usable=lambda record: True):
 # --- pairs: two runs that saw the same text ------------------------------------------------------------
 
 
-def on_same_rows(new, old):
+def on_same_rows(new, old, bits="row_bits", size="eval_bytes"):
     """(difference of val_bpb, its standard error) from the losses of the same validation rows, or None.
 
     The error is that of a finite validation set alone. Both runs were scored on the same rows, so what makes a
     row hard is in both and cancels: it is far smaller than the error of either result by itself.
     """
-    a, b = (r["result"].get("row_bits") for r in (new, old))
-    total = new["result"].get("eval_bytes")
-    if not (a and b and total) or total != old["result"].get("eval_bytes"):
+    a, b = (r["result"].get(bits) for r in (new, old))
+    total = new["result"].get(size)
+    if not (a and b and total) or total != old["result"].get(size):
         return None
     change = unpacked(a) - unpacked(b)
     return change.sum() / total, math.sqrt(len(change)) * change.std() / total
+
+
+def held_out_gap(new, old):
+    """(change of val_bpb less that of sealed rows of the test split, its standard error), or None.
+
+    What was learnt from the training split alone moves both alike. No figure of the test split is shown: whoever
+    selects by it has none left for `make holdout`.
+    """
+    val, test = on_same_rows(new, old), on_same_rows(new, old, "sealed_bits", "sealed_bytes")
+    return (val[0] - test[0], math.hypot(val[1], test[1])) if val and test else None
 
 
 def at_equal_steps(new, old, before=0.5):

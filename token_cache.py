@@ -1,15 +1,19 @@
 """From text to tokens: the tokenizer of a dataset, and its token cache on disk.
 
-`write_token_cache` makes both once, in `make prepare`; everything later reads them. The cache is a flat
+`prepare` makes both once, in `make prepare`; everything later reads them. The cache is a flat
 memory-mapped array a split, with the offsets and the content hashes of its documents.
 """
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -20,8 +24,8 @@ import tiktoken
 
 import data_sources
 from data_sources import SPLITS, cache_dir
-from downloads import printable
-from record import to_disk, write_atomically
+from downloads import file_hash, printable, remove_leftovers
+from record import folder_to_disk, read_json, to_disk, what_failed, write_atomically
 
 # --- tokenizer ---------------------------------------------------------------------------------
 
@@ -220,11 +224,6 @@ def document_hash(tokens):
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
 
 
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_token_cache(dataset, folder):
     """Write `tokenizer.json` and `tokens/` of the fetched dataset into `folder`; returns the cache's meta."""
     print(f"{dataset.name}: training the tokenizer", flush=True)
@@ -236,6 +235,7 @@ def write_token_cache(dataset, folder):
     tokens, held_out = folder / "tokens", set()
     tokens.mkdir()
     meta = {"dataset": asdict(dataset), "source": data_sources.fingerprint(dataset), "sha256": {}}
+    meta["shards"] = {path.name: file_hash(path) for path in data_sources.shards(dataset)}
     for split in ("val", "test", "train"):  # held-out first: train gives way to them
         print(f"{dataset.name}: tokenizing {split}", flush=True)
         try:
@@ -327,3 +327,71 @@ def chunks(texts, most=1024, characters=2**24):
             some, size = [], 0
     if some:
         yield some
+
+
+# --- the dataset, made ready ---------------------------------------------------------------------
+
+
+def is_prepared(dataset):
+    """Whether the cache is whole and made from today's definition and source of the dataset."""
+    cache = TokenCache.read(cache_dir(dataset) / "tokens")
+    if cache is None or cache.meta["dataset"] != asdict(dataset):
+        return False
+    return data_sources.fingerprint(dataset) in (None, cache.meta["source"])
+
+
+def prepare(dataset):
+    """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there and whole."""
+    start, root = time.monotonic(), cache_dir(dataset)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with suppress(PermissionError):  # of a cache that may only be read
+            lock = (root / ".lock").open("w")  # closed, and so free, when this returns: who waits finds all ready
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_leftovers(root)
+        known = (read_json(root / "tokens" / "meta.json") or {}).get("shards", {})
+        bad = [path for path in data_sources.shards(dataset) if known.get(path.name) not in (None, file_hash(path))]
+        for path in bad:
+            print(f"{dataset.name}: {path} is not as it was fetched; fetching it anew", flush=True)
+            path.unlink()
+        if bad:
+            data_sources.fetch(dataset)
+        if is_prepared(dataset):
+            changed = TokenCache.load(dataset).changed_file()
+            if not changed:
+                print(f"{dataset.name}: prepared in {root}")
+                return
+            print(f"{dataset.name}: {changed} is not as it was prepared; preparing anew", flush=True)
+        try:
+            meta = prepare_anew(dataset, root)
+        except data_sources.Damaged as error:
+            if not dataset.repo:
+                raise  # a person's own file
+            print(f"{error.code.removeprefix('error: ')}; fetching it anew", flush=True)
+            error.path.unlink()
+            meta = prepare_anew(dataset, root)
+    except OSError as error:
+        sys.exit(f"error: {root}: {what_failed(error)}; AUTORESEARCH_CACHE moves the cache elsewhere")
+    for split in SPLITS:
+        print("{}: {} {documents:,} documents, {tokens:,} tokens".format(dataset.name, split, **meta[split]))
+    print(f"{dataset.name}: prepared in {time.monotonic() - start:.0f} s in {root}")
+
+
+def prepare_anew(dataset, root):
+    """Fetch, make tokenizer and tokens in a temporary folder, move them to `root`; returns the cache's meta."""
+    data_sources.fetch(dataset)
+    temporary = root / f"tokens.{os.getpid()}.part"
+    temporary.mkdir()
+    try:
+        meta = write_token_cache(dataset, temporary)
+        # First the old cache goes, whole: at no time does one stand beside a tokenizer that is not its own.
+        if (root / "tokens").exists():
+            (root / "tokens").rename(temporary / "old")
+            folder_to_disk(root)
+        (temporary / "tokenizer.json").replace(root / "tokenizer.json")
+        folder_to_disk(root)
+        (temporary / "tokens").rename(root / "tokens")
+        folder_to_disk(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return meta

@@ -19,6 +19,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+import group
+
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
 
@@ -552,7 +554,7 @@ class Trainer:
     def _update(self, totals):
         """Apply the sum of the streams' gradients; returns that of their losses."""
         loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
-        self.optimizer.update(self.model, gradients)
+        self.optimizer.update(self.model, group.averaged(gradients))
         return loss
 
     def split(self, tokens):
@@ -605,10 +607,11 @@ def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    micro_batches = micro_batches_a_step(DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
-    batches = run.batches(DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
+    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // (SEQUENCE_LENGTH * group.SIZE)))  # of each device
+    micro_batches = micro_batches_a_step(rows * group.SIZE, SEQUENCE_LENGTH)
+    batches = run.batches(rows, SEQUENCE_LENGTH)
     config, trainer = build(run.tokenizer.vocab_size, SEQUENCE_LENGTH)
-    shape = (DEVICE_BATCH_SIZE, config.sequence_length + 1)
+    shape = (rows, config.sequence_length + 1)
     example = [mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)]
     run.warm_up(partial(trainer.compile, example), trainer.state)
     run.rehearse(trainer.model, EVAL_BATCH_SIZE)

@@ -11,5 +11,4 @@ set -euo pipefail
 export_settings
 need_python
 same_dataset
-take_lock
-exec "${LAUNCH[@]}" bench.py
+locked "${LAUNCH[@]}" bench.py

@@ -12,5 +12,4 @@ set -euo pipefail
 export_settings
 need_python
 same_dataset
-take_lock
-exec "${LAUNCH[@]}" train.py --check
+locked "${LAUNCH[@]}" train.py --check

@@ -28,8 +28,9 @@ done
 others=$(git diff --name-only "$kept" HEAD | grep -vx train.py | tr '\n' ' ' || true)
 [ -z "$others" ] || die "discard would also change ${others% }, committed since $(short "$kept"). Put back first:" \
   "git restore --source=$(short "$kept") --staged --worktree -- ${others% } && git commit -m 'put back'"
-for blob in "$(git hash-object train.py)" "$(git rev-parse -q --verify :train.py)"; do
-  [ "$blob" = "$(git rev-parse HEAD:train.py)" ] || [ "$blob" = "$(git rev-parse "$kept:train.py")" ] ||
+in_git() { git rev-parse -q --verify "$1:train.py" || true; }
+for blob in "$([ ! -f train.py ] || git hash-object train.py)" "$(in_git '')"; do # a file that is gone holds nothing
+  [ -z "$blob" ] || [ "$blob" = "$(in_git HEAD)" ] || [ "$blob" = "$(in_git "$kept")" ] ||
     die "train.py has changes that are not committed and would be lost: git commit -m 'what it tries' train.py," \
       "or git checkout HEAD -- train.py"
 done

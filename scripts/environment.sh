@@ -30,10 +30,14 @@ case $system:$backend in
 esac
 if [ -z "$backend" ] && [ -f .venv/.backend ]; then backend=$(cat .venv/.backend); fi
 if [ "$system" = Linux ] && [ -z "$backend" ]; then
-  case $(nvidia-smi -L 2>/dev/null || true) in *GPU*) found="nvidia-smi answers" ;; esac
+  case $(nvidia-smi -L 2>/dev/null || true) in GPU\ * | *$'\n'GPU\ *) found="nvidia-smi answers" ;; esac
 fi
 [ -z "$found" ] && [ "$backend" != cuda ] || lock=requirements-cuda.lock
 cpu_build="mend the driver, or take the build for a CPU: make prepare BACKEND=cpu"
+if [ "$system" = Linux ] && [ -z "$found$backend" ] && grep -q '^requirements-cuda' .venv/.stamp 2>/dev/null; then
+  # a driver that fails in the night must not turn the session into one on a CPU
+  die "the packages in .venv are for CUDA, and nvidia-smi shows no GPU any more: $cpu_build"
+fi
 
 # What the environment was built from, that its Python still runs, and which versions are in it: `uv run`
 # may have put others there.

@@ -17,7 +17,7 @@ import session
 import summary
 import verdict
 from notify import notify
-from session import Refused, Session, record, run_command
+from session import Refused, Session, record, run_command, tell
 
 
 def interval(differences):
@@ -65,7 +65,7 @@ def main(args):
             found[row.commit] = record.bpb(session.record_of(attempt)), attempt["test"]["bpb"]
         looks.append([a - b for a, b in zip(found[first.commit], found[best.commit], strict=True)])
         words = f"gain {looks[-1][0]:+.6f} on validation, {looks[-1][1]:+.6f} on test"
-        print(f"pair {number + 1}  seed {seed}: {words}", flush=True)
+        tell(f"pair {number + 1}  seed {seed}: {words}")
     fresh, test = (interval(column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
     sitting.note("holdout", **pair, night=night, fresh=fresh, test=test)

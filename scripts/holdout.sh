@@ -16,5 +16,4 @@ export_settings
 read_git
 refuse_detached
 need_python
-take_lock
-exec "${LAUNCH[@]}" scripts/holdout.py --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}
+locked "${LAUNCH[@]}" scripts/holdout.py --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}

@@ -130,20 +130,17 @@ helper() { # NAME [OPTION …]: a Python helper of this folder
   PYTHONUTF8=1 "$PYTHON" "scripts/$name.py" "$@"
 }
 
-# One run at a time on the machine's accelerator. The lock goes with descriptor 9, which the Python that
-# works inherits: it is free once all who hold it are gone, however they went.
-take_lock() {
-  export AUTORESEARCH_LOCK=${AUTORESEARCH_LOCK:-/tmp/autoresearch.lock}
-  [ -e "$AUTORESEARCH_LOCK" ] || (umask 0 && : >>"$AUTORESEARCH_LOCK") 2>/dev/null || true
-  [ -r "$AUTORESEARCH_LOCK" ] || die "the machine's lock $AUTORESEARCH_LOCK cannot be opened"
-  exec 9<"$AUTORESEARCH_LOCK"
-  helper lock $$ ${WAIT:+--wait}
+# Goes over to COMMAND, which then holds the lock of its device: one run at a time on each.
+locked() { # COMMAND …
+  local name
+  for name in NPROC DEVICE; do [ -z "${!name:-}" ] || whole "$name" "${!name}"; done
+  exec "$PYTHON" scripts/lock.py ${WAIT:+--wait} -- "$@"
 }
 
 # --- git -----------------------------------------------------------------------------------------
 
 # What nobody changes during a session. Words without blanks, so it may stand unquoted.
-FROZEN="Makefile kernels.py prepare.py examination.py downloads.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
+FROZEN="Makefile kernels.py prepare.py batches.py group.py examination.py model_state.py downloads.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 
 # Sets HEAD (empty without git, a repository of our own or a commit), BRANCH (empty where detached),
 # TAG (the session's, else the branch) and START (the commit where the session began, else empty).
@@ -171,6 +168,14 @@ refuse_detached() {
 }
 
 short() { printf '%.7s' "$1"; }
+
+# A reset, or a checkout, would take along what git tracks: results must be none of it.
+refuse_tracked_results() {
+  local tracked
+  tracked=$(git ls-files -- results.tsv run.log data internal | cut -d / -f 1 | sort -u | tr '\n' ' ')
+  [ -z "$tracked" ] || die "git tracks results (${tracked% }), and a reset would take them along:" \
+    "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"
+}
 
 # Refuses what differs from where the session began (outside a session: from the commit), and says the mend.
 refuse_changed_files() {

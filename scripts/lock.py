@@ -1,41 +1,59 @@
-"""Take the machine's lock, on the file that descriptor 9 holds open.
+"""Take a device's lock, then become another command, which holds it.
 
-usage: lock.py PID [--wait]
+usage: lock.py [--wait] -- COMMAND …
 
-The lock belongs to whoever has that descriptor: the verb and the training under it. Should both die, the
+A Mac or a CPU is one device. Of several NVIDIA GPUs each has a lock and an equal part of the processor cores: DEVICE
+says which, else the first free one is taken, or so many as NPROC says. CUDA_VISIBLE_DEVICES limits the choice.
+The lock belongs to whoever has its descriptor: the verb and the training under it. Should both die, the
 kernel drops it; no pid is trusted, none can be mistaken for another.
 """
 
 import fcntl
 import json
 import os
+import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from session import LOCK, ROOT, Refused, record, run_command
 
-
-def take(pid, wait):
-    waited = False
-    while True:
-        try:
-            fcntl.flock(9, fcntl.LOCK_EX | (0 if waited else fcntl.LOCK_NB))
-            break
-        except BlockingIOError:
-            if not wait:
-                raise Refused(f"this machine is taken by another run{holder()}; WAIT=1 waits for it") from None
-            print(f"waiting for another run{holder()}", flush=True)
-            waited = True
-    note = {"pid": pid, "clock": time.monotonic(), "folder": str(ROOT)}
-    try:  # of another user's lock file only the content is out of reach
-        with open(os.open(LOCK, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "w") as out:
-            json.dump(note, out)
-    except OSError:
-        pass
+PAUSE = 0.5  # seconds between two looks whether a device is free
 
 
-def holder():
-    note = record.read_json(LOCK) or {}
+def gpus():
+    """How many NVIDIA GPUs the machine has, and the numbers of those that may be used."""
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
+        listed = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
+        names = dict(line.split(", ") for line in listed.splitlines())  # {number: UUID}
+        usable = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(names)).split(",")
+        of_name = [[n for n, uuid in names.items() if name.strip() in (n, uuid) or uuid.startswith(name.strip() + "-")]
+                   for name in usable if name.strip()]  # fmt: skip
+        return len(names), [int(numbers[0]) for numbers in of_name if numbers]
+    return 0, []
+
+
+def open_lock(path):
+    """The descriptor of a lock that was free and is ours now, or None."""
+    if not os.path.exists(path):
+        with suppress(OSError):
+            os.close(os.open(path, os.O_CREAT, 0o666))
+            os.chmod(path, 0o666)
+    try:
+        lock = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise Refused(f"the machine's lock {path} cannot be opened: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def holder(path):
+    note = record.read_json(path) or {}
     try:
         age = max(0, round(time.monotonic() - note["clock"]))
         return f": pid {note['pid']}, for {age // 60} min {age % 60} s, in {note['folder']}"
@@ -43,5 +61,59 @@ def holder():
         return ""
 
 
+def try_all(needed, others, wanted):
+    """({path: descriptor} of all `needed` locks and `wanted` others, None), or (None, the first that is taken)."""
+    held, taken = {}, None
+    for path in [*needed, *others]:
+        if len(held) < len(needed) + wanted:
+            lock = open_lock(path)
+            held |= {} if lock is None else {path: lock}
+            taken = path if lock is None and taken is None else taken
+    if len(held) == len(needed) + wanted and set(needed) <= set(held):
+        return held, None
+    for lock in held.values():
+        os.close(lock)
+    return None, taken
+
+
+def take(wait, command):
+    total, usable = gpus()
+    chosen, wanted, several = os.environ.get("DEVICE"), int(os.environ.get("NPROC") or 1), total > 1
+    devices = usable if several else [0]
+    if chosen and int(chosen) not in devices:
+        raise Refused(f"DEVICE={chosen} is not here; there is {', '.join(map(str, devices)) or 'none'}")
+    if several and wanted > len(devices):
+        raise Refused(f"NPROC={wanted} devices are wanted, and {len(devices)} may be used here")
+    places = {f"{LOCK}.{d}" if several else LOCK: d for d in devices if not chosen or d == int(chosen)}
+    folder = [str(ROOT / "data" / ".run")] if several else []  # two runs in it would mix their files
+    os.makedirs(ROOT / "data", exist_ok=True)
+    held, taken = try_all(folder, places, min(wanted, len(places)))
+    if not held:
+        what = "every device" if len(places) > 1 else f"device {chosen}" if several else "this machine"
+        what = "this folder (a run beside it needs a git worktree of its own)" if taken in folder else what
+        if not wait:
+            raise Refused(f"{what} is taken by another run{holder(taken)}; WAIT=1 waits for it")
+        print(f"waiting for another run{holder(taken)}", flush=True)
+        while not held:
+            time.sleep(PAUSE)
+            held, taken = try_all(folder, places, min(wanted, len(places)))
+    note = {"pid": os.getpid(), "clock": time.monotonic(), "folder": str(ROOT)}
+    for path, lock in held.items():
+        os.set_inheritable(lock, True)
+        with suppress(OSError):  # of another user's lock file only the content is out of reach
+            with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "w") as out:
+                json.dump(note, out)
+    ours = [places[path] for path in held if path in places]
+    os.environ["AUTORESEARCH_LOCK"] = list(held)[-1]
+    os.environ["AUTORESEARCH_LOCKED"] = " ".join(map(str, held.values()))
+    if several:
+        os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, ours))}
+        cores = sorted(os.sched_getaffinity(0))
+        parts = {core for d in ours for core in cores[d * len(cores) // total : (d + 1) * len(cores) // total]}
+        os.sched_setaffinity(0, parts or cores)
+    os.execvp(command[0], command)
+
+
 if __name__ == "__main__":
-    run_command(take, int(sys.argv[1]), "--wait" in sys.argv)
+    mark = sys.argv.index("--")
+    run_command(take, "--wait" in sys.argv[1:mark], sys.argv[mark + 1 :])

@@ -13,4 +13,4 @@ set -euo pipefail
 export_settings
 [ -z "${COLUMN:-}" ] || export AUTORESEARCH_COLUMN=$COLUMN
 need_python
-exec "${LAUNCH[@]}" prepare.py ${DATASET:+--dataset "$DATASET"}
+exec "${LAUNCH[@]}" prepare.py ${DATASET:+--dataset="$DATASET"}

@@ -7,6 +7,7 @@ told at the end in summary.py. Whether a record is of this run is settled by ide
 """
 
 import argparse
+import ast
 import ctypes
 import fcntl
 import os
@@ -26,9 +27,10 @@ from pathlib import Path
 import session
 import summary
 from notify import notify
-from session import PROGRESS, ROOT, Refused, Session, record, run_command, say
+from session import PROGRESS, ROOT, Refused, Session, record, run_command, say, tell
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
+ROOM = 2**20  # bytes that are free on a disk that is not full
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 stopped_by = []  # signals that came
 
@@ -178,12 +180,23 @@ def last_state(line):
     return line[line.rfind(b"\r", 0, -1) + 1 :]
 
 
+def words_of_group(*options):
+    """What runs a program: Python, and for more than one device (NPROC, HOSTS) its launcher."""
+    alone = os.environ.get("NPROC") in (None, "", "1") and not os.environ.get("HOSTS")
+    return [sys.executable] if alone else [sys.executable, str(ROOT / "scripts" / "launch.py"), *options]
+
+
+def locks():
+    """The descriptors that hold the devices' locks (see lock.py): who runs has them too."""
+    return [int(number) for number in os.environ.get("AUTORESEARCH_LOCKED", "").split()]
+
+
 def watch(folder, log, timeout, *options):
     """Run train.py in `folder` to its end: (pid, exit code, whether time ran out)."""
     output = Output(log)
     child = subprocess.Popen(
-        [sys.executable, "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
-        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[9],
+        [*words_of_group(), "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
+        stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks(),
     )  # fmt: skip
     helpers, late = keep_awake(child.pid), False
     with guarded(child.pid):
@@ -242,7 +255,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
             "train_blob": record.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
-            "launcher": os.getpid(),
+            "launcher": os.getpid(), "lock": session.LOCK,
         }  # fmt: skip
         before = (record.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
@@ -283,6 +296,8 @@ def outcome(attempt, pid, code, late, wall, found, before):
         stale = "train.py was changed while the run started"
     if not stale and found["status"] != "valid" and code:
         return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found
+    if code and shutil.disk_usage(ROOT).free < ROOM:
+        return "paused", f"the disk is full, and train.py ended with exit {code}: free some space", None
     if code:
         return "crash", summary.how_it_died(code, wall), None
     if stale:
@@ -337,6 +352,34 @@ def refuse_seen(sitting, args):
             raise Refused(f"this train.py was run before: {row.line.expandtabs(1)} (make run AGAIN=1 runs it again)")
 
 
+def refuse_modules(sitting, args):
+    """Refuse a program that is more than train.py: the commit alone, from the session's start on, must run again."""
+    base = f"refs/experiments/{sitting.tag}/start" if args.session else args.head
+    lists = ("ls-files", "--others", "--exclude-standard"), ("diff", "--name-only", base)
+    new = {name for words in lists for name in (session.git(*words, "--", "*.py", "*.so") or "").splitlines()}
+    known = (session.git("ls-tree", "--name-only", base) or "").splitlines()
+    new |= {path.name for path in ROOT.glob("*.py")} - {*known}  # what git ignores as well
+    if not args.head or not new - {"train.py"}:
+        return
+    used = set()
+    for path in [ROOT / name for name in known if name.endswith(".py")] + [ROOT / "train.py"]:
+        with suppress(OSError, SyntaxError, ValueError, RecursionError):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Import):
+                    used |= {part for alias in node.names for part in alias.name.split(".")}
+                elif isinstance(node, ast.ImportFrom):
+                    used |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    used |= {node.value, node.value.rpartition("/")[2]}
+    for name in sorted(new - {"train.py"}):
+        path = Path(name)
+        stem = path.parent.name if path.stem == "__init__" else path.name.split(".")[0]
+        if {stem, name, path.name} & used:
+            what = "was committed or changed since the session began" if args.session else "git does not have like this"
+            raise Refused(f"train.py imports or names {name}, which {what if name in known else 'is new'}: "
+                          "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
+
+
 def plan(sitting, args):
     """The runs to make: [(role, commit or None, seed, pair), …]."""
     seed, blob = record.settings()[1], record.blob_hash(ROOT / "train.py")
@@ -379,7 +422,10 @@ def main(args):
     take_charge()
     if any(a["status"] == "interrupted" and "end" not in a for a in sitting.attempts()[-1:]):
         say("note: the run before this one was cut off without a word and is not logged")
+    refuse_modules(sitting, args)
     runs = plan(sitting, args)
+    if runs and len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
+        sys.exit(1)
     if not runs:
         print(f"nothing to do: there are {args.runs} runs already")
     attempt = None
@@ -388,10 +434,10 @@ def main(args):
         if attempt["status"] != "valid":
             break
         if number < len(runs):
-            print(summary.brief(attempt), flush=True)
+            tell(summary.brief(attempt))
     if attempt:
         text = "\n".join(summary.lines(sitting, attempt, args.baseline))
-        print(text, flush=True)
+        tell(text)
         notify(text)
         sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
 

@@ -2,11 +2,14 @@
 # Run one experiment: the committed train.py, for at most TIMEOUT seconds, then a short summary.
 #
 # usage: make run [BUDGET=300] [TIMEOUT=600] [SEED=42] [AGAIN=1 | REFERENCE=1 | PAIR=1] [N=3] [WAIT=1]
+#        [DEVICE=1] [NPROC=2] [HOSTS=mac1.local,mac2.local]
 #
 # AGAIN=1 runs the same train.py once more, with the next seed that it has not had; REFERENCE=1 runs the last
 # kept program once more, without touching branch or tree; both until there are N runs, where N is given.
-# PAIR=1 runs the two in turn. WAIT=1 waits for another run on this machine instead of refusing. The output
-# goes to run.log. To stop a run: kill -INT the process that `make run` started, or Ctrl-C.
+# PAIR=1 runs the two in turn. WAIT=1 waits for another run on this device instead of refusing. DEVICE takes that
+# GPU and not the first free one; NPROC trains one model on so many devices of each of HOSTS, or of this machine
+# (docs/devices.md). The output goes to run.log. To stop a run: Ctrl-C, or a plain kill of make or of this (INT is
+# ignored by what a script started in the background).
 # exit: 0 a valid result · 1 refused, and why · 2 it crashed, or a check found it invalid · 3 it ended,
 #       but data/last_run.json is missing, stale or not of this run · 124 it ran past TIMEOUT and was
 #       killed · 128 + n a signal (Ctrl-C: 130) interrupted it
@@ -18,17 +21,17 @@ positive TIMEOUT "${TIMEOUT:-600}"
 [ -z "${N:-}" ] || { whole N "$N" && [ "$N" -gt 0 ] || die "N=$N is not a number of runs"; }
 case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
 export_settings
-[ -f train.py ] || die "train.py is missing: git checkout train.py"
+[ -f train.py ] || die "train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard"
 read_git
 refuse_detached
 if [ -n "$HEAD" ]; then
   [ "$(git rev-parse -q --verify HEAD:train.py)" = "$(git hash-object train.py)" ] ||
     die "train.py is not committed, so the run could not be reproduced: git commit -m 'what it tries' train.py"
   refuse_changed_files
+  refuse_tracked_results
 fi
 need_python
 same_dataset
-take_lock
 export TIMEOUT="${TIMEOUT:-600}"
-exec "${LAUNCH[@]}" scripts/run.py --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
+locked "${LAUNCH[@]}" scripts/run.py --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
   ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} ${BASELINE:+--baseline}

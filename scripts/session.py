@@ -90,6 +90,14 @@ class Session:
             lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in self.completed())]
             record.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
+        if not logged and not self.table.exists():
+            refs = git("for-each-ref", "--format=%(refname:lstrip=3)", f"refs/experiments/{self.tag}/") or ""
+            if known := sum(ref.isdigit() for ref in refs.split()):
+                say(
+                    f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked "
+                    "it: git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal "
+                    "brings it back"
+                )
 
     def rows(self):
         """The rows of the table, and what is wrong with it: a line that is none does not count."""
@@ -186,13 +194,14 @@ def tags():
 
 
 def alive(attempt):
-    """Whether the run still holds the machine's lock (see lock.py)."""
+    """Whether the run still holds its device's lock (see lock.py)."""
+    path = attempt.get("lock") or LOCK
     try:
-        with open(LOCK) as lock:
+        with open(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
-        return (record.read_json(LOCK) or {}).get("pid") == attempt["launcher"]
+        return (record.read_json(path) or {}).get("pid") == attempt["launcher"]
     except OSError:
         return False
 
@@ -265,6 +274,12 @@ def shown(path):
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
+def tell(text):
+    """Print what is no longer waited for, perhaps: work goes on where nobody listens."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
 def say(text):
     print(text, file=sys.stderr)
 
@@ -272,15 +287,21 @@ def say(text):
 def run_command(function, *arguments):
     """Call it; what went wrong is said in one line."""
     try:
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        finally:
+            sys.stdout.flush()  # not when Python ends, where nothing could be said any more
     except Refused as refused:
         sys.exit(f"error: {refused}")
-    except BrokenPipeError:
+    except BrokenPipeError as broken:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody listens any more; the work is done all the same
+        if isinstance(broken.__context__, SystemExit):
+            raise broken.__context__ from None
     except PermissionError as error:
         name = shown(Path(error.filename or "data"))
         sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'writing'}: {error.strerror or error}; mend that, and run the same again")
+        reason = record.what_failed(error)
+        sys.exit(f"error: {error.filename or 'writing'}: {reason}; mend that, and run the same again")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -73,12 +73,12 @@ helper log_result --tag="$tag" --open-table || undo
 git update-ref "refs/experiments/$tag/start" HEAD || undo
 
 echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
-if [ "$prepared" != True ]; then
-  folder=''
-  [ "$name" != files ] || folder=" FILES=dir"
-  echo "data     not prepared: make prepare DATASET=$name$folder"
+next="make baseline"
+if [ "$prepared" != True ]; then # of files nobody but the caller knows the folder, and a download takes its time
+  [ "$name" != files ] || name="files FILES=dir"
+  next="make prepare DATASET=$name && make baseline"
 fi
 if [ -f .git ]; then # a linked worktree: nothing of a session goes with it
   echo "results  are kept in $(dirname "$(git rev-parse --path-format=absolute --git-common-dir)")/data, not in this worktree"
 fi
-echo "next     make baseline"
+echo "next     $next"

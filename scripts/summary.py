@@ -105,7 +105,7 @@ def how_it_died(code, wall):
             "or see what else takes memory"
         )
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit {code}"
-    last = last_line(ROOT / "run.log")
+    last = what_was_raised(ROOT / "run.log")
     return f"train.py ended with {how} after {wall:.0f} s" + (f": {last}" if last else "")
 
 
@@ -119,8 +119,13 @@ def printed(path):
     return [line for line in plain if line.strip()]
 
 
-def last_line(path):
-    return one_line("".join(printed(path)[-1:]))[:400]
+def what_was_raised(path):
+    """The exception of the last traceback with all its lines and notes; without one the last line that holds a word."""
+    text = printed(path)
+    starts = [i for i, line in enumerate(text) if line.startswith("Traceback (most recent call last)")]
+    raised = [i for i in range(starts[-1] + 1, len(text)) if text[i][0] != " "] if starts else []
+    raised = raised or [i for i, line in enumerate(text) if re.search(r"\w", line)][-1:]
+    return one_line(" ".join(text[raised[0] :]))[:400] if raised else ""
 
 
 def last_words(path):

@@ -20,10 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 import mlx.core as mx  # noqa: E402
 
+import record  # noqa: E402
+
+if __name__ == "__main__":
+    record.one_line_for("make tune")
+
 import bench  # noqa: E402
 import machine  # noqa: E402
 import prepare  # noqa: E402
-import record  # noqa: E402
 import train  # noqa: E402
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
@@ -177,7 +181,9 @@ def main():
     start = time.monotonic()
     choice, done = climb(budget, vocab, length, limit_mb, start + TIME_LIMIT, measure)
     if choice is None:
-        sys.exit("error: no size fits this machine's free memory; train.py keeps its constants")
+        why = {str(found.get("why")).removeprefix("error: ") for found in done}
+        why = why.pop() if len(why) == 1 else "no size fits this machine's free memory"
+        sys.exit(f"error: {why}; train.py keeps its constants")
     constants = {"DEPTH": choice["depth"], "TOTAL_BATCH_SIZE": choice["total"], "DEVICE_BATCH_SIZE": choice["rows"]}
     tokens, parameters = budget * choice["tok_sec"], size_of(choice["depth"], vocab, length)[0]
     needed = tokens_needed(parameters) / 1e6

@@ -13,5 +13,4 @@ set -euo pipefail
 export_settings
 need_python
 same_dataset
-take_lock
-exec "${LAUNCH[@]}" scripts/tune.py
+locked "${LAUNCH[@]}" scripts/tune.py

@@ -33,6 +33,8 @@ PAIR_LOOKS = ((1.0, math.inf), (1.6, 3.8), (3.0, 3.0))
 UNEVEN_PAIR = 0.10  # share of throughput by which the ends of a pair may differ, and one pair still ends it
 UNEVEN_LOAD = 2.0  # times the noise of a quiet machine: pairs that differ so much among themselves are judged by that
 PAIRED_SIGMAS = 4.0  # of the difference at equal steps that asks for a second look
+TEACHES_LESS = 2.0  # standard errors of it, beyond which a step of the new program teaches less
+GAP_SIGMAS = 6.0  # of the difference between what validation and test gained: few rows, whose losses have long tails
 
 # How much of the cores others may use, by backend: a GPU's host needs few of them.
 OTHERS = {"cpu": lambda cores: 0.05 * cores, "metal": lambda cores: 0.5 * cores, "cuda": lambda cores: cores - 2}
@@ -126,11 +128,12 @@ def in_t(sigmas, df):
     return z + sum(term / df**power for power, term in enumerate(terms, 1))
 
 
-def decide(new, old, noise, pairs=(), equal_steps=None):
+def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     """The rule for keeping.
 
     new, old: `Side`. noise: `record.Noise`. pairs: of runs made in turn on a shared machine, each (new, old) as
-    (val_bpb, tokens a second). equal_steps: see `record.at_equal_steps`. The verdict's sides are those that decided.
+    (val_bpb, tokens a second). equal_steps: see `record.at_equal_steps`; unearned: see `not_earned`. The verdict's
+    sides are those that decided.
     """
     result = Verdict("", "", new=new, old=old, gain=old.bpb - new.bpb)
     result.faster = new.rate / old.rate - 1 if old.rate else 0.0
@@ -187,7 +190,27 @@ def decide(new, old, noise, pairs=(), equal_steps=None):
             result.word, result.next, result.rule = "rerun", again, f"within {SAME} and noise is unknown: look twice"
             return result
     result.word, result.rule = table(seen, result.gain, earned, simpler)
+    if unearned and earned > 0:
+        word, rule = table(seen, result.gain, 0.0, simpler)
+        if word != result.word:
+            result.word, rule = unearned[0], f"{rule}, and throughput keeps nothing here: {unearned[1]}"
+        result.rule = rule
     return result
+
+
+def not_earned(run, other, equal_steps):
+    """None, or (verdict, why) where throughput that rose keeps no run: tokens are counted when they are drawn.
+
+    run, other: records of candidate and reference, or None. equal_steps: see `record.at_equal_steps`.
+    """
+    steps = [[r["training"].get(key) for key in ("tokens_per_step", "sequence_length")] for r in (run, other) if r]
+    if len(steps) < 2 or steps[0] != steps[1]:
+        return "discard", "steps take another number of tokens, and what is drawn need not be trained"
+    if equal_steps is None:
+        return "discard", "no run of the reference with this seed shows the loss at equal steps"
+    if equal_steps[0] > TEACHES_LESS * equal_steps[1]:
+        return "judge", f"a step teaches less ({equal_steps[0]:+.4f} nats a token at equal steps)"
+    return None
 
 
 def table(seen, gain, faster, simpler):
@@ -260,10 +283,16 @@ def of_attempt(sitting, attempt, rows):
             pairs.append(tuple((record.bpb(end), record.tok_sec(end)) for end in (a, b)))
     twin = next((r for r in old_runs if r["seed"] == run["seed"]), None)
     equal = record.at_equal_steps(run, twin) if twin else None
-    verdict = decide(new, old, noise, pairs, equal)
+    other = twin or (old_runs[-1] if old_runs else None)
+    twins = ((a, b) for a in (run, *new_runs) for b in old_runs if a["seed"] == b["seed"])
+    shown = next(filter(None, (record.at_equal_steps(a, b) for a, b in twins)), None)
+    verdict = decide(new, old, noise, pairs, equal, not_earned(run, other, shown))
+    gap = other and record.held_out_gap(run, other)
+    if gap and abs(gap[0]) > max(GAP_SIGMAS * gap[1], SAME):
+        verdict.word, verdict.next = "discard", ""
+        verdict.rule = "validation and sealed rows of the test split moved apart, as where held-out text was learnt"
     if equal:
         verdict.notes.append(f"at equal steps training loss differs by {equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
-    other = twin or (old_runs[-1] if old_runs else None)
     if on_rows := other and record.on_same_rows(run, other):
         verdict.notes.append(f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}")
     if not old_runs:

@@ -40,6 +40,7 @@ def tiny(tmp_path_factory):
     return checkout
 
 
+@pytest.mark.slow
 def test_a_whole_bench(tiny):
     data = tiny.path / "data"
     data.mkdir()
@@ -73,8 +74,26 @@ def test_it_measures_what_train_has(tiny, tmp_path, piece):
     body += f"\ndef {piece}(*arguments):\n    raise RuntimeError('broken {piece}')\n"
     (broken / "train.py").write_text(f"{body}\nif __name__{main}")
     done = Checkout(broken, tiny.env).run(sys.executable, "bench.py", check=1)
-    assert done.stderr.endswith(f"RuntimeError: broken {piece}\n")
+    assert done.stderr.startswith("error: make bench does not work with this train.py")
+    assert done.stderr.endswith(f": RuntimeError: broken {piece}\n") and done.stderr.count("\n") == 1
     assert "archived" not in done.stdout
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("def build(", "def make(", "has no attribute 'build'"),
+    ("\nif __name__", "\nif True or __name__", "when it is imported"),
+    ("DEPTH = ", "DEPTH = = ", "SyntaxError"),
+])  # fmt: skip
+def test_a_train_py_of_another_shape_is_told_in_one_line(tiny, tmp_path, old, new, said):
+    other = shutil.copytree(tiny.path, tmp_path / "other")
+    text = (other / "train.py").read_text()
+    assert old in text
+    (other / "train.py").write_text(text.replace(old, new, 1))
+    tune = other / "scripts" / "tune.py"
+    tune.write_text(tune.read_text().replace("\nBUSY = 0.4", "\nBUSY = 1e9"))
+    for tool in ("bench.py", "scripts/tune.py"):
+        done = Checkout(other, tiny.env).run(sys.executable, tool)
+        assert done.stderr.count("\n") == 1 and said in done.stderr and done.stderr.startswith("error: "), done.stderr
 
 
 def test_a_dataset_that_is_not_prepared(tiny, tmp_path):

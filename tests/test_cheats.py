@@ -18,6 +18,7 @@ import pytest
 from conftest import HARNESS
 from gallery import WIDTH, Mix, Network, later
 
+import batches
 import checks
 import data_sources
 import examination
@@ -241,6 +242,7 @@ class ChunkEnds1024(ChunkEnds):
     size = 1024
 
 
+@pytest.mark.slow
 def test_leaks_that_only_long_rows_show_are_refused(small_files, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
@@ -514,7 +516,7 @@ OTHERS = {
     "statistics of the batch": ("rows", lambda: Network(V, [BatchStatistics])),
     "attention across rows": ("rows", lambda: Network(V, [gallery.Attention, AcrossRows])),
     "the row above": ("rows", lambda: Network(V, [RowAbove])),
-    "experts with a shared capacity": ("rows", lambda: Network(V, [SharedCapacity])),
+    "experts with a shared capacity": ("(rows|causality)", lambda: Network(V, [SharedCapacity])),
     "a row's number": ("order", lambda: Network(V, [RowNumber])),
     "a count of calls": ("stateless", lambda: Network(V, [Calls])),
     "a state carried on": ("stateless", lambda: Network(V, [CarriedState])),
@@ -711,7 +713,7 @@ READS = {
         mx.save_safetensors(str(run.cache.folder.parent / "old.safetensors"), {"a": mx.zeros(1)}),
         mx.load(str(run.cache.folder.parent / "old.safetensors")),
     ],
-    "a packed stream of it": lambda run: prepare.packed_rows(
+    "a packed stream of it": lambda run: batches.packed_rows(
         run.cache.tokens("val"), run.cache.offsets("val"), range(9), 65
     ),
 }

@@ -90,6 +90,17 @@ def test_a_damaged_shard_is_fetched_again(hub, cache):
     assert len(hub.seen) == 13
 
 
+def test_what_is_not_what_the_hub_promised_is_fetched_again(hub, cache):
+    climbmix_files(hub)
+    name = f"/datasets/{CLIMBMIX.repo}/resolve/main/shard_00004.parquet"
+    body = hub.files["/elsewhere"] = hub.files[name]
+    tag = f'"{hashlib.sha256(body).hexdigest()}"'
+    hub.faults[name] = [lambda handler: handler.send(302, b"", X_Linked_ETag=tag, Location="/elsewhere")] * 2
+    hub.faults["/elsewhere"] = [lambda handler: handler.send_file(body.replace(b"river", b"rover"))]  # as right a file
+    fetch(CLIMBMIX)
+    assert (cache / "shards" / "shard_00004.parquet").read_bytes() == body and len(hub.requests("/elsewhere")) == 2
+
+
 def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
     climbmix_files(hub, lambda i: 10 * texts(100 * i, 500))
     halfway, release = threading.Event(), threading.Event()
@@ -173,6 +184,7 @@ def all_texts(dataset=FILES):
     return {split: list(documents(dataset, split)) for split in SPLITS}
 
 
+@pytest.mark.slow
 def test_files_reads_all_three_kinds_at_any_depth(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "deep" / "er" / "a.parquet").write_bytes(parquet(texts(0, 300)))

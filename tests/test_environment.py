@@ -214,6 +214,20 @@ def test_where_cuda_does_not_work_the_build_for_a_cpu_is_named(world, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
+def test_a_driver_that_fails_later_does_not_turn_the_night_into_one_on_a_cpu(world):
+    world.add("nvidia-smi", "#!/bin/sh\necho 'GPU 0: something'\n")
+    world.build()
+    for smi in ("#!/bin/sh\necho 'Unable to determine the device handle for GPU0: lost'\nexit 15\n",
+                "#!/bin/sh\necho 'No devices were found'\nexit 6\n", BROKEN):  # fmt: skip
+        world.add("nvidia-smi", smi)
+        done = world.build(check=1)
+        assert done.stderr.startswith("error: the packages in .venv are for CUDA") and done.stderr.count("\n") == 1
+        assert done.stderr.endswith("make prepare BACKEND=cpu\n") and world.built()
+    world.env["BACKEND"] = "cpu"
+    assert "from requirements.lock" in world.build().stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
 def test_BACKEND_chooses_and_the_choice_stays(world):
     world.add("nvidia-smi", "#!/bin/sh\necho 'GPU 0: something'\n")
     world.env["BACKEND"] = "cpu"

@@ -100,6 +100,7 @@ class Agent:
         return self.settle(why)
 
 
+@pytest.mark.slow
 def test_a_night(laboratory):
     lab, agent = laboratory, Agent(laboratory)
     lab.make("setup", "TAG=nov24", check=0)

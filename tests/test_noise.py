@@ -549,6 +549,59 @@ def test_a_planted_difference_is_found_at_equal_steps(steps, others, gain):
     assert back == pytest.approx(-change) and same == pytest.approx(error)
 
 
+@pytest.mark.parametrize(("gain", "what", "expected"), [
+    (0.0, {}, "keep"),  # the same learnt a step, in less time
+    (-0.02, {}, "judge"),  # less learnt a step: a smaller model, or batches that were drawn and dropped
+    (0.02, {"training": {"tokens_per_step": 8192}}, "discard"),  # four drawn for one, all of them "throughput"
+    (0.02, {"training": {"sequence_length": 256}}, "discard"), (0.0, {"seed": 44}, "discard"),
+])  # fmt: skip
+@pytest.mark.parametrize(("bpb", "rate"), [(1.5, 1120.0), (1.5, 5590.0), (1.502, 1300.0)])
+def test_throughput_keeps_no_run_by_what_was_drawn(monkeypatch, gain, what, expected, bpb, rate):
+    """No difference in val_bpb, or a small loss, and more tokens a second."""
+    olds = [trained(1000, seed=seed, bpb=1.5 + (seed - 42.5) * 1e-5) for seed in (42, 43)] * 2
+    news = [trained(1500, gain, **{"bpb": bpb + x, "rate": rate, "blob": "new", **what}) for x in (-1e-5, 1e-5, 0)]
+    new = news[-1]
+    monkeypatch.setattr(record, "archived", lambda: [*olds, *news])
+    monkeypatch.setattr(verdict.session, "record_of", lambda attempt: new)
+    found = verdict.of_attempt(Sitting(), {"commit": "c", "run_id": new["run_id"]}, [])[0]
+    assert found.word == expected, found.rule
+    assert ("throughput keeps nothing here" in found.rule) == (expected != "keep")
+
+
+def test_simpler_code_is_kept_whatever_throughput_seems_to_be():
+    found = decide(*sides(0.0, 4.0, fewer=1, new_runs=3), TINY, unearned=("discard", "why"))
+    assert found.word == "keep" and "simpler" in found.rule
+
+
+# --- record.held_out_gap ---------------------------------------------------------------------------------
+
+
+def scored(blob, val, test, rows=32):
+    """A run whose losses a row fall by `val` and `test` bits a byte; the rows are as unlike as rows are."""
+    random = np.random.default_rng(5)
+    (hard, eased), own = random.gamma(4, 35, (2, 1000)), np.random.default_rng(len(blob)).normal(0, 4, 2000)
+    bits = {"row_bits": hard - 100 * val + own[:1000], "sealed_bits": eased[:rows] - 100 * test + own[-rows:]}
+    found = run(1.5 - val, blob=blob)
+    found["result"] |= {name: record.packed(values) for name, values in bits.items()}
+    found["result"] |= {"eval_bytes": 100_000, "sealed_bytes": 100 * rows}
+    return found
+
+
+@pytest.mark.parametrize(("val", "test", "seen"), [
+    (0.1, 0.1, False), (-0.2, -0.2, False), (0.0, 0.0, False),  # what was learnt from the training split moves both
+    (0.1, 0.0, True), (0.5, 0.1, True), (0.0, 0.1, True), (1.4, 0.0, True),  # held-out text was learnt
+])  # fmt: skip
+def test_a_gain_on_one_held_out_split_alone_is_seen(monkeypatch, val, test, seen):
+    old, new = scored("old", 0, 0), scored("candidate", val, test)
+    monkeypatch.setattr(record, "archived", lambda: [old, new])
+    monkeypatch.setattr(verdict.session, "record_of", lambda attempt: new)
+    found = verdict.of_attempt(Sitting(), {"commit": "c", "run_id": new["run_id"]}, [])[0]
+    assert ("held-out text was learnt" in found.rule) == seen
+    assert not seen or found.word == "discard"
+    new["result"]["sealed_bits"] = None  # a record of before, or of another harness
+    assert "held-out" not in verdict.of_attempt(Sitting(), {"commit": "c", "run_id": new["run_id"]}, [])[0].rule
+
+
 def test_what_did_not_see_the_same_text_is_no_pair():
     new = trained(1000)
     for other in (trained(1000, seed=43), trained(1000, training={"tokens_per_step": 4096}),

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prepare
+import batches
 import token_cache
-from prepare import Batches, TokenCache, Tokenizer, packed_rows
+from batches import Batches, packed_rows
+from token_cache import TokenCache, Tokenizer
 
 START = 9999  # the document start of the made-up documents here
 
@@ -56,7 +57,7 @@ def test_rows_are_full_best_fit_and_lose_nothing_but_what_is_cropped(sizes, leng
     random.shuffle(order)
     used = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "PACKING_BUFFER", buffered)
+        patch.setattr(batches, "PACKING_BUFFER", buffered)
         rows = list(packed_rows(tokens, offsets, order, length, used.append))
     found = [pieces(row) for row in rows]
     assert all(len(row) == length and row[0] == START and row.dtype == np.uint16 for row in rows)
@@ -80,15 +81,15 @@ def test_the_shortest_is_cropped_where_none_fits():
 
 def test_an_epoch_has_every_start_once_and_later_pieces_in_turn():
     pieces = np.array([0, 0, 1, 2, 3, 0, 1, *[0] * 43])  # document 1 has three later pieces, document 5 one
-    order = list(islice(prepare.training_order(pieces, seed=3), 48 * 3))
+    order = list(islice(batches.training_order(pieces, seed=3), 48 * 3))
     epochs = [order[i : i + 48] for i in range(0, len(order), 48)]
     for epoch in epochs:
         assert sorted(i for i in epoch if pieces[i] == 0) == np.flatnonzero(pieces == 0).tolist()
         assert 6 in epoch and len({2, 3, 4} & set(epoch)) == 1
     assert {2, 3, 4} <= set(order)  # three epochs have served the whole text
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert order == list(islice(prepare.training_order(pieces, seed=3), len(order)))
-    assert order != list(islice(prepare.training_order(pieces, seed=4), len(order)))
+    assert order == list(islice(batches.training_order(pieces, seed=3), len(order)))
+    assert order != list(islice(batches.training_order(pieces, seed=4), len(order)))
 
 
 # --- batches ---------------------------------------------------------------------------------------
@@ -138,8 +139,8 @@ def test_the_stream_knows_what_it_served_and_it_is_nothing_held_out(small):
     assert len(stream.served()) == 0 and stream.epochs == 0
     train, held_out = cache.hashes("train"), np.concatenate([cache.hashes("val"), cache.hashes("test")])
     epoch = epoch_size(cache)
-    batches = 3 * epoch * cache.meta["train"]["tokens"] // len(train) // (8 * 65)
-    rows = np.concatenate(numbers(stream, batches))
+    count = 3 * epoch * cache.meta["train"]["tokens"] // len(train) // (8 * 65)
+    rows = np.concatenate(numbers(stream, count))
     served = stream.served()
     assert served.dtype == np.uint64 and (np.diff(served.astype(object)) > 0).all()
     assert set(served.tolist()) < set(train.tolist())  # some wait in the buffer for a row that they fit
@@ -153,7 +154,7 @@ def test_served_is_what_was_handed_out_not_what_was_packed_ahead(small):
     stream = Batches(cache, 2, 64, seed=5)
     rows, used = np.concatenate(numbers(stream, 3)), []
     tokens, offsets = cache.tokens("train"), cache.offsets("train")
-    order = prepare.training_order(cache.pieces("train"), 5)
+    order = batches.training_order(cache.pieces("train"), 5)
     again = packed_rows(tokens, offsets, order, 65, used.append)
     assert (rows == np.stack([next(again) for _ in range(6)])).all()
     assert stream.served().tolist() == sorted({int(cache.hashes("train")[document]) for document in used})
@@ -183,15 +184,15 @@ def test_a_failure_while_packing_reaches_the_training_loop(small):
 
 def test_the_evaluation_rows_are_always_the_same_and_as_many_as_agreed(small):
     cache, bos = TokenCache.load(small), Tokenizer.load(small).bos
-    rows = prepare.evaluation_rows(cache, small)
+    rows = batches.evaluation_rows(cache, small)
     assert (rows[:, 0] == bos).all() and rows.shape[1] == 65
-    assert (rows == prepare.evaluation_rows(cache, small)).all()
-    most = prepare.evaluation_rows(cache, dataclasses.replace(small, eval_tokens=10**9, eval_fraction=1.0))
+    assert (rows == batches.evaluation_rows(cache, small)).all()
+    most = batches.evaluation_rows(cache, dataclasses.replace(small, eval_tokens=10**9, eval_fraction=1.0))
     assert len(rows) <= len(most) <= cache.meta["val"]["tokens"] // 65
     for wanted in (1, 64 * 3, 64 * 7 + 63):
-        fewer = prepare.evaluation_rows(cache, dataclasses.replace(small, eval_tokens=wanted))
+        fewer = batches.evaluation_rows(cache, dataclasses.replace(small, eval_tokens=wanted))
         assert len(fewer) == max(1, wanted // 64) and (fewer == rows[: len(fewer)]).all()
     corpus = sum(cache.meta[split]["tokens"] for split in ("train", "val", "test"))
-    share = prepare.evaluation_rows(cache, dataclasses.replace(small, eval_fraction=0.002))
+    share = batches.evaluation_rows(cache, dataclasses.replace(small, eval_fraction=0.002))
     assert len(share) == int(0.002 * corpus) // 64
-    assert not (prepare.evaluation_rows(cache, small, "test")[0] == rows[0]).all()
+    assert not (batches.evaluation_rows(cache, small, "test")[0] == rows[0]).all()

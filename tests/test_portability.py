@@ -231,7 +231,7 @@ def test_a_missing_tool_is_named(checkout, tmp_path):
 def test_a_helper_that_asks_python_has_one(path):
     """Without PYTHON there is none before need_python; these tests give one, so only the text shows it."""
     lines = [line.strip() for line in path.read_text().splitlines() if not line.startswith("#")]
-    asks = re.compile(r"^(same_dataset|helper |take_lock)|dataset_of_train\)")
+    asks = re.compile(r"^(same_dataset|helper |locked )|dataset_of_train\)")
     asking = [i for i, line in enumerate(lines) if asks.search(line)]
     if asking and path.stem != "lib":
         assert "need_python" in lines[: asking[0]]

@@ -344,7 +344,7 @@ def test_the_commands_that_read_a_record_do(start, lab):
     spans, blocks = pieces(PAGES["program.md"].read_text())
     (command,) = (piece for piece in spans + blocks if piece.startswith(start))
     printed = lab.run("sh", "-c", command, check=0).stdout
-    assert ("val_bpb" in printed and "tok_sec\": [" not in printed) if start == "sed " else printed.startswith("[")
+    assert ("val_bpb" in printed and 'tok_sec": [' not in printed) if start == "sed " else printed.startswith("[")
 
 
 def test_every_target_and_variable_is_in_the_readme():

@@ -9,8 +9,11 @@ import signal
 import subprocess
 import termios
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 HANG = "import time\nwhile True: time.sleep(0.05)"
 
@@ -88,6 +91,10 @@ def test_a_valid_run(session):
 ENDS = {  # what train.py does: the exit code, the status, a line of the summary
     "raise ValueError('a bad idea')": (2, "crash", "ValueError: a bad idea"),
     "x = = 1": (2, "crash", "SyntaxError"),
+    "raise ValueError('of:\\n  (8, 64)\\nand that')": (2, "crash", "ValueError: of: (8, 64) and that"),
+    "e = ValueError('it'); e.add_note('(a note)'); raise e": (2, "crash", "ValueError: it (a note)"),
+    "import atexit; atexit.register(print, 'bye'); 1 / 0": (2, "crash", "ZeroDivisionError: division by zero bye"),
+    "raise ExceptionGroup('many', [ValueError('one')])": (2, "crash", "ValueError: one"),
     "import nonsense": (2, "crash", "No module named 'nonsense'"),
     "raise SystemExit('error: the loss is nan at step 3')": (2, "crash", "the loss is nan at step 3"),
     "import os; os.kill(os.getpid(), 11)": (2, "crash", "signal 11"),
@@ -131,6 +138,7 @@ def test_a_run_that_ignores_polite_signals_is_killed_too(session):
     assert not any(alive(int(pid)) for pid in (session.path / "pids").read_text().split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_and_marks_it(session, name):
     session.write_train(FAMILY)
@@ -144,6 +152,16 @@ def test_a_signal_ends_the_run_and_marks_it(session, name):
     assert len(session.rows) == 1
     session.write_train("prepare.finish(1.4)")
     session.script("run", check=0)  # and the lock is free
+
+
+def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(session):
+    """As a script's `&` starts it: INT is ignored from the beginning."""
+    session.write_train(FAMILY)
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    process, pids = started(session, "make", "run", preexec_fn=ignore, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.terminate()
+    assert b"interrupted" in process.communicate(timeout=30)[0]
+    wait_for(lambda: not any(map(alive, pids)), "children gone")
 
 
 def test_ctrl_c_on_a_terminal(session):
@@ -169,9 +187,7 @@ def test_ctrl_c_on_a_terminal(session):
 
 
 def test_on_a_terminal_the_log_keeps_the_last_state_of_a_progress_line(session):
-    session.write_train(
-        "for n in range(3): print(f'\\rstep {n}', end='', flush=True)\nprint()\nprepare.finish(1.4)"
-    )
+    session.write_train("for n in range(3): print(f'\\rstep {n}', end='', flush=True)\nprint()\nprepare.finish(1.4)")
     process, terminal = on_a_terminal(session, "make", "run")
     shown = b""
     try:
@@ -185,6 +201,7 @@ def test_on_a_terminal_the_log_keeps_the_last_state_of_a_progress_line(session):
     assert "step 2\n" in log and "step 0" not in log
 
 
+@pytest.mark.slow
 def test_when_run_sh_is_killed_the_run_ends_and_counts_as_interrupted(session):
     session.write_train(FAMILY)
     process, pids = started(session)
@@ -198,6 +215,7 @@ def test_when_run_sh_is_killed_the_run_ends_and_counts_as_interrupted(session):
 # --- one run at a time -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_or_waits(session):
     session.write_train(
         "import os, time\nopen('pids', 'w').write(str(os.getpid()))\n"
@@ -255,6 +273,114 @@ def test_a_new_file_among_the_frozen_ones_is_named(session):
     assert "scripts/mine.sh" in session.script("run", check=1).stderr
 
 
+MODULES = {  # a file beside train.py, and how train.py uses it
+    "helper.py": "import helper",
+    "lib/deep/__init__.py": "from lib import deep",
+    "data_of_mine.py": "import importlib; importlib.import_module('data_of_mine')",
+    "json.py": "",  # the harness would import it in place of Python's own
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_program_is_train_py_alone(session, name, committed):
+    (session.path / name).parent.mkdir(parents=True, exist_ok=True)
+    (session.path / name).write_text("")
+    session.write_train(f"{MODULES[name]}\nprepare.finish(1.4)")
+    if committed:
+        session.git("add", name)
+        session.git("commit", "-q", "-m", "a helper")
+    if name != "json.py":
+        done = session.script("run", check=1)
+        assert name in done.stderr and "train.py alone" in done.stderr and done.stderr.count("\n") == 1
+    else:
+        assert session.script("run").returncode == 1
+    assert attempt(session)["commit"] != session.git("rev-parse", "HEAD")
+
+
+def test_a_module_from_before_the_session_and_one_that_nobody_imports_are_let_be(checkout):
+    (checkout.path / "mine.py").write_text("LOSS = 1.4")
+    checkout.git("add", "mine.py")
+    checkout.git("commit", "-q", "-m", "mine")
+    checkout.make("setup", "TAG=t", check=0)
+    checkout.write_train("import mine\nprepare.finish(mine.LOSS)")
+    (checkout.path / "plot.py").write_text("import mine")
+    checkout.script("run", check=0)
+    (checkout.path / "mine.py").write_text("LOSS = 1.3")
+    checkout.write_train("import mine\nprepare.finish(mine.LOSS - 0.1)")
+    assert "mine.py" in checkout.script("run", AGAIN="1", check=1).stderr
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_train_that_is_gone_comes_back(session, committed):
+    (session.path / "train.py").unlink()
+    if committed:
+        session.git("commit", "-q", "-a", "-m", "gone")
+    for verb in ("run", "check", "bench", "tune", "baseline"):
+        done = session.script(verb, check=1)
+        assert done.stderr.startswith("error: train.py is missing: ") and done.stderr.count("\n") == 1
+    session.script("discard", check=0)
+    assert (session.path / "train.py").exists() and session.git("status", "--porcelain") == ""
+
+
+def test_results_that_git_tracks_are_noticed_before_and_after_a_reset(session):
+    session.git("add", "-f", "results.tsv", "data", "internal")
+    session.git("commit", "-q", "-m", "all of it")
+    session.write_train("prepare.finish(1.3)")
+    done = session.script("run", check=1)
+    session.git("reset", "-q", "--hard", "HEAD~2")
+    lost = session.make("results", check=0)
+    assert "1 experiments of t were logged, and data/ has none of them" in lost.stderr
+    commit = session.git("log", "--all", "--reflog", "--format=%h", "--", "data").split()[0]
+    session.git("restore", f"--source={commit}", "--", "data", "internal")
+    assert session.make("results", check=0).stderr == "" and len(session.rows) == 1
+    session.git("reset", "-q", "--hard", commit)
+    session.run("sh", "-c", done.stderr.split("take them along: ")[1], check=0)  # the mend, as it was said
+    session.write_train("prepare.finish(1.3)")
+    session.script("run", check=0)
+    session.git("add", "-f", "results.tsv")  # alone it is a link, and its table stays in data/
+    session.git("commit", "-q", "-m", "the table")
+    session.git("reset", "-q", "--hard", "HEAD~1")
+    session.make("log-result", "STATUS=keep", "DESC=x", check=0)
+    assert len(session.rows) == 2
+
+
+def test_nobody_who_listens_changes_no_exit_code(session):
+    session.write_train("raise ValueError('no')")
+    for words, code in ((["run"], 2), (["results"], 0), (["log-result"], 0), (["verdict"], 1)):
+        environment = {**session.env, "STATUS": "crash", "DESC": "x"}
+        done = subprocess.run([f"scripts/{words[0]}.sh"], cwd=session.path, env=environment, stdout=closed_pipe(),
+                              stderr=subprocess.PIPE, text=True)  # fmt: skip
+        assert done.returncode == code and "Exception" not in done.stderr, (words, done.stderr)
+    assert len(session.rows) == 2
+
+
+def closed_pipe():
+    """The writing end of a pipe whose reader is gone."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    return writes
+
+
+def test_a_full_disk_is_no_crash_of_the_idea(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import run
+
+    ended = {"pid": 1, "code": 1, "late": None, "wall": 2.0, "found": None, "before": None}
+    assert run.outcome({}, **ended)[0] == "crash"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+    assert run.outcome({}, **ended)[:2] == (
+        "paused",
+        "the disk is full, and train.py ended with exit 1: free some space",
+    )
+
+
+def test_a_lock_that_cannot_be_made_says_how_another_is_chosen(session):
+    done = session.script("run", check=1, AUTORESEARCH_LOCK=str(session.path / "missing" / "lock"))
+    assert "export AUTORESEARCH_LOCK=FILE" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_in_a_session_no_result_is_pushed_aside_before_it_is_logged(session):
     session.experiment("prepare.finish(1.4)")
     session.write_train("prepare.finish(1.3)")
@@ -271,6 +397,7 @@ def test_the_baseline_does_not_ask_to_be_logged(checkout):
     assert "verdict" in done.stdout and "next" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_same_train_is_not_run_twice_by_mistake(session):
     done = session.script("run", check=1)
     assert "was run before" in done.stderr and "1.500000" in done.stderr and "AGAIN=1" in done.stderr

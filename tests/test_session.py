@@ -1,13 +1,12 @@
 """Setup, verdict, discard: the branch, and what git keeps of an experiment."""
 
-
 import pytest
 
 
 def test_setup_opens_a_session(checkout):
     (checkout.path / "results.tsv").write_text("an older table\n")
     done = checkout.make("setup", "TAG=nov24", "DATASET=tinystories", check=0)
-    assert "make prepare DATASET=tinystories" in done.stdout
+    assert done.stdout.endswith("next     make prepare DATASET=tinystories && make baseline\n")
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/nov24"
     assert 'DATASET = "tinystories"' in (checkout.path / "train.py").read_text()
     assert checkout.git("status", "--porcelain") == ""
@@ -19,7 +18,7 @@ def test_setup_opens_a_session(checkout):
 def test_setup_without_a_dataset_takes_the_one_of_train(checkout):
     before = checkout.git("rev-parse", "HEAD")
     done = checkout.make("setup", "TAG=nov24", check=0)
-    assert "not prepared" not in done.stdout and "stdlib" in done.stdout
+    assert done.stdout.endswith("next     make baseline\n") and "stdlib" in done.stdout
     assert checkout.git("rev-parse", "HEAD") == before
 
 
@@ -82,6 +81,7 @@ def test_without_a_session(checkout):
     assert "make baseline" in checkout.script("results", check=0).stdout
 
 
+@pytest.mark.slow
 def test_session_in_a_worktree_and_from_a_detached_head(checkout, tmp_path):
     checkout.git("checkout", "-q", "--detach")
     other = tmp_path / "zweiter Baum"
@@ -165,6 +165,7 @@ def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
     assert "verdict  rerun: the machine was shared" in done.stdout and "next     make run PAIR=1" in done.stdout
 
 
+@pytest.mark.slow
 def test_noise_that_could_make_the_difference_asks_for_more_and_then_says_none_was_seen(session):
     session.write_train(outcomes(session, 1.5, 1.504, 1.496, 1.5), commit="noisy baseline")
     for _ in range(4):
@@ -180,6 +181,7 @@ def test_noise_that_could_make_the_difference_asks_for_more_and_then_says_none_w
     assert session.rows[-1][1] == "1.498500"  # the mean, which decided
 
 
+@pytest.mark.slow
 def test_each_session_has_its_own_table_and_reference(session):
     session.experiment("prepare.finish(1.4)", "keep", "kept in t")
     kept = session.git("rev-parse", "HEAD")
@@ -221,6 +223,7 @@ def test_verdict_is_against_the_last_kept_run(session):
     assert "-0.050000" in done.stdout and "logged, as row 4" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -342,6 +342,7 @@ def test_another_folder_or_other_sizes_are_prepared_anew(small, small_files, cac
     assert TokenCache.load(small).hash != before
 
 
+@pytest.mark.slow
 def test_documents_that_nobody_would_read_do_not_stop_the_rest(small, cache, tmp_path, monkeypatch):
     def million(*units):
         return ["x" + unit * (1_050_000 // len(unit)) + "y" for unit in units]
@@ -506,6 +507,7 @@ def real_texts(count, size):
     return lists
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["climbmix", "tinystories"])
 def test_the_hub_s_datasets_are_prepared_by_one_command(cache, name):
     dataset, hub = DATASETS[name], Hub()
@@ -550,6 +552,25 @@ def test_a_shard_that_was_damaged_within_is_fetched_anew(cache, monkeypatch, cap
     shard.write_bytes(shard.read_bytes().replace(b"number 250", b"num\xff\xfe 250"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in refusal(prepare.prepare, dataset)
+
+
+def test_a_shard_with_a_changed_byte_is_fetched_anew_and_nothing_else(cache, monkeypatch, capsys):
+    dataset = dataclasses.replace(DATASETS["climbmix"], vocab_size=300, sequence_length=16, train_shards=2)
+    base, hub = f"/datasets/{dataset.repo}/resolve/main/shard_", Hub()
+    for i in (0, 1, 6541, 6542):
+        hub.files[f"{base}{i:05d}.parquet"] = parquet([f"a text of shard {i} alone, number {j}" for j in range(300)])
+    with serving(hub) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        prepare.prepare(dataset)
+        shard, tokens = cache / "shards" / "shard_00001.parquet", TokenCache.load(dataset).hash
+        for damage in (lambda b: b.replace(b"number 250", b"number 251"), lambda b: b[:-1]):
+            shard.write_bytes(damage(shard.read_bytes()))  # another text, and right as a file; then no file at all
+            capsys.readouterr()
+            prepare.prepare(dataset)
+            assert f"{shard} is not as it was fetched" in capsys.readouterr().out
+            assert shard.read_bytes() == hub.files[f"{base}00001.parquet"]
+        assert TokenCache.load(dataset).hash == tokens and len(hub.seen) == 6
+    prepare.prepare(dataset)  # the hub is gone, and not needed
 
 
 def test_check_says_whether_it_is_prepared_and_changes_nothing(cache):
@@ -615,6 +636,7 @@ print(deaths)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_is_prepared_whole_or_not_at_all(cache, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()

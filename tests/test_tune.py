@@ -130,6 +130,7 @@ def test_only_the_three_lines_change(tune):
         tune.written(text.replace("\nDEPTH = ", "\nLAYERS = "), {"DEPTH": 6})
 
 
+@pytest.mark.slow
 def test_a_whole_tuning(tmp_path):
     """The real scripts and train.py, a dataset of small sizes, and a machine that is not asked whether it is busy."""
     checkout = new_checkout(tmp_path / FOLDER, tmp_path / "home", HARNESS)

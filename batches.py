@@ -1,0 +1,157 @@
+"""From tokens to batches: rows packed from whole documents, the training stream, the rows that runs are scored on."""
+
+import bisect
+import itertools
+import queue
+import sys
+import threading
+import time
+
+import mlx.core
+import numpy as np
+
+from data_sources import SPLITS
+from token_cache import document_hash
+
+PACKING_BUFFER = 1000  # documents to choose from when a row is filled
+
+
+def packed_rows(tokens, offsets, order, length, on_document=None):
+    """Yield rows uint16 (length,), packed best-fit with documents in the given order.
+
+    The longest buffered document that still fits goes next; where none fits, the shortest is
+    cropped to the space left and its rest is dropped. Every row is full and starts a document.
+    `on_document(i)` is called for each document used. Ends when the documents do; a last row
+    that cannot be filled is dropped.
+    """
+    starts, sizes = offsets.tolist(), np.diff(offsets).tolist()
+    order, buffer = iter(order), []  # buffer: (document size, document), sorted
+    while True:
+        row, filled = np.empty(length, np.uint16), 0
+        while filled < length:
+            while len(buffer) < PACKING_BUFFER and (document := next(order, None)) is not None:
+                bisect.insort(buffer, (sizes[document], document))
+            if not buffer:
+                return
+            space = length - filled
+            fits = bisect.bisect_left(buffer, (space + 1,))
+            size, document = buffer.pop(fits - 1 if fits else 0)
+            size = min(size, space)
+            start = starts[document]
+            row[filled : filled + size] = tokens[start : start + size]
+            filled += size
+            if on_document:
+                on_document(document)
+        yield row
+
+
+def training_order(pieces, seed):
+    """Yield document numbers without end, each epoch in a new order that `seed` determines.
+
+    An epoch holds every document's start, and of a document in several pieces one later piece, in
+    turn: evaluation reads documents from their start, so training sees starts as often as all the
+    rest together. pieces: int (documents,), see `TokenCache`.
+    """
+    starts = np.flatnonzero(pieces == 0)
+    later = np.diff(np.append(starts, len(pieces))) - 1
+    starts_of_long, later = starts[later > 0], later[later > 0]
+    epoch = 0
+    while True:
+        turn = starts_of_long + 1 + (starts_of_long + epoch) % later
+        yield from np.random.default_rng((seed, epoch)).permutation(np.concatenate([starts, turn])).tolist()
+        epoch += 1
+
+
+class Batches:
+    """The training stream: an endless iterator of int32 arrays (batch_size, sequence_length + 1).
+
+    Column t + 1 holds the target of column t. A thread packs batches ahead, so that the training
+    loop finds them ready; `wait_seconds` is how long it did not. The stream keeps the content
+    hash of every document it served.
+
+    ranks: (this one's number, how many). Each packs the whole stream and takes its rows of it: together they
+    train on the same rows in a step as one rank that takes all, and no document is seen twice in an epoch.
+    `tokens`, `epochs` and `served` are of all ranks together.
+    """
+
+    AHEAD = 8  # batches
+
+    def __init__(self, cache, batch_size, sequence_length, seed, ranks=(0, 1)):
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        self._rank, self._ranks = ranks
+        self.wait_seconds, self.tokens = 0.0, 0
+        self._cache, self._seed = cache, seed
+        self._documents, self._served, self._pieces = 0, set(), cache.pieces("train")
+        self._queue = queue.Queue(self.AHEAD)
+        self._failure = None
+        threading.Thread(target=self._fill, daemon=True, name="batches").start()
+
+    def _fill(self):
+        try:
+            tokens, offsets = self._cache.tokens("train"), self._cache.offsets("train")
+            served = []
+
+            def note(document):
+                served.append(document_hash(tokens[offsets[document] : offsets[document + 1]]))
+
+            order = training_order(self._pieces, self._seed)
+            rows = packed_rows(tokens, offsets, order, self.sequence_length + 1, note)
+            while True:
+                batch = [next(rows) for _ in range(self._ranks * self.batch_size)]
+                mine = batch[self._rank * self.batch_size :][: self.batch_size]
+                self._queue.put((np.stack(mine).astype(np.int32), served.copy()))
+                served.clear()
+        except BaseException as error:  # handed to the training loop, which would wait forever
+            self._failure = error
+            self._queue.put(None)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.monotonic()
+        item = self._queue.get()
+        self.wait_seconds += time.monotonic() - start
+        if item is None:
+            self._queue.put(None)  # for whoever asks again
+            raise RuntimeError("the batch thread failed") from self._failure
+        batch, served = item
+        self._documents += len(served)
+        self._served.update(served)
+        self.tokens += self._ranks * self.batch_size * self.sequence_length
+        return mlx.core.array(batch)
+
+    @property
+    def epochs(self):
+        """How often the training split was gone through, in the sense of `training_order`."""
+        return self._documents / np.isin(self._pieces, (0, 1)).sum()
+
+    def served(self):
+        """Content hashes, uint64 (n,), sorted, of the documents handed out so far."""
+        return np.sort(np.fromiter(self._served, np.uint64, len(self._served)))
+
+
+def evaluation_rows(cache, dataset, split="val"):
+    """The rows uint16 (n, sequence_length + 1) that a run is scored on: the same for every run."""
+    tokens, offsets = cache.tokens(split), cache.offsets(split)
+    corpus = sum(cache.meta[s]["tokens"] for s in SPLITS)
+    wanted = max(1, int(min(dataset.eval_tokens, dataset.eval_fraction * corpus)) // dataset.sequence_length)
+    rows = []
+    for row in packed_rows(tokens, offsets, range(len(offsets) - 1), dataset.sequence_length + 1):
+        rows.append(row)
+        if len(rows) == wanted:
+            break
+    if not rows:
+        sys.exit(f"error: split '{split}' of '{dataset.name}' does not fill a row of {dataset.sequence_length} tokens")
+    return np.stack(rows)
+
+
+SEALED = 32  # rows of the test split, or that part of the evaluation's, that every run is scored on unseen
+
+
+def sealed_rows(cache, dataset, evaluated):
+    """Rows uint16 (n, sequence_length + 1) of documents from all over the test split: the same for every run."""
+    tokens, offsets = cache.tokens("test"), cache.offsets("test")
+    order = np.random.default_rng(0).permutation(len(offsets) - 1).tolist()
+    rows = packed_rows(tokens, offsets, order, dataset.sequence_length + 1)
+    return np.array(list(itertools.islice(rows, max(SEALED, evaluated // SEALED))))

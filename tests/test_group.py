@@ -1,0 +1,229 @@
+"""Several devices: ranks that train one model together, and runs side by side, one on each device."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HARNESS, ROOT, Checkout, new_checkout
+from test_run import alive, started, wait_for
+
+import checks
+import record
+
+SMALL = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "DEVICE_BATCH_SIZE": 4}
+SMALL |= {"TOTAL_BATCH_SIZE": 512, "WEIGHT_DECAY": 0.0, "WARMDOWN": 0.0}  # as it is, the rate hangs on the clock
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A clone with the real harness, a small dataset and a small model; one run of one device made."""
+    folder = tmp_path_factory.mktemp("group")
+    checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
+    with (checkout.path / "data_sources.py").open("a") as out:
+        out.write('DATASETS["files"] = Dataset("files", "", 400, 128, 4096, 1 / 20)\n')
+    text = (ROOT / "train.py").read_text()
+    for name, value in SMALL.items():
+        text, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.MULTILINE)
+        assert count == 1, name
+    (checkout.path / "train.py").write_text(text)
+    checkout.git("add", "-A")
+    checkout.git("commit", "-q", "-m", "start")
+    (folder / "texts").mkdir()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
+        (folder / "texts" / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    checkout.env["AUTORESEARCH_CACHE"] = str(folder / "cache")
+    checkout.make("prepare", f"FILES={folder / 'texts'}", check=0)
+    checkout.make("run", "BUDGET=1.5", check=0)
+    return checkout
+
+
+def last_run(checkout):
+    return json.loads((checkout.path / "data" / "last_run.json").read_text())
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_train_as_one_device_does(lab, ranks):
+    one = last_run(lab)
+    before = len(list((lab.path / "data").glob("run_*.json")))
+    lab.make("run", "BUDGET=1.5", "AGAIN=1", "SEED=42", f"NPROC={ranks}", check=0)
+    several = last_run(lab)
+    assert len(list((lab.path / "data").glob("run_*.json"))) == before + 1
+    assert several["group"] == {"backend": "ring", "size": ranks, "devices": [one["device"]["name"]] * ranks}
+    assert record.differences(several, one) == [f"group is {record.group_words(several)}, was one device"]
+    steps = min(len(one["curve"]["loss"]), len(several["curve"]["loss"]))
+    assert steps > 5 and one["curve"]["steps_per_bin"] == several["curve"]["steps_per_bin"] == 1
+    np.testing.assert_allclose(several["curve"]["loss"][:steps], one["curve"]["loss"][:steps], atol=1e-3)
+    assert several["training"]["tokens_per_step"] == one["training"]["tokens_per_step"]
+    (lab.path / "data" / "last_run.json").write_text(json.dumps(one))  # for whoever comes next
+
+
+PROGRAM = """
+import prepare, group, hashlib, json, os, sys
+import mlx.core as mx, numpy as np, train
+tokenizer = prepare.Tokenizer.load(prepare.get_dataset("files"))
+mx.random.seed(1)
+_, trainer = train.build(tokenizer.vocab_size, 128)
+found = prepare.evaluate_bpb(trainer.model, tokenizer, 3)
+cache = prepare.TokenCache.load(tokenizer.dataset)
+stream = prepare.Batches(cache, 8 // group.SIZE, 128, 1, (group.RANK, group.SIZE))
+rows = [hashlib.sha1(np.array(row)).hexdigest() for _ in range(20) for row in next(stream)]
+rows = sum(map(json.loads, group.told(json.dumps([r[:8] for r in rows]))), [])
+if group.RANK == 0:
+    told = [found.bpb, found.stderr, found.row_bits.tolist(), sorted(rows), len(stream.served()), stream.epochs]
+    open(sys.argv[1], "w").write(json.dumps(told))
+"""
+
+
+def test_the_figure_and_the_rows_are_those_of_one_device(lab):
+    (lab.path / "program.py").write_text(PROGRAM)
+    found = []
+    for ranks, words in ((1, []), (2, ["scripts/launch.py"])):
+        lab.run(sys.executable, *words, "program.py", f"found{ranks}", check=0, NPROC=str(ranks), PYTHONPATH=str(ROOT))
+        found.append(json.loads((lab.path / f"found{ranks}").read_text()))
+    assert found[0] == found[1]
+
+
+def test_ranks_that_trained_models_of_their_own_are_refused():
+    sketches = np.ones((2, 3, 2), np.float32)
+    checks.one_model(sketches)
+    sketches[1, 2, 1] += 0.03
+    with pytest.raises(checks.Refused, match="ranks: the ranks' weights differ"):
+        checks.one_model(sketches)
+
+
+# --- a rank that fails -------------------------------------------------------------------------------
+
+BEGIN = """import group, os, signal, sys, time
+import mlx.core as mx
+pids = group.told(str(os.getpid()))
+if not group.RANK:
+    open('pids.new', 'w').write(' '.join(pids))
+    os.replace('pids.new', 'pids')
+for step in range(10**9):
+    group.at_step(step)
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group.GROUP))
+    time.sleep(0.05)
+    if group.RANK == 1 and step == 9:
+        {}
+"""
+FAULTS = {  # what rank 1 does: how it is named
+    "os.kill(os.getpid(), 9)": "error: rank 1 of 2 (127.0.0.1) was killed by signal 9",
+    "sys.exit('error: no idea')": "error: rank 1 of 2 (127.0.0.1) ended with exit 1",
+    "os.kill(os.getpid(), signal.SIGSTOP)": "error: rank 1 of 2 (127.0.0.1) gave no sign of life for 15 s",
+    "time.sleep(999)": "error: rank 1 of 2 (127.0.0.1) hangs at step 9",
+}
+
+
+@pytest.fixture
+def group_of_two(session):
+    (session.path / "group.py").write_text((ROOT / "group.py").read_text())
+    session.git("add", "-A")
+    session.git("commit", "-q", "-m", "a group", "--", "group.py")
+    session.git("update-ref", "refs/experiments/t/start", "HEAD")
+    session.env["NPROC"] = "2"
+    return session
+
+
+def slow(fault):
+    return pytest.param(fault, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("fault", [slow(fault) if "STOP" in fault or "sleep" in fault else fault for fault in FAULTS])
+def test_a_rank_that_fails_ends_the_run_and_is_named(group_of_two, fault):
+    done = group_of_two.experiment(BEGIN.format(fault))
+    assert done.returncode == 2 and FAULTS[fault] in done.stdout, done.stdout + done.stderr
+    assert not any(alive(int(pid)) for pid in (group_of_two.path / "pids").read_text().split())
+    (group_of_two.path / "pids").unlink()
+    group_of_two.write_train(BEGIN.format("pass"))
+    process, pids = started(group_of_two, stdout=subprocess.PIPE, text=True)
+    process.send_signal(signal.SIGTERM)  # and the lock is free, and a signal ends all ranks of the next one
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    wait_for(lambda: not any(map(alive, pids)), "ranks gone")
+
+
+def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two):
+    group_of_two.write_train(BEGIN.format("pass"))
+    done = group_of_two.script("run", TIMEOUT="4", check=124)
+    assert "timeout (exit 124)" in done.stdout
+    pids = [int(pid) for pid in (group_of_two.path / "pids").read_text().split()]
+    assert len(pids) == 2 and not any(map(alive, pids))
+    (group_of_two.path / "pids").unlink()
+    group_of_two.env["AGAIN"] = "1"
+    process, pids = started(group_of_two, stdout=subprocess.PIPE, text=True)
+    process.kill()  # without a chance to clean up
+    wait_for(lambda: not any(map(alive, pids)), "ranks gone")
+
+
+def test_a_group_that_ends_well_leaves_one_record(group_of_two, tmp_path):
+    os.mkdir(tmp_path / "tmp")
+    done = group_of_two.experiment("import group\nif not group.RANK: prepare.finish(1.4)\nprint('said')")
+    assert done.returncode == 0 and "val_bpb             1.400000" in done.stdout
+    log = (group_of_two.path / "run.log").read_text().splitlines()
+    assert {"said", "rank 1: said"} <= set(log) and "\x1e" not in "".join(log)
+
+
+# --- refused before training ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hosts", "why"),
+    [
+        ("127.0.0.1,no.such.host.invalid", "HOSTS: no.such.host.invalid is unknown"),
+        ("192.0.2.1,127.0.0.1", "HOSTS: this machine comes first"),
+        ("hosts.json", "Hostfile hosts.json doesn't exist"),
+    ],
+)
+def test_hosts_that_cannot_serve_are_refused(group_of_two, hosts, why):
+    group_of_two.write_train("prepare.finish(1.4)")
+    done = group_of_two.script("run", HOSTS=hosts, check=1)
+    assert done.stderr.startswith("error: ") and why in done.stderr and done.stdout == ""
+
+
+# --- side by side -----------------------------------------------------------------------------------
+
+SMI = """#!/bin/sh
+printf '0, GPU-aa\\n1, GPU-bb\\n'
+"""
+WAITING = """import os, time
+open('pids.new', 'w').write(str(os.getpid()) + ' ' + os.environ['CUDA_VISIBLE_DEVICES'])
+os.replace('pids.new', 'pids')
+while not os.path.exists('go'): time.sleep(0.05)
+prepare.finish(1.4)"""
+
+
+@pytest.fixture
+def two_gpus(session, tmp_path):
+    """As far as the locks can tell."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text(SMI)
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    session.env["PATH"] = f"{tmp_path / 'bin'}:{session.env['PATH']}"
+    session.write_train(WAITING)
+    return session
+
+
+def test_each_gpu_has_a_run_of_its_own(two_gpus, tmp_path):
+    first, (_, device) = started(two_gpus)
+    assert device == 0
+    again = {"AGAIN": "1", "check": 1}
+    assert "this folder (a run beside it needs a git worktree" in two_gpus.script("run", **again).stderr
+    two_gpus.git("worktree", "add", "-q", str(tmp_path / "beside"), "HEAD")
+    beside = Checkout(tmp_path / "beside", two_gpus.env)
+    beside.make("setup", "TAG=u", check=0)
+    assert "DEVICE=2 is not here; there is 0, 1" in beside.script("run", DEVICE="2", check=1).stderr
+    assert f"device 0 is taken by another run: pid {first.pid}" in beside.script("run", DEVICE="0", check=1).stderr
+    assert "there is 1" in beside.script("run", CUDA_VISIBLE_DEVICES="1", DEVICE="0", check=1).stderr
+    assert "is taken by another run" in beside.script("run", CUDA_VISIBLE_DEVICES="GPU-aa", check=1).stderr
+    assert "every device is taken by another run" in beside.script("run", NPROC="2", check=1).stderr
+    second, (_, device) = started(beside)
+    assert device == 1
+    for checkout in (two_gpus, beside):
+        (checkout.path / "go").touch()
+    assert (first.wait(timeout=30), second.wait(timeout=30)) == (0, 0)
