@@ -43,7 +43,8 @@ def open_lock(path):
     try:
         lock = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise Refused(f"the machine's lock {path} cannot be opened: {error.strerror}") from None
+        mend = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
+        raise Refused(f"the machine's lock {path} cannot be opened ({error.strerror}): {mend}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
