@@ -23,7 +23,7 @@ except ImportError as error:
 import numpy as np
 import session
 import verdict
-from night import Night, clock, diff
+from night import Night, clock, counted, diff
 from session import Refused, one_line, record, run_command, shown
 
 ROOM = 1_200_000  # characters of diffs, and as many of journal entries, that the page holds for all experiments
@@ -60,7 +60,7 @@ class Page:
             return "Nothing was kept yet, so there is nothing to compare."
         if n.best is n.first:
             tried = len(n.experiments) - 1
-            ideas = f"{tried} idea{'s' * (tried != 1)}"
+            ideas = counted(tried, "idea")
             return f"Nothing better than the baseline yet: {ideas} tried, val_bpb {self.figure(n.first.bpb)}."
         gain, half = n.gain
         words = f"val_bpb fell from {self.figure(n.first.bpb)} to {self.figure(n.best.bpb)}"
@@ -88,7 +88,7 @@ class Page:
             runs = f"{verdict.runs(n.first.count)} of the baseline, {best.count} of the best; 95 % interval"
         held = ("not measured", "make holdout measures it on text that nothing selected on")
         if look:
-            pairs = f"{look['pairs']} pair{'s' * (look['pairs'] != 1)}"
+            pairs = counted(look["pairs"], "pair")
             held = (self.signed(*look["test"]), f"fresh runs on the test split, {pairs}, best {look['best']}")
         worth, spread = n.expected if best else (math.nan, math.nan)
         compared = sum(not math.isnan(e.expected) for e in n.experiments)
