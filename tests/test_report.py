@@ -165,7 +165,8 @@ def unfinished(clone):
     look = {"event": "holdout", "time": "2099-01-01T00:00:00+00:00", "baseline": "a" * 7, "best": "b" * 7, "pairs": 1,
             "night": 0.01, "fresh": [0.01, float("nan")], "test": [0.0123, float("nan")]}  # fmt: skip
     begun = {"event": "begin", "time": "2099-01-01T00:00:00+00:00", "id": "x", "role": "candidate", "pair": None,
-             "tag": "t", "commit": "1" * 40, "train_blob": "2" * 40, "budget": 9.0, "seed": 1, "launcher": 1}  # fmt: skip
+             "tag": "t", "commit": "1" * 40, "train_blob": "2" * 40, "budget": 9.0, "seed": 1,
+             "launcher": 1}  # fmt: skip
     with log.open("a") as out:
         out.write('{"event": "end", "id": "\n' + json.dumps(look) + "\n" + json.dumps(begun) + "\n")
     another_night_beside(clone)
