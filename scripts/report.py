@@ -147,15 +147,16 @@ class Page:
         n = self.night
         named = (session.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads") or "").split()
         branch = next((name for name in ("main", "master") if name in named), "main")
-        steps = [f"git checkout -b {n.tag}-clean {branch}"]
+        clean, file = shlex.quote(f"{n.tag}-clean"), shlex.quote(f"{n.tag}.patch")
+        steps = [f"git checkout -b {clean} {branch}"]
         for e in n.chain[1:]:
             words = shlex.quote(f"{one_line(e.description)} (val_bpb {-e.gain:+.{self.digits}f})")
             steps.append(f"git checkout {e.commit} -- train.py && git commit -m {words}")
-        patch = f"git diff {n.first.commit} {n.best.commit} -- train.py > {n.tag}.patch"
+        patch = f"git diff {n.first.commit} {n.best.commit} -- train.py > {file}"
         return [
             ("Merge it, history and all", f"git checkout {branch}\ngit merge {n.best.commit}"),
             ("Or a clean branch, one commit for each kept change", "\n".join(steps)),
-            ("Or as a patch, for another clone", f"{patch}\ngit apply {n.tag}.patch"),
+            ("Or as a patch, for another clone", f"{patch}\ngit apply {file}"),
         ]
 
     def diff(self, e, old=None, rich=False):
