@@ -19,7 +19,8 @@ from conftest import ROOT, STANDIN, Checkout, clean_environment, new_checkout
 COUNT = 24  # experiments of the night that most tests read
 HOSTILE = [
     "<script>document.title='taken'</script>", '"><img src=x onerror="document.title=\'taken\'">',
-    "</template><b>out</b>", "</script><script>document.title='taken'</script>", "</pre></details><h1>taken</h1>", "{{ 7 * 7 }} {% raw %}",
+    "</template><b>out</b>", "</script><script>document.title='taken'</script>", "</pre></details><h1>taken</h1>",
+    "{{ 7 * 7 }} {% raw %}",
     "javascript:document.title='taken'", "$\\frac{1}{0}$ and $HOME `touch taken`", "&lt;b&gt; &amp; ]]> <!-- -->",
     "<svg onload=\"document.title='taken'\">", "x" * 400, "日本語 🙂 \u202e sdrawkcab", "'; touch taken; echo '",
 ]  # fmt: skip
@@ -164,7 +165,8 @@ def unfinished(clone):
     look = {"event": "holdout", "time": "2099-01-01T00:00:00+00:00", "baseline": "a" * 7, "best": "b" * 7, "pairs": 1,
             "night": 0.01, "fresh": [0.01, float("nan")], "test": [0.0123, float("nan")]}  # fmt: skip
     begun = {"event": "begin", "time": "2099-01-01T00:00:00+00:00", "id": "x", "role": "candidate", "pair": None,
-             "tag": "t", "commit": "1" * 40, "train_blob": "2" * 40, "budget": 9.0, "seed": 42, "launcher": 1}  # fmt: skip
+             "tag": "t", "commit": "1" * 40, "train_blob": "2" * 40, "budget": 9.0, "seed": 1,
+             "launcher": 1}  # fmt: skip
     with log.open("a") as out:
         out.write('{"event": "end", "id": "\n' + json.dumps(look) + "\n" + json.dumps(begun) + "\n")
     another_night_beside(clone)
@@ -454,9 +456,8 @@ def test_no_text_injects_anything(hostile, opened, width):
         assert words[:200] in re.sub(r"\s+", " ", text)
     assert shown.evaluate("document.documentElement.scrollWidth") == width
     clean = shown.locator("#x---b--home pre").nth(1).inner_text()
-    hostile.run("git", "checkout", "-q", "main")
-    done = hostile.run("bash", "-c", clean.replace(f"-b {tag}-clean", "-b clean"))
-    assert not (hostile.path / "taken").exists(), done
+    hostile.run("bash", "-ec", clean, check=0)
+    assert not (hostile.path / "taken").exists() and hostile.git("log", "--format=%s").count("taken") > 3
 
 
 @pytest.mark.slow
