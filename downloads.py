@@ -7,7 +7,6 @@ leaves nothing behind that could be taken for a whole file.
 import hashlib
 import os
 import re
-import shutil
 import ssl
 import sys
 import threading
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 import requests
 import urllib3
 
-from record import folder_to_disk, to_disk
+from record import make_folder, move_into_place, printable, remove_leftovers
 
 WORKERS = 8  # files at once
 ATTEMPTS = 6  # tries a file
@@ -216,7 +215,7 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
     """
     if is_parquet(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     etag, reason = None, ""
     try:
@@ -322,38 +321,7 @@ def download_all(jobs):
 # --- files on this machine ---------------------------------------------------------------------------
 
 
-def move_into_place(temporary, path):
-    """Give a finished file its name, so that it is whole under it even after a power cut."""
-    with open(temporary, "rb") as file:
-        to_disk(file.fileno())
-    temporary.replace(path)
-    folder_to_disk(path.parent)
-
 
 def file_hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def printable(text):
-    """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def remove_leftovers(folder):
-    """Delete the temporary `NAME.PID.part` files and folders of processes that were killed."""
-    for path in folder.glob("*.part"):
-        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
-        if pid.isdecimal() and not is_alive(int(pid)):
-            with suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # another user's
-    return True

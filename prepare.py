@@ -224,8 +224,7 @@ def score_rows(model, rows, tokenizer, batch_size):
             piece = logits[first : first + at_once].astype(mx.float32)
             # The largest is 0, or the sum below would be rounded away beside large logits.
             piece = piece - piece.max(axis=-1, keepdims=True)
-            picked = mx.take_along_axis(piece, targets[first : first + at_once, :, None], axis=-1)[..., 0]
-            pieces.append(mx.logsumexp(piece, axis=-1) - picked)
+            pieces.append(mx.fast.cross_entropy(piece, targets[first : first + at_once]))
         return mx.concatenate(pieces)
 
     nats = []
@@ -572,9 +571,9 @@ def save_weights(parameters):
     """Keep what was trained in data/last_run.safetensors, so that an evaluation which dies loses no training."""
     path = record.DATA / "last_run.safetensors"
     try:
-        record.DATA.mkdir(parents=True, exist_ok=True)
+        record.make_folder(record.DATA)
         mx.save_safetensors(str(path.with_name(".part.safetensors")), dict(tree_flatten(parameters)))
-        path.with_name(".part.safetensors").replace(path)
+        record.move_into_place(path.with_name(".part.safetensors"), path)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"note: the weights were not kept: {error}")
 

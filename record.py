@@ -19,6 +19,8 @@ import json
 import math
 import os
 import re
+import shutil
+import stat
 import subprocess
 import sys
 import uuid
@@ -70,14 +72,24 @@ def folder_to_disk(path):
         os.close(descriptor)
 
 
-def write_atomically(path, text):
-    """Write a text file so that `path` holds the old content or the new, whatever happens."""
+def make_folder(path):
+    """A folder, and those above it, that outlive a power cut themselves."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        folder_to_disk(path.parent)
+
+
+def write_atomically(path, content):
+    """Write a file, text or bytes, so that `path` holds the old content or the new, whatever happens."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as out:
-            out.write(text)
+        with temporary.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            if path.exists():
+                os.fchmod(out.fileno(), stat.S_IMODE(path.stat().st_mode))
             out.flush()
             to_disk(out.fileno())
         temporary.replace(path)
@@ -86,18 +98,36 @@ def write_atomically(path, text):
         temporary.unlink(missing_ok=True)
 
 
-def append(path, text, header=""):
-    """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def move_into_place(temporary, path):
+    """Give a finished file its name, so that it is whole under it even after a power cut."""
+    with open(temporary, "rb") as file:
+        to_disk(file.fileno())
+    temporary.replace(path)
+    folder_to_disk(path.parent)
+
+
+def end_of(path, header=""):
+    """(length of a file in bytes, what goes before a text appended to it): a line that was cut short ends there."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            return size, "" if file.read() == b"\n" else "\n"
+    return 0, header
+
+
+def append(path, text, header="", there=None):
+    """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten.
+
+    there: so many bytes of `text` stand there already, from a write that was cut short.
+    """
+    make_folder(path.parent)
     new = not path.exists()
     if not new and not path.stat().st_mode & 0o222:  # root could write it all the same
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        size = os.fstat(descriptor).st_size
-        if size:  # a line that was cut short ends here, and stays a line of its own
-            header = "" if os.pread(descriptor, 1, size - 1) == b"\n" else "\n"
-        content = (header + text).encode()
+        size, lead = end_of(path, header)
+        content = (lead + text).encode() if there is None else text.encode()[there:]
         try:
             if os.write(descriptor, content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -108,8 +138,26 @@ def append(path, text, header=""):
             raise
     finally:
         os.close(descriptor)
-    if new:
-        folder_to_disk(path.parent)
+    folder_to_disk(path.parent)  # each time: whoever made the file may have been killed before this
+
+
+def remove_leftovers(folder):
+    """Delete the temporary `NAME.PID.part` and `.NAME.PID.tmp` of processes that were killed."""
+    for path in [*folder.glob("*.part"), *folder.glob(".*.tmp")]:
+        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
+        if pid.isdecimal() and not is_alive(int(pid)):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # another user's
+    return True
 
 
 def read_json(path):
@@ -154,6 +202,11 @@ def one_line_for(tool):
     sys.excepthook = tell
 
 
+def printable(text):
+    """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 # --- settings, programs, harness -------------------------------------------------------------------
 
 BUDGET, SEED = 300.0, 42  # what holds where nothing is set
@@ -166,14 +219,14 @@ def positive(name, text):
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        sys.exit(f"error: {name}={text} is not a positive number")
+        sys.exit(f"error: {name}={printable(text)} is not a positive number")
     return value
 
 
 def whole(name, text):
     """`text` as a whole number from 0 to 2^32 - 1, or the program ends with one line."""
-    if not (text.isascii() and text.isdigit() and int(text) < 2**32):
-        sys.exit(f"error: {name}={text} is not a whole number (0 to {2**32 - 1})")
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**32):
+        sys.exit(f"error: {name}={printable(text)} is not a whole number (0 to {2**32 - 1})")
     return int(text)
 
 
@@ -200,10 +253,10 @@ def git(*words, root=ROOT, text=None):
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def dataset_of_train():
+def dataset_of_train(path=ROOT / "train.py"):
     """The constant DATASET of train.py, read without running it."""
     try:
-        text = (ROOT / "train.py").read_text("utf-8", "replace")
+        text = Path(path).read_text("utf-8", "replace")
     except FileNotFoundError:
         sys.exit("error: train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard")
     except OSError as error:
@@ -275,7 +328,7 @@ def write(train, commit, **content):
     record["seal"] = seal(record)
     text = json.dumps(record, indent=1)
     try:
-        STORE.mkdir(parents=True, exist_ok=True)
+        make_folder(STORE)
         write_atomically(free_name(STORE, "run", ".json"), text)
         write_atomically(DATA / "last_run.json", text)
     except OSError as error:

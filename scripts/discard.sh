@@ -25,7 +25,7 @@ for commit in $commits; do
   fi
 done
 
-others=$(git diff --name-only "$kept" HEAD | grep -vx train.py | tr '\n' ' ' || true)
+others=$(git diff --name-only "$kept" HEAD -- . ':(exclude)train.py' | tr '\n' ' ')
 [ -z "$others" ] || die "discard would also change ${others% }, committed since $(short "$kept"). Put back first:" \
   "git restore --source=$(short "$kept") --staged --worktree -- ${others% } && git commit -m 'put back'"
 in_git() { git rev-parse -q --verify "$1:train.py" || true; }
@@ -38,6 +38,6 @@ done
 if [ -z "$(git for-each-ref --contains HEAD "refs/experiments/$TAG/")" ]; then # never run, but never lost
   git update-ref "refs/experiments/$TAG/dropped-$(short "$HEAD")" HEAD
 fi
-git restore --source="$kept" --staged --worktree -- train.py
+put_train "$kept" # file, index, branch: after each of them the same command goes on
 git update-ref -m "discard" "refs/heads/$BRANCH" "$kept" "$HEAD"
 echo "train.py and autoresearch/$TAG are back on $(short "$kept")"

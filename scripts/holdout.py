@@ -44,6 +44,7 @@ def ends_of(rows, like):
 def main(args):
     sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     sitting.link()
+    run.clear_up(sitting)
     if not args.head:
         raise Refused("holdout needs git: it runs commits in worktrees of their own")
     like = run.like_this(sitting)

@@ -17,9 +17,13 @@ cd "$ROOT"
 say() { printf '%s\n' "$*" >&2; }
 
 die() {
-  say "error: $*"
+  local text="$*"
+  say "error: ${text//[[:cntrl:]]/ }" # what was typed may hold anything
   exit 1
 }
+
+# git ends with 128 where it cannot go on, and says so in words of its own.
+trap '[ $? -ne 128 ] || { say "error: git could not go on (see above); mend that, and run the same again"; exit 1; }' EXIT
 
 # bash calls this where a command is not found (3.2 does not, and says it in its own words)
 command_not_found_handle() {
@@ -38,7 +42,7 @@ positive() { # NAME VALUE: a plain decimal number above 0
 }
 
 whole() { # NAME VALUE: a whole number, 0 or more
-  [[ "$2" =~ ^[0-9]+$ ]] || die "$1=$2 is not a whole number"
+  [[ "$2" =~ ^[0-9]{1,10}$ ]] || die "$1=$2 is not a whole number"
 }
 
 # Settings reach Python through the environment; what holds where nothing is set, record.settings knows.
@@ -147,7 +151,9 @@ FROZEN="Makefile kernels.py prepare.py batches.py group.py examination.py model_
 read_git() {
   HEAD='' BRANCH='' TAG=none START=''
   [ -e .git ] && command -v git >/dev/null || return 0
-  git rev-parse --git-dir >/dev/null || die "git does not work in $ROOT (see above)"
+  local folders
+  folders=$(git rev-parse --git-dir --git-common-dir) || die "git does not work in $ROOT (see above)"
+  drop_stale_locks "${folders%%$'\n'*}" "${folders#*$'\n'}"
   HEAD=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
   BRANCH=$(git symbolic-ref -q HEAD) || BRANCH='' # not --short: that name depends on which tags exist
   BRANCH=${BRANCH#refs/heads/}
@@ -167,15 +173,42 @@ refuse_detached() {
   [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout autoresearch/${session%/start}"
 }
 
-short() { printf '%.7s' "$1"; }
-
-# A reset, or a checkout, would take along what git tracks: results must be none of it.
-refuse_tracked_results() {
-  local tracked
-  tracked=$(git ls-files -- results.tsv run.log data internal | cut -d / -f 1 | sort -u | tr '\n' ' ')
-  [ -z "$tracked" ] || die "git tracks results (${tracked% }), and a reset would take them along:" \
-    "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"
+# COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment; git writes it in place.
+put_train() {
+  git cat-file blob "$1:train.py" | PYTHONPATH=scripts "$PYTHON" -c '
+import session, sys
+session.run_command(session.record.write_atomically, "train.py", sys.stdin.buffer.read())'
+  git restore --source="$1" --staged -- train.py
 }
+
+# OWN COMMON (git's folders): a git that was killed leaves its lock files, and the next one would refuse. What stays
+# where no git is at work is nobody's.
+drop_stale_locks() {
+  # shellcheck disable=SC2016  # for eval
+  local found name locks='find "$1"/*.lock "$2"/*.lock "$2/refs/heads" "$2/refs/experiments" -name "*.lock" 2>/dev/null'
+  [ -n "$(eval "$locks" || true)" ] || return 0
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    sleep 1
+    git_runs_here || break
+  done
+  found=$(eval "$locks" | sort -u) || true
+  [ -n "$found" ] || return 0
+  ! git_runs_here || die "git is at work, or was cut off; if it was, remove $(printf '%s' "$found" | tr '\n' ' ')"
+  printf '%s\n' "$found" | while IFS= read -r name; do rm -f "$name"; done
+  say "note: a git that was killed left its lock, which is removed: $(printf '%s' "$found" | tr '\n' ' ')"
+}
+
+git_runs_here() {
+  local pid folder
+  for pid in $(ps -A -o pid= -o comm= | sed -nE 's,^ *([0-9]+) (.*/)?git$,\1,p'); do
+    folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
+    case $folder/ in "$ROOT"/*) return 0 ;; esac
+    [ -n "$folder" ] || ! kill -0 "$pid" 2>/dev/null || return 0 # it may be ours
+  done
+  return 1
+}
+
+short() { printf '%.7s' "$1"; }
 
 # Refuses what differs from where the session began (outside a session: from the commit), and says the mend.
 refuse_changed_files() {

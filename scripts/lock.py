@@ -11,12 +11,13 @@ kernel drops it; no pid is trusted, none can be mistaken for another.
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
 from contextlib import suppress
 
-from session import LOCK, ROOT, Refused, record, run_command
+from session import LOCK, ROOT, Refused, one_line, record, run_command
 
 PAUSE = 0.5  # seconds between two looks whether a device is free
 
@@ -36,14 +37,16 @@ def gpus():
 
 def open_lock(path):
     """The descriptor of a lock that was free and is ours now, or None."""
-    if not os.path.exists(path):
-        with suppress(OSError):
-            os.close(os.open(path, os.O_CREAT, 0o666))
-            os.chmod(path, 0o666)
-    try:
-        lock = os.open(path, os.O_RDONLY)
+    with suppress(OSError):
+        os.fchmod(lock := os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), 0o666)
+        os.close(lock)
+    try:  # never through a link, never to a pipe: another user may have laid it there
+        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise Refused(f"the machine's lock {path} cannot be opened: {error.strerror}") from None
+        mend = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
+        raise Refused(f"the machine's lock {path} cannot be opened ({error.strerror}): {mend}") from None
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        raise Refused(f"the machine's lock {path} is no plain file: rm {path}, or AUTORESEARCH_LOCK names another")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -56,8 +59,8 @@ def holder(path):
     note = record.read_json(path) or {}
     try:
         age = max(0, round(time.monotonic() - note["clock"]))
-        return f": pid {note['pid']}, for {age // 60} min {age % 60} s, in {note['folder']}"
-    except (KeyError, TypeError):
+        return f": pid {int(note['pid'])}, for {age // 60} min {age % 60} s, in {one_line(note['folder'])[:300]}"
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         return ""
 
 
@@ -101,8 +104,10 @@ def take(wait, command):
     for path, lock in held.items():
         os.set_inheritable(lock, True)
         with suppress(OSError):  # of another user's lock file only the content is out of reach
-            with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "w") as out:
-                json.dump(note, out)
+            with open(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "w") as out:
+                if os.path.sameopenfile(out.fileno(), lock) and os.fstat(lock).st_nlink == 1:  # and no file of ours
+                    out.truncate(0)
+                    json.dump(note, out)
     ours = [places[path] for path in held if path in places]
     os.environ["AUTORESEARCH_LOCK"] = list(held)[-1]
     os.environ["AUTORESEARCH_LOCKED"] = " ".join(map(str, held.values()))

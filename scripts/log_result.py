@@ -8,7 +8,8 @@ was cut short is completed by the next one, and nothing is written twice.
 
 import argparse
 import errno
-import os
+import shutil
+import subprocess
 from datetime import datetime
 
 import session
@@ -22,30 +23,64 @@ def log(args):
         sitting = Session(args.tag)
         sitting.link()
         attempt = sitting.candidate()
-        if unfinished := attempt.get("logging") and not attempt.get("logged"):
-            intent = attempt
-        else:
+        if not begun(attempt):
             refuse_read_only(sitting)
             refuse_untruthful(args.status, attempt)
             intent = intended(sitting, attempt, args)
             sitting.note("logging", id=attempt["id"], **intent)
-        rows = sitting.rows()[0]
-        if len(rows) < intent["row"]:
-            record.append(sitting.table, intent["line"] + "\n", HEADER + "\n")
-            sitting.link()
-        journal = JOURNAL / f"log_{datetime.now():%Y-%m-%d}.md"
-        journals = JOURNAL.glob("log_*.md") if unfinished else ()
-        if not any(attempt["id"] in path.read_text("utf-8", "replace") for path in journals):
-            record.append(journal, intent["entry"], f"# Research journal, {datetime.now():%Y-%m-%d}\n")
-        if attempt["commit"]:
-            ref = f"refs/experiments/{args.tag}/{intent['number']:03d}"
-            if session.git("update-ref", ref, attempt["commit"]) is None:
-                raise Refused(f"git could not write {ref}; mend that, and run the same again")
-        if intent["row_status"] == "keep":
-            keep_weights(attempt)
-        sitting.note("logged", id=attempt["id"])
-    print(f"row {intent['row']}: {intent['line'].expandtabs(1)}")
+            attempt |= intent
+        journal = complete(sitting, attempt)
+    print(f"row {attempt['row']}: {attempt['line'].expandtabs(1)}")
     print(f"journal: {shown(journal)}")
+
+
+def begun(attempt):
+    return attempt.get("logging") and not attempt.get("logged")
+
+
+def complete_begun(sitting):
+    """What an earlier log-result was killed over is completed, before anything else goes on."""
+    if any(map(begun, sitting.attempts())):
+        with session.one_writer():
+            for attempt in filter(begun, sitting.attempts()):
+                if sitting.logged().get(attempt["row"], {}).get("id") == attempt["id"]:
+                    complete(sitting, attempt)
+                    session.say(f"note: row {attempt['row']} had been begun and cut short; it is completed")
+
+
+def complete(sitting, attempt):
+    """Write what was noted of a run's logging, as far as it is not there yet; returns the journal's path."""
+    add_once(sitting.table, attempt["line"] + "\n", attempt.get("table_at"))
+    sitting.link()
+    journal = JOURNAL / (attempt.get("journal") or today())
+    add_once(journal, attempt["entry"], attempt.get("journal_at"))
+    if attempt["commit"]:
+        ref = f"refs/experiments/{sitting.tag}/{attempt['number']:03d}"
+        words = ["git", "-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]]
+        done = subprocess.run(words, cwd=session.ROOT, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            full = shutil.disk_usage(session.ROOT).free < 2**16
+            said = "the disk is full" if full else one_line(done.stderr)
+            raise Refused(f"git could not write {ref} ({said}); mend that, and run the same again")
+    if attempt["row_status"] == "keep":
+        keep_weights(attempt)
+    sitting.note("logged", id=attempt["id"])
+    return journal
+
+
+def add_once(path, text, place):
+    """Append `text`, or what is missing of it. place: the file's length before, and what goes before the text."""
+    at, lead = place or (0, "")
+    whole = (lead + text).encode()
+    there = path.read_bytes() if path.exists() else b""
+    if whole.startswith(there[at:]):
+        record.append(path, lead + text, there=len(there[at:]))
+    elif text.encode() not in there:  # somebody else wrote there meanwhile
+        record.append(path, text)
+
+
+def today():
+    return f"log_{datetime.now():%Y-%m-%d}.md"
 
 
 def refuse_read_only(sitting):
@@ -96,14 +131,16 @@ def intended(sitting, attempt, args):
     else:
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
-    number = next_number(args.tag, len(rows))
+    number, journal = next_number(args.tag, len(rows)), today()
     word = decision.word if decision else None
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
         "train_blob": attempt["train_blob"], "description": description, "verdict": word,
         "rule": decision.rule if decision else None, "reference": reference.commit if reference else None,
         "gain": decision.gain if decision and decision.old else None,
-        "found": one_line(args.found), "question": one_line(args.open),
+        "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
+        "table_at": record.end_of(sitting.table, HEADER + "\n"),
+        "journal_at": record.end_of(JOURNAL / journal, f"# Research journal, {datetime.now():%Y-%m-%d}\n"),
         "entry": entry(sitting, attempt, args, number, description, decision, reference),
     }  # fmt: skip
 
@@ -149,7 +186,7 @@ def keep_weights(attempt):
     newest = record.read_json(record.DATA / "last_run.json") or {}
     weights = record.DATA / "last_run.safetensors"
     if newest.get("run_id") == attempt["run_id"] and weights.exists():
-        os.replace(weights, record.DATA / "best.safetensors")
+        record.move_into_place(weights, record.DATA / "best.safetensors")
 
 
 def next_number(tag, rows):
@@ -163,7 +200,7 @@ def open_table(args):
     with session.one_writer():
         sitting = Session(args.tag)
         if not sitting.table.exists():
-            record.append(sitting.table, "", HEADER + "\n")
+            record.write_atomically(sitting.table, HEADER + "\n")
         sitting.link()
 
 
@@ -171,6 +208,7 @@ def kept(args):
     """Print the kept commits, the newest first; refused while the run of the commit is not logged (discard.sh)."""
     sitting = Session(args.tag)
     sitting.link()
+    complete_begun(sitting)
     rows, attempts = sitting.rows()[0], [a for a in sitting.attempts() if a["role"] == "candidate"]
     if attempts and attempts[-1]["commit"] == args.kept and not attempts[-1].get("logged"):
         status = attempts[-1]["status"]

@@ -9,6 +9,7 @@ told at the end in summary.py. Whether a record is of this run is settled by ide
 import argparse
 import ast
 import ctypes
+import errno
 import fcntl
 import os
 import pty
@@ -24,12 +25,14 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import log_result
 import session
 import summary
 from notify import notify
 from session import PROGRESS, ROOT, Refused, Session, record, run_command, say, tell
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
+PREFIX = "autoresearch-"  # of folders of our own for temporary files
 ROOM = 2**20  # bytes that are free on a disk that is not full
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 stopped_by = []  # signals that came
@@ -225,13 +228,30 @@ def watch(folder, log, timeout, *options):
 # --- one run ----------------------------------------------------------------------------------------
 
 
+def clear_up(sitting):
+    """What killed commands left: a row half logged is completed, temporary files and folders go."""
+    log_result.complete_begun(sitting)
+    for folder in (record.DATA, record.STORE):  # found out now, not when the budget is spent
+        record.make_folder(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    for folder in (ROOT, record.DATA, record.STORE, sitting.folder):
+        record.remove_leftovers(folder)
+    for folder in Path(tempfile.gettempdir()).glob(PREFIX + "*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdecimal() and folder.lstat().st_uid == os.getuid() and not record.is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+    session.git("worktree", "prune")
+
+
 @contextmanager
 def checked_out(commit):
     """A folder in which train.py is as `commit` has it; the tree and the branch at hand stay as they are."""
     if not commit:
         yield ROOT
         return
-    with tempfile.TemporaryDirectory(prefix="autoresearch-", ignore_cleanup_errors=True) as parent:
+    prefix = f"{PREFIX}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as parent:
         folder = Path(parent, "tree")
         if session.git("worktree", "add", "-q", "--detach", str(folder), commit) is None:
             raise Refused(f"git could not check out {commit[:7]} in a folder of its own: git worktree prune, and again")
@@ -419,6 +439,7 @@ def repeats(role, commit, used, wanted, seed):
 def main(args):
     sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     sitting.link()
+    clear_up(sitting)
     take_charge()
     if any(a["status"] == "interrupted" and "end" not in a for a in sitting.attempts()[-1:]):
         say("note: the run before this one was cut off without a word and is not logged")

@@ -29,6 +29,13 @@ PROGRESS = record.DATA / ".progress.json"  # of the run that goes on, written by
 JOURNAL = HOME / "internal" / "log"
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
+NEEDED = {  # of an event, before it counts
+    "begin": {"id": str, "time": str, "role": str, "train_blob": str, "launcher": int},
+    "end": {"id": str, "time": str, "status": str},
+    "logging": {"id": str, "time": str, "row": int, "line": str},
+    "logged": {"id": str, "time": str},
+}
+
 
 class Refused(Exception):
     """What was asked cannot be done; the text says why and what to do."""
@@ -62,7 +69,7 @@ class Session:
         """Make results.tsv in the root this session's table; a file that stands in its place is never lost."""
         if self.tag == "none" and not self.table.exists() and not LINK.exists():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        record.make_folder(self.folder)
         target = os.path.relpath(self.table, ROOT)
         if LINK.is_symlink():
             if os.readlink(LINK) == target:
@@ -123,8 +130,9 @@ class Session:
         """Begin a new table; the old one stays beside it under a name of its own."""
         if self.table.exists():
             old = record.free_name(self.folder, "results", ".tsv")
+            self.note("table", archived=old.name)  # first: a table that is missing would be restored
             self.table.rename(old)
-            self.note("table", archived=old.name)
+            record.folder_to_disk(self.folder)
             say(f"note: the older results.tsv is now {shown(old)}")
 
     # --- events ---
@@ -137,9 +145,11 @@ class Session:
         found = []
         if self.log.exists():
             for line in self.log.read_bytes().decode("utf-8", "replace").split("\n"):
-                with suppress(ValueError, RecursionError):
+                with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
                     event = json.loads(line)
-                    if isinstance(event, dict) and "event" in event:
+                    needed = {"id": str} if "id" in event else {}
+                    needed |= NEEDED.get(event["event"], {})
+                    if all(isinstance(event.get(key), kind) for key, kind in needed.items()):
                         found.append(event)
         return found
 
@@ -217,7 +227,7 @@ def record_of(attempt):
 @contextmanager
 def one_writer():
     """One writer at a time, whatever becomes of the others: the kernel drops a dead one's lock."""
-    STORE.mkdir(parents=True, exist_ok=True)
+    record.make_folder(STORE)
     with (STORE / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -298,7 +308,8 @@ def run_command(function, *arguments):
         if isinstance(broken.__context__, SystemExit):
             raise broken.__context__ from None
     except PermissionError as error:
-        name = shown(Path(error.filename or "data"))
+        path = Path(error.filename or "data")
+        name = shown(path if path.exists() else path.absolute().parent)  # what cannot be made: its folder
         sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
         reason = record.what_failed(error)

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Open a session: branch autoresearch/TAG, the dataset in train.py, a fresh results.tsv.
 #
-# usage: make setup TAG=nov24 [DATASET=climbmix]
+# usage: make setup TAG=nov24 [DATASET=climbmix] [TUNE=0]
 #
+# Where the dataset is prepared, train.py is fitted to this machine (make tune), and that is the session's first
+# commit; what was found before for the same machine, dataset and budget is taken over. TUNE=0 leaves it out.
 # Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the
-# dataset is prepared, and if not, the command that prepares it.
+# dataset is prepared, and if not, the command that prepares it. What was cut short is completed by the same command.
 # exit: 0 the session is open · 1 refused, and why; nothing was changed
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -21,13 +23,26 @@ if [ -z "$HEAD" ]; then
     "move the folder out of it, then git init && git add -A && git commit -m start"
   die "a session needs a git repository with a commit: git init && git add -A && git commit -m start"
 fi
-if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || ! git check-ref-format "refs/heads/autoresearch/$tag"; then
+if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]] || ! git check-ref-format "refs/heads/autoresearch/$tag"; then
   die "TAG=$tag cannot name a branch autoresearch/TAG: letters, digits, '.', '_' and '-', please"
+fi
+# A session in which nothing was done yet: this command was cut short, or is typed twice.
+start=$(git rev-parse -q --verify "refs/experiments/$tag/start^{commit}") || start=''
+branch=refs/heads/autoresearch/$tag
+if [ -n "$start" ]; then
+  from=$(git rev-parse -q --verify "$start^") || from=''
+  at=$(git rev-parse -q --verify "$branch") || at=$start
+  known=$(git for-each-ref --format=x "refs/experiments/$tag/")
+  elsewhere=$(git worktree list --porcelain | grep -xF "branch $branch") || true
+  [ "$BRANCH" != "autoresearch/$tag" ] || elsewhere=''
+  case $HEAD in "$start" | "$from") ;; *) start='' ;; esac
+  [ "$known$at$elsewhere" = "x$start" ] || start=''
 fi
 # Compared without case: many file systems hold t and T to be one name. A slash ends each, so that all is compared.
 lower() { tr '[:upper:]' '[:lower:]'; }
 low=$(printf '%s/' "$tag" | lower) line=$'\n'
 refs=$line$(git for-each-ref --format='%(refname)/' refs/heads refs/experiments | lower)$line
+[ -z "$start" ] || refs=''
 case $refs in
   *"${line}refs/heads/autoresearch/$low"* | *"${line}refs/experiments/$low"*)
     known=$(git for-each-ref --format='%(refname:lstrip=3)' refs/heads/autoresearch | grep -ixF -e "$tag" | head -n 1) || known=$tag
@@ -46,6 +61,7 @@ for who in GIT_AUTHOR_IDENT GIT_COMMITTER_IDENT; do # found out now, not at the 
     die "git knows no author for commits: git config user.name agent && git config user.email agent@localhost"
 done
 dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' ' ')
+[ -z "$start" ] || [ "$dirty" != "train.py " ] || [ "$(git hash-object train.py)" != "$(git rev-parse "$start:train.py")" ] || dirty=''
 [ -z "$dirty" ] || die "the tree is dirty ($dirty): commit that or put it back, then make setup again"
 refuse_changed_files
 
@@ -57,20 +73,41 @@ prepared=$("$PYTHON" -c '
 import sys, prepare
 print(prepare.is_prepared(prepare.get_dataset(sys.argv[1])))' "$name") || exit 1
 
-undo() { # the branch we came from, and no trace of the new one
-  rm -f .train.py.new
-  git checkout -q --force "${BRANCH:-$HEAD}" --
-  git branch -q -D "autoresearch/$tag"
+fail() { # back to where we came from
+  git update-ref -d "$branch" || true # on a full disk it may fail; then the same command goes on
+  git update-ref -d "refs/experiments/$tag/start" || true
+  [ "$(git hash-object train.py)" = "$(git rev-parse HEAD:train.py)" ] || put_train "$HEAD" || true
   die "the session was not opened (see above)"
 }
-git checkout -q -b "autoresearch/$tag" || die "the session was not opened (see above)"
-if [ "$name" != "$(dataset_of_train)" ]; then
-  sed "s/^\(DATASET *= *\)[\"'][A-Za-z0-9_]*[\"']/\1\"$name\"/" train.py >.train.py.new || undo
-  cat .train.py.new >train.py && rm .train.py.new # not moved: the file keeps its mode
-  git commit -q -m "Session $tag: train on $name" train.py || undo
+# What the agent commits outlives a power cut; by default git leaves new commits and refs to the system.
+git config --get core.fsync >/dev/null || git config core.fsync committed || say "note: core.fsync could not be set"
+if [ -z "$start" ]; then
+  start=$HEAD
+  if [ "$name" != "$(dataset_of_train)" ]; then
+    tab=$'\t'
+    blob=$(git cat-file blob HEAD:train.py | sed "s/^\(DATASET *= *\)[\"'][A-Za-z0-9_]*[\"']/\1\"$name\"/" |
+      git hash-object -w --stdin)
+    tree=$(git ls-tree HEAD | sed "s/^\([0-9]* blob \)[0-9a-f]*\(${tab}train\.py\)\$/\1$blob\2/" | git mktree)
+    start=$(git commit-tree "$tree" -p HEAD -m "Session $tag: train on $name")
+  fi
+elif [ "$(git cat-file blob "$start:train.py" | "$PYTHON" -c 'import record; print(record.dataset_of_train("/dev/stdin"))')" != "$name" ]; then
+  die "TAG=$tag is taken: choose another one, or go on with it: git checkout autoresearch/$tag"
 fi
-helper log_result --tag="$tag" --open-table || undo
-git update-ref "refs/experiments/$tag/start" HEAD || undo
+# In this order: a branch that is there is a session with a start, and HEAD comes last.
+helper log_result --tag="$tag" --open-table || fail
+git update-ref "refs/experiments/$tag/start" "$start" || fail
+git update-ref "$branch" "$start" || fail
+put_train "$start" || fail
+git symbolic-ref HEAD "$branch" || fail
+
+case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=$prepared ;; esac
+if [ "$tune" = True ] && grep -q '^DEPTH = ' train.py; then # another train.py may have nothing to fit
+  if scripts/tune.sh --known; then
+    git diff --quiet -- train.py || git commit -q -m "Session $tag: sizes fitted to this machine" train.py
+  else
+    echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
+  fi
+fi
 
 echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
 next="make baseline"

@@ -8,6 +8,8 @@ import verdict
 from session import ROOT, Refused, one_line, record
 
 FRAMES = 4  # of train.py, that a crash shows
+# How Python, C++, MLX, Metal and CUDA say that memory is short.
+NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 SHOWN = 8  # last lines of run.log where there is no traceback
 
 
@@ -106,7 +108,8 @@ def how_it_died(code, wall):
         )
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit {code}"
     last = what_was_raised(ROOT / "run.log")
-    return f"train.py ended with {how} after {wall:.0f} s" + (f": {last}" if last else "")
+    said = f"train.py ended with {how} after {wall:.0f} s" + (f": {last}" if last else "")
+    return said + (". Out of memory: halve DEVICE_BATCH_SIZE, or EVAL_BATCH_SIZE" if NO_MEMORY.search(last) else "")
 
 
 def printed(path):

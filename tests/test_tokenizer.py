@@ -483,8 +483,11 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(small_files, full_disk, cac
     dataset, _, folder = small_files
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(full_disk))
     monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
-    assert "No space left" in refusal(prepare.prepare, dataset)
+    line = refusal(prepare.prepare, dataset)
+    assert line == f"error: {full_disk / 'files'}: the disk is full; AUTORESEARCH_CACHE moves the cache elsewhere"
     assert list((full_disk / "files").iterdir()) == []
+    numpy_says = OSError("797250 requested and 767936 written")  # as tofile does, with no number of an error
+    assert record.what_failed(numpy_says) == "the disk is full"
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -1,0 +1,129 @@
+"""Whatever ends a command, and wherever: the same command again ends well, and nothing is lost or there twice."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the crash points are read from /proc")
+
+# What stands before each verb, and how often it asks the disk to be done: (files, folders). One that is missing
+# loses rows in a power cut; points.py then says which.
+SYNCS = {
+    "log-result": (4, 4), "baseline": (5, 6), "run": (4, 4), "discard": (1, 1), "setup": (2, 5),
+    "run REFERENCE=1": (5, 6), "holdout": (15, 17),
+}  # fmt: skip
+
+
+@pytest.fixture
+def before(request):
+    """The state that a verb begins in."""
+    return lambda verb: state_before(verb, request.getfixturevalue("checkout" if verb == "setup" else "session"))
+
+
+def state_before(verb, session):
+    if verb == "log-result":
+        session.experiment("prepare.finish(1.4, 1100)")
+        (session.path / "data" / "best.safetensors").write_text("the best so far")
+        (session.path / "data" / "last_run.safetensors").write_text("those of this run")
+    elif verb == "discard":
+        session.experiment("prepare.finish(1.6)", "discard")
+    elif verb == "run":
+        session.write_train("prepare.finish(1.4)")
+    elif verb == "holdout":
+        session.experiment("prepare.finish(1.4)", "keep")
+    elif verb == "baseline":
+        session.write_train("prepare.finish(1.45)")
+        session.script("run", BUDGET="30", check=0)
+    return session
+
+
+def points(verb, folder, tmp_path, every, part=0):
+    """Crash points of a verb, tried; returns what an undisturbed call does to the disk."""
+    words = [sys.executable, HERE / "crash" / "points.py", verb, folder, f"--every={every}", f"--part={part}"]
+    done = subprocess.run([*words, "--work", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Counter(json.loads(done.stdout.splitlines()[-1]))
+
+
+@linux
+@pytest.mark.parametrize(("verb", "every"), [("log-result", 5), ("discard", 8), ("setup", 22), ("run", 19)])
+def test_a_verb_that_dies_is_completed_by_the_same_verb(before, tmp_path, verb, every):
+    done = points(verb, before(verb).path, tmp_path, every)
+    assert (done["fsync"], done["fsync-folder"]) == SYNCS[verb]
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", SYNCS)
+def test_a_verb_that_dies_anywhere_is_completed_by_the_same_verb(before, tmp_path, verb):
+    done = points(verb, before(verb).path, tmp_path, 7 if verb == "holdout" else 1)
+    assert (done["fsync"], done["fsync-folder"]) == SYNCS[verb]
+
+
+@linux
+@pytest.mark.slow
+def test_a_hundred_bad_habits_do_no_harm(tmp_path):
+    command = [sys.executable, HERE / "soak.py", "--scenarios=60", "--seed=11", "--folder", tmp_path / "soak"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def syncs_of_git(checkout, *words):
+    """How often a git command, or one that calls git, has git wait for the disk."""
+    trace = checkout.path.parent / "trace"
+    trace.unlink(missing_ok=True)
+    checkout.run(*words, check=0, GIT_TRACE2_EVENT=str(trace))
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    found = [e for e in events if "hardware-flush" in (e.get("key") or e.get("name") or "")]
+    return sum(int(e.get("value") or e.get("count")) for e in found)
+
+
+def test_commits_and_refs_of_a_session_are_on_the_disk(session):
+    if tuple(map(int, session.git("--version").split()[2].split(".")[:2])) < (2, 36):
+        pytest.skip("this git knows no core.fsync")
+    session.write_train("prepare.finish(1.4)", commit="")
+    assert syncs_of_git(session, "git", "commit", "-q", "-m", "x", "train.py") == 4  # blob, tree, commit, ref
+    session.script("run", check=0)
+    assert syncs_of_git(session, "make", "log-result", "STATUS=discard", "DESC=x") == 1
+    assert syncs_of_git(session, "make", "discard") == 1
+
+
+def test_a_choice_of_core_fsync_is_respected(checkout):
+    checkout.git("config", "core.fsync", "none")
+    checkout.script("setup", TAG="t", check=0)
+    assert checkout.git("config", "core.fsync") == "none"
+
+
+# --- locks that a killed git leaves ----------------------------------------------------------------
+
+
+LOCKS = ["index.lock", "refs/experiments/t/002.lock"]
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_of_a_git_that_was_killed_is_in_nobody_s_way(session, name):
+    (session.path / ".git" / name).touch()
+    done = session.script("run", AGAIN="1", check=0)
+    assert "git that was killed left its lock" in done.stderr and name in done.stderr
+    session.experiment("prepare.finish(1.6)", "discard")
+    assert session.refs("t")["002"] == session.git("rev-parse", "HEAD")
+
+
+def test_a_lock_of_a_git_at_work_stays(session):
+    """An editor that waits for a commit's message, say: the lock is its own, and is waited for."""
+    editor = "touch begun; while [ ! -e done ]; do sleep 0.05; done; echo x >"
+    work = subprocess.Popen(["git", "commit", "--allow-empty", "-q"], cwd=session.path, stdin=subprocess.DEVNULL,
+                            env={**session.env, "GIT_EDITOR": f"sh -c '{editor}$1' -"})  # fmt: skip
+    while not (session.path / "begun").exists():
+        assert work.poll() is None
+    held = session.path / ".git" / "index.lock"
+    held.touch()
+    done = session.script("run", AGAIN="1", check=1)
+    assert "git is at work, or was cut off" in done.stderr and "index.lock" in done.stderr and held.exists()
+    (session.path / "done").touch()
+    work.wait()

@@ -1,0 +1,279 @@
+"""Text from anywhere: unexecuted and intact, or refused in one line. What reads it is fuzzed."""
+
+import ast
+import json
+import os
+import re
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import data_sources
+import record
+import token_cache
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import lock  # noqa: E402
+import session as sessions  # noqa: E402
+import summary  # noqa: E402
+
+HOSTILE = {
+    "commands": "$(touch owned) `touch owned` ; touch owned | touch owned && touch owned #",
+    "quotes": """it's "quoted" \\" \\' 100 %s %n {x} {} !! \\n""",
+    "options": "--help -n -rf",
+    "globs": "* ? [a-z] ~ ~root ../../x",
+    "scripts": "größer 東京 🙂 ∂ ½",
+    "markup": "<script>alert(1)</script> &amp; ## 9. keep: [x](y) | a | b |",
+}
+CONTROL = {
+    "newlines": ("a\nb\r\nc\x0bd\u2028e", "a b c d e"),
+    "tabs": ("\ta\tb\t", "a b"),
+    "escapes": ("\x1b[2Ja\x1b]0;owned\x07b\x9b31mc", "[2Ja ]0;owned b 31mc"),
+    "right to left": ("a\u202eb\u2066c\u200fd", "a b c d"),
+}
+AS_TYPED = {**{name: (text, " ".join(text.split())) for name, text in HOSTILE.items()}, **CONTROL}
+
+
+def calm(text):
+    """Whether a terminal shows all of it and does nothing else."""
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_texts_pass_through_make_git_table_and_journal_as_they_are(session):
+    for number, (typed, kept) in enumerate(AS_TYPED.values(), 2):
+        session.write_train(f"prepare.finish({1.5 - number / 100})", commit=typed)
+        done = session.script("run", check=0)
+        words = session.rows[-1][5] if number > 2 else "baseline"
+        assert f"against  {session.rows[-1][0]}  {words[:60]}".rstrip() in done.stdout and calm(done.stdout)
+        session.make("log-result", "STATUS=keep", f"DESC={typed}", f"FOUND={typed}", f"OPEN={typed}", check=0)
+        assert session.rows[-1][5] == kept and len(session.rows) == number
+        assert f"- found: {kept}\n- open: {kept}\n" in session.journal
+        assert f"## {number}. keep: {kept}\n" in session.journal
+    shown = session.make("results", check=0).stdout
+    assert all(kept in shown for _, kept in AS_TYPED.values()) and calm(shown)
+    assert not list(session.path.parent.rglob("owned"))
+
+
+BRANCHES = ["$(touch${IFS}owned)", "it's-\"a\"", "größer/東京-🙂", "a;b&c|d%s", "x=y", "`touch\u00a0owned`"]
+
+
+def test_a_branch_by_any_name_has_its_own_table(checkout):
+    for branch in BRANCHES:
+        checkout.git("checkout", "-q", "-b", branch)
+        checkout.make("baseline", "AGAIN=1", check=0)
+        assert [row[4:] for row in checkout.rows] == [["keep", "baseline"]]
+        assert checkout.git("rev-parse", f"refs/experiments/{branch}/001") == checkout.git("rev-parse", "HEAD")
+    folders = [path.name for path in (checkout.path / "data" / "sessions").iterdir()]
+    assert len(folders) == len(BRANCHES) and all(re.fullmatch(r"[\w.%~-]+", name, re.ASCII) for name in folders)
+    assert not list(checkout.path.parent.rglob("owned"))
+
+
+VALUES = ["$(touch owned)", "a[$(touch owned)]", "1; touch owned", "x\n1", "-1", "9" * 5000]
+NAMES = {"BUDGET": "run", "TIMEOUT": "run", "SEED": "run", "N": "run", "TAG": "setup", "STATUS": "log-result",
+         "DEVICE": "run", "NPROC": "run"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variable_is_a_value_and_never_a_command(session, name):
+    for value in VALUES[: 5 if name in ("BUDGET", "TIMEOUT") else 6]:
+        done = session.script(NAMES[name], check=1, **{"AGAIN": "1", "DESC": "x", name: value})
+        assert done.stderr.startswith("error: ") and calm(done.stderr) and done.stderr.count("\n") == 1, done.stderr
+    assert not list(session.path.parent.rglob("owned"))
+
+
+def test_names_of_files_with_text_reach_nobody_as_commands(cache, tmp_path, monkeypatch):
+    folder = tmp_path / "$(touch owned) 'texts' \x1b[2J\n🙂"
+    folder.mkdir()
+    for name in ("-rf", "$(touch owned).txt", "a\nb.txt", "\x1b]0;owned\x07.txt", "\u202etxt.jsonl", "x'y\"z.txt"):
+        text = json.dumps({"text": f"{name} and more"}) if name.endswith("jsonl") else f"the text of {name!r}\n" * 40
+        (folder / name).write_text(text)
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
+    env = {**os.environ, "AUTORESEARCH_FILES": str(folder), "PYTHONUTF8": "1"}
+    command = [sys.executable, "prepare.py", "--dataset", "files"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and calm(done.stdout + done.stderr), (done.stdout, done.stderr)
+    files = data_sources.DATASETS["files"]
+    read = "".join(text for split in data_sources.SPLITS for text in data_sources.documents(files, split))
+    assert "touch owned" in read and not list(tmp_path.rglob("owned"))
+
+
+# --- what reads files: any bytes --------------------------------------------------------------------
+
+ROWS = st.from_regex(sessions.ROW, fullmatch=True).filter(lambda line: "\n" not in line and "\r" not in line)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=6)  # fmt: skip
+WORDS = st.sampled_from(["begin", "end", "logging", "logged", "table", "holdout", "?"])
+KEYS = st.sampled_from(["id", "time", "role", "row", "line", "status", "train_blob", "launcher", "pair"])
+EVENTS = st.dictionaries(KEYS, JSON)
+lightly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def sitting(tmp_path, monkeypatch):
+    for name in ("STORE", "JOURNAL", "ROOT"):
+        monkeypatch.setattr(sessions, name, tmp_path)
+    monkeypatch.setattr(sessions, "git", lambda *_, **__: None)
+    found = sessions.Session("t")
+    found.folder.mkdir(parents=True)
+    return found
+
+
+@lightly
+@given(st.lists(ROWS | st.text(max_size=40)), st.binary(max_size=80))
+def test_every_row_of_a_table_is_found_among_whatever_else(sitting, lines, junk):
+    rows = [line for text in lines for line in text.replace("\r", "").split("\n") if sessions.ROW.fullmatch(line)]
+    sitting.table.write_bytes("\n".join(lines).replace("\r", "").encode("utf-8", "replace") + b"\n" + junk)
+    found, problems = sitting.rows()
+    lines = [row.line for row in found]
+    assert lines[: len(rows)] == [row.encode("utf-8", "replace").decode() for row in rows]
+    assert [row.number for row in found] == list(range(1, len(found) + 1)) and all(map(str.isprintable, problems))
+
+
+@lightly
+@given(st.lists(st.tuples(WORDS, EVENTS)), st.binary(max_size=60))
+def test_events_of_any_kind_are_read_with_doubt(sitting, events, junk):
+    sitting.log.write_bytes("".join(json.dumps({"event": w, **e}) + "\n" for w, e in events).encode() + junk)
+    before = len(sitting.events())
+    sitting.attempts(), sitting.logged(), sitting.completed(), sitting.rows()
+    sitting.note("begin", id="x", role="candidate", train_blob="b", launcher=1)
+    assert len(sitting.events()) == before + 1 and sitting.attempts()[-1]["id"] == "x"
+
+
+@lightly
+@given(st.binary(max_size=200))
+@example(b"[" * 100_000)
+@example(b'{"a": 1e999}')
+def test_a_record_is_an_object_or_nothing(tmp_path, content):
+    path = tmp_path / "run_1.json"
+    path.write_bytes(content)
+    found = record.read_json(path)
+    assert found is None or (isinstance(found, dict) and not record.seal_fits(found))
+
+
+@lightly
+@given(st.binary(max_size=100), st.text(string.ascii_letters + "_ =\"'#", max_size=30))
+def test_the_dataset_of_any_train_py(tmp_path, before, line):
+    path = tmp_path / "train.py"
+    path.write_bytes(before + b"\nDATASET = " + line.encode())
+    try:
+        assert re.fullmatch(r"\w+", record.dataset_of_train(path))
+    except SystemExit as ended:
+        assert ended.code.startswith("error: ") and "\n" not in ended.code
+
+
+@lightly
+@given(st.text(max_size=30) | st.from_regex(r"[0-9.eE_+-]+", fullmatch=True))
+@example("9" * 5000)
+def test_a_number_is_one_or_is_refused(text):
+    for read in (record.positive, record.whole):
+        try:
+            assert read("X", text) >= 0
+        except SystemExit as ended:
+            assert ended.code.startswith("error: X=") and ended.code.isprintable()
+
+
+@lightly
+@given(st.binary(max_size=400))
+def test_a_log_is_shown_without_what_steers_a_terminal(tmp_path, content):
+    log = tmp_path / "run.log"
+    log.write_bytes(content + b"\nTraceback (most recent call last):\n" + content)
+    for line in [*summary.printed(log), *summary.last_words(log), summary.what_was_raised(log)]:
+        assert line.isprintable()
+
+
+@lightly
+@given(JSON | st.fixed_dictionaries({"pid": JSON, "clock": JSON, "folder": JSON}))
+def test_what_stands_in_another_s_lock_is_shown_calmly(tmp_path, note):
+    (tmp_path / "lock").write_text(json.dumps(note))
+    assert lock.holder(tmp_path / "lock").isprintable()
+
+
+@lightly
+@given(st.binary(max_size=300))
+@example(json.dumps({"pattern": "(", "tokens": []}).encode())
+def test_a_tokenizer_is_one_or_is_called_damaged(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        token_cache.Tokenizer.load(data_sources.DATASETS["stdlib"], tmp_path / "tokenizer.json")
+    assert "is damaged" in ended.value.code
+
+
+# --- what is loaded runs nothing ---------------------------------------------------------------------
+
+PRODUCT = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+RUNS_DATA = {"eval", "exec", "compile", "__import__"}
+MODULES = {"pickle", "marshal", "shelve", "dill", "yaml", "joblib", "torch"}
+
+
+def test_nothing_that_is_loaded_can_run_code():
+    for path in PRODUCT:
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {a.name.split(".")[0] for a in node.names} | {(getattr(node, "module", "") or "").split(".")[0]}
+                assert not names & MODULES, where
+            if isinstance(node, ast.Call):
+                assert getattr(node.func, "id", "") not in RUNS_DATA, where  # but model.eval, mx.compile
+                assert ast.unparse(node.func) not in ("os.system", "os.popen"), where
+                assert not any(k.arg in ("shell", "allow_pickle") for k in node.keywords), where
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+@pytest.mark.parametrize("split", data_sources.SPLITS)
+def test_a_token_cache_with_code_in_it_is_damaged_and_runs_none(small, tmp_path, monkeypatch, split):
+    import numpy as np
+
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    folder = data_sources.cache_dir(small) / "tokens"
+    np.save(folder / f"{split}_hashes.npy", np.array([Trap()], object), allow_pickle=True)
+    assert token_cache.TokenCache.read(folder) is None
+    assert not (tmp_path / "sprung").exists()
+
+
+# --- the lock of another user --------------------------------------------------------------------------
+
+
+def taken(session, check):
+    return session.script("run", AGAIN="1", check=check)
+
+
+def test_a_lock_that_leads_elsewhere_writes_nothing_there(session, tmp_path):
+    mine, path = tmp_path / "mine.txt", Path(session.env["AUTORESEARCH_LOCK"])
+    mine.write_text("precious")
+    path.unlink(missing_ok=True)
+    path.symlink_to(mine)
+    assert "cannot be opened" in taken(session, 1).stderr
+    path.unlink()
+    path.symlink_to(tmp_path / "new.txt")
+    assert "cannot be opened" in taken(session, 1).stderr and not (tmp_path / "new.txt").exists()
+    path.unlink()
+    os.link(mine, path)
+    taken(session, 0)  # as a lock it serves; nothing is written to it
+    assert mine.read_text() == "precious"
+    path.unlink()
+    os.mkfifo(path)
+    assert "no plain file" in taken(session, 1).stderr
+    path.unlink()
+    taken(session, 0)
+    assert path.stat().st_mode & 0o777 == 0o666  # any user can wait for it
+
+
+def test_temporary_folders_are_private(session, tmp_path):
+    body = "import os\nopen(os.environ['SEEN'], 'w').write(oct(os.stat('..').st_mode))"
+    session.write_train(f"{body}\nprepare.finish(1.3)")
+    session.script("run", check=0, SEEN=str(tmp_path / "seen"))
+    session.script("log-result", STATUS="keep", DESC="x", check=0)
+    session.script("run", check=0, REFERENCE="1", SEEN=str(tmp_path / "seen"))  # in a folder of its own
+    assert (tmp_path / "seen").read_text() == "0o40700"
+
