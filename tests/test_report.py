@@ -120,6 +120,10 @@ def test_every_kept_change_is_told_with_its_diff_and_taken_home_by_commands_that
     assert clone.git("rev-parse", "HEAD") == clone.git("rev-parse", rows[-1][0])
 
 
+def test_what_crashed_says_why(whole):
+    assert "ValueError: shapes (4,8) and (8,2) differ" in section(whole, "failed")
+
+
 # --- what is missing is said, and the rest is shown -----------------------------------------------------
 
 
