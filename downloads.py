@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import requests
 import urllib3
 
-from record import folder_to_disk, make_folder, printable, remove_leftovers, to_disk
+from record import make_folder, move_into_place, printable, remove_leftovers
 
 WORKERS = 8  # files at once
 ATTEMPTS = 6  # tries a file
@@ -320,13 +320,6 @@ def download_all(jobs):
 
 # --- files on this machine ---------------------------------------------------------------------------
 
-
-def move_into_place(temporary, path):
-    """Give a finished file its name, so that it is whole under it even after a power cut."""
-    with open(temporary, "rb") as file:
-        to_disk(file.fileno())
-    temporary.replace(path)
-    folder_to_disk(path.parent)
 
 
 def file_hash(path):

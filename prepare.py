@@ -571,9 +571,9 @@ def save_weights(parameters):
     """Keep what was trained in data/last_run.safetensors, so that an evaluation which dies loses no training."""
     path = record.DATA / "last_run.safetensors"
     try:
-        record.DATA.mkdir(parents=True, exist_ok=True)
+        record.make_folder(record.DATA)
         mx.save_safetensors(str(path.with_name(".part.safetensors")), dict(tree_flatten(parameters)))
-        path.with_name(".part.safetensors").replace(path)
+        record.move_into_place(path.with_name(".part.safetensors"), path)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"note: the weights were not kept: {error}")
 

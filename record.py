@@ -98,6 +98,14 @@ def write_atomically(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def move_into_place(temporary, path):
+    """Give a finished file its name, so that it is whole under it even after a power cut."""
+    with open(temporary, "rb") as file:
+        to_disk(file.fileno())
+    temporary.replace(path)
+    folder_to_disk(path.parent)
+
+
 def end_of(path, header=""):
     """(length of a file in bytes, what goes before a text appended to it): a line that was cut short ends there."""
     with suppress(FileNotFoundError), path.open("rb") as file:

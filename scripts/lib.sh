@@ -22,6 +22,9 @@ die() {
   exit 1
 }
 
+# git ends with 128 where it cannot go on, and says so in words of its own.
+trap '[ $? -ne 128 ] || { say "error: git could not go on (see above); mend that, and run the same again"; exit 1; }' EXIT
+
 # bash calls this where a command is not found (3.2 does not, and says it in its own words)
 command_not_found_handle() {
   say "error: $1 is missing on this machine: install it"
@@ -172,7 +175,9 @@ refuse_detached() {
 
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment; git writes it in place.
 put_train() {
-  git cat-file blob "$1:train.py" | "$PYTHON" -c 'import record, sys; record.write_atomically("train.py", sys.stdin.buffer.read())'
+  git cat-file blob "$1:train.py" | PYTHONPATH=scripts "$PYTHON" -c '
+import session, sys
+session.run_command(session.record.write_atomically, "train.py", sys.stdin.buffer.read())'
   git restore --source="$1" --staged -- train.py
 }
 

@@ -8,7 +8,8 @@ was cut short is completed by the next one, and nothing is written twice.
 
 import argparse
 import errno
-import os
+import shutil
+import subprocess
 from datetime import datetime
 
 import session
@@ -55,8 +56,12 @@ def complete(sitting, attempt):
     add_once(journal, attempt["entry"], attempt.get("journal_at"))
     if attempt["commit"]:
         ref = f"refs/experiments/{sitting.tag}/{attempt['number']:03d}"
-        if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
-            raise Refused(f"git could not write {ref}; mend that, and run the same again")
+        words = ["git", "-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]]
+        done = subprocess.run(words, cwd=session.ROOT, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            full = shutil.disk_usage(session.ROOT).free < 2**16
+            said = "the disk is full" if full else one_line(done.stderr)
+            raise Refused(f"git could not write {ref} ({said}); mend that, and run the same again")
     if attempt["row_status"] == "keep":
         keep_weights(attempt)
     sitting.note("logged", id=attempt["id"])
@@ -181,7 +186,7 @@ def keep_weights(attempt):
     newest = record.read_json(record.DATA / "last_run.json") or {}
     weights = record.DATA / "last_run.safetensors"
     if newest.get("run_id") == attempt["run_id"] and weights.exists():
-        os.replace(weights, record.DATA / "best.safetensors")
+        record.move_into_place(weights, record.DATA / "best.safetensors")
 
 
 def next_number(tag, rows):

@@ -9,6 +9,7 @@ told at the end in summary.py. Whether a record is of this run is settled by ide
 import argparse
 import ast
 import ctypes
+import errno
 import fcntl
 import os
 import pty
@@ -230,6 +231,10 @@ def watch(folder, log, timeout, *options):
 def clear_up(sitting):
     """What killed commands left: a row half logged is completed, temporary files and folders go."""
     log_result.complete_begun(sitting)
+    for folder in (record.DATA, record.STORE):  # found out now, not when the budget is spent
+        record.make_folder(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     for folder in (ROOT, record.DATA, record.STORE, sitting.folder):
         record.remove_leftovers(folder)
     for folder in Path(tempfile.gettempdir()).glob(PREFIX + "*-*"):

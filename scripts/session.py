@@ -312,7 +312,8 @@ def run_command(function, *arguments):
         if isinstance(broken.__context__, SystemExit):
             raise broken.__context__ from None
     except PermissionError as error:
-        name = shown(Path(error.filename or "data"))
+        path = Path(error.filename or "data")
+        name = shown(path if path.exists() else path.absolute().parent)  # what cannot be made: its folder
         sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
         reason = record.what_failed(error)

@@ -74,9 +74,9 @@ import sys, prepare
 print(prepare.is_prepared(prepare.get_dataset(sys.argv[1])))' "$name") || exit 1
 
 fail() { # back to where we came from
-  git update-ref -d "$branch"
-  git update-ref -d "refs/experiments/$tag/start"
-  [ "$(git hash-object train.py)" = "$(git rev-parse HEAD:train.py)" ] || put_train "$HEAD"
+  git update-ref -d "$branch" || true # on a full disk it may fail; then the same command goes on
+  git update-ref -d "refs/experiments/$tag/start" || true
+  [ "$(git hash-object train.py)" = "$(git rev-parse HEAD:train.py)" ] || put_train "$HEAD" || true
   die "the session was not opened (see above)"
 }
 # What the agent commits outlives a power cut; by default git leaves new commits and refs to the system.

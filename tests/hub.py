@@ -1,5 +1,6 @@
 """A hub on this machine: real HTTP and real parquet, and every fault that a network has."""
 
+import gzip
 import json
 import os
 import random
@@ -236,6 +237,23 @@ def stall(seconds):
         handler.close_connection = True
 
     return fault
+
+
+def no_answer(seconds):
+    """The request is taken, and nothing comes."""
+
+    def fault(handler):
+        handler.server.hub.seen.append((handler.path, dict(handler.headers), None))
+        time.sleep(seconds)
+        handler.close_connection = True
+
+    return fault
+
+
+def compressed(handler):
+    """What a cache in between may do, although it was asked not to."""
+    body = gzip.compress(handler.server.hub.files[handler.path])
+    handler.send(200, body, Content_Encoding="gzip")
 
 
 def web_page(handler):

@@ -54,6 +54,8 @@ FAULTS = {
     "range refused by a page": [faulty.cut, faulty.no_such_range],
     "more than announced": [faulty.cut, faulty.too_long],
     "silence": [faulty.stall(1.5)],
+    "silence from the start": [faulty.no_answer(1.5)],
+    "compressed on the way": [faulty.compressed],
     "all of it together": [503, faulty.cut, faulty.reset, faulty.busy(0), faulty.claims_less, faulty.no_length_cut],
 }
 

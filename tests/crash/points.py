@@ -176,6 +176,7 @@ class Lab:
             "head": self.git("symbolic-ref", "HEAD"),
             "tree": self.git("status", "--porcelain"),
             "train": (self.folder / "train.py").read_text(),
+            "weights": (data / "best.safetensors").read_text() if (data / "best.safetensors").exists() else None,
             "worktrees": len(self.git("worktree", "list").splitlines()),
             "logged": [e["id"] for e in events if e["event"] == "logged"],
             "last": [e["status"] for e in events if e["event"] == "end"][-1:],
