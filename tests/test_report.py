@@ -100,7 +100,7 @@ def test_page_brief_and_table_tell_the_same_gain(whole):
     standing = whole.make("results", check=0).stdout.splitlines()[-1]
     gain = re.search(r"gain ([+-][\d.]+) ± ([\d.]+) \((\d) and (\d) runs", standing).groups()
     text = Words(page(whole)).text
-    assert f"{float(gain[0]):+.4f}\u202f±" in text and f"{gain[2]} runs of the baseline, {gain[3]} of the best" in text
+    assert f"{float(gain[0]):+.4f} ±" in text and f"{gain[2]} runs of the baseline, {gain[3]} of the best" in text
     assert f"gain {gain[0]} ±" in whole.make("brief", check=0).stdout
 
 
