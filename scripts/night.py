@@ -63,8 +63,8 @@ class Experiment:
 
     @property
     def failed(self):
-        """Its attempts that crashed or were refused, without the one that was logged."""
-        return [a for a in self.attempts if a["status"] not in ("valid", "running") and not a.get("row")]
+        """Its attempts that crashed, were refused or cut off."""
+        return [a for a in self.attempts if a["status"] not in ("valid", "running")]
 
     @property
     def overruled(self):

@@ -47,7 +47,7 @@ class Page:
         if value is None or math.isnan(value):
             return "–"
         words = f"{value:+.{self.digits}f}".replace("-", "\u2212")
-        return words if math.isnan(error) else f"{words}\u202f±\u202f{error:.{self.digits}f}"
+        return words if math.isnan(error) else f"{words} ±\u202f{error:.{self.digits}f}"
 
     def figure(self, value):
         return f"{value:.{self.digits}f}"

@@ -100,7 +100,7 @@ def test_page_brief_and_table_tell_the_same_gain(whole):
     standing = whole.make("results", check=0).stdout.splitlines()[-1]
     gain = re.search(r"gain ([+-][\d.]+) ± ([\d.]+) \((\d) and (\d) runs", standing).groups()
     text = Words(page(whole)).text
-    assert f"{float(gain[0]):+.4f}\u202f±" in text and f"{gain[2]} runs of the baseline, {gain[3]} of the best" in text
+    assert f"{float(gain[0]):+.4f} ±" in text and f"{gain[2]} runs of the baseline, {gain[3]} of the best" in text
     assert f"gain {gain[0]} ±" in whole.make("brief", check=0).stdout
 
 
@@ -118,6 +118,10 @@ def test_every_kept_change_is_told_with_its_diff_and_taken_home_by_commands_that
     assert clone.git("rev-list", "--count", "main..HEAD") == str(len(rows))
     clone.run("bash", "-ec", blocks[0], check=0)
     assert clone.git("rev-parse", "HEAD") == clone.git("rev-parse", rows[-1][0])
+
+
+def test_what_crashed_says_why(whole):
+    assert "ValueError: shapes (4,8) and (8,2) differ" in section(whole, "failed")
 
 
 # --- what is missing is said, and the rest is shown -----------------------------------------------------
