@@ -175,7 +175,7 @@ refuse_detached() {
 
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment; git writes it in place.
 put_train() {
-  git cat-file blob "$1:train.py" | PYTHONPATH=scripts "$PYTHON" -c '
+  git cat-file blob "$1:train.py" | PYTHONPATH=scripts${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -c '
 import session, sys
 session.run_command(session.record.write_atomically, "train.py", sys.stdin.buffer.read())'
   git restore --source="$1" --staged -- train.py

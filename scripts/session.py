@@ -30,10 +30,10 @@ JOURNAL = HOME / "internal" / "log"
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
 NEEDED = {  # of an event, before it counts
-    "begin": {"id": str, "time": str, "role": str, "train_blob": str, "launcher": int},
-    "end": {"id": str, "time": str, "status": str},
-    "logging": {"id": str, "time": str, "row": int, "line": str},
-    "logged": {"id": str, "time": str},
+    "begin": {"id": str, "role": str, "train_blob": str, "launcher": int},
+    "end": {"id": str, "status": str},
+    "logging": {"id": str, "row": int, "line": str},
+    "logged": {"id": str},
 }
 
 
@@ -147,7 +147,7 @@ class Session:
             for line in self.log.read_bytes().decode("utf-8", "replace").split("\n"):
                 with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
                     event = json.loads(line)
-                    needed = {"id": str} if "id" in event else {}
+                    needed = {"id": str, "time": str} if "id" in event else {}
                     needed |= NEEDED.get(event["event"], {})
                     if all(isinstance(event.get(key), kind) for key, kind in needed.items()):
                         found.append(event)

@@ -14,6 +14,13 @@ from conftest import Checkout
 
 import record
 
+slow = pytest.mark.slow
+
+
+def slowly(*names):
+    return [pytest.param(name, marks=slow) for name in names]
+
+
 VERBS = {  # what stands before, the verb, what it is given
     "run": {},
     "log-result": {"STATUS": "keep", "DESC": "warmer"},
@@ -43,7 +50,7 @@ def small_disk(session, tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["log-result", *slowly("run", "discard", "setup")])
 def test_on_a_full_disk_each_verb_says_so_and_succeeds_once_there_is_room(small_disk, verb):
     checkout, leave = small_disk
     checkout.write_train("prepare.finish(1.4)")
@@ -87,7 +94,7 @@ def unprivileged(session):
     return words
 
 
-@pytest.mark.parametrize("name", ["data", ".git/refs/experiments/t", ".git", "."])
+@pytest.mark.parametrize("name", ["data", *slowly(".git/refs/experiments/t", ".git", ".")])
 def test_a_folder_that_is_not_to_be_written_is_named(session, unprivileged, name):
     def script(verb):
         return session.run(*unprivileged, f"scripts/{verb}.sh", STATUS="keep", DESC="warmer")
@@ -124,10 +131,10 @@ NO_MEMORY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("body", NO_MEMORY.values(), ids=NO_MEMORY)
-def test_memory_that_is_short_is_named_with_what_helps(session, body):
-    done = session.experiment(body)
-    assert done.returncode == 2 and "memory" in done.stdout.lower() and "halve DEVICE_BATCH_SIZE" in done.stdout
+def test_memory_that_is_short_is_named_with_what_helps(session):
+    for body in NO_MEMORY.values():
+        done = session.experiment(body)
+        assert done.returncode == 2 and "memory" in done.stdout.lower() and "halve DEVICE_BATCH_SIZE" in done.stdout
 
 
 def test_a_limit_that_the_system_sets_is_named_as_memory(session):
@@ -135,6 +142,7 @@ def test_a_limit_that_the_system_sets_is_named_as_memory(session):
     assert "Out of memory: halve DEVICE_BATCH_SIZE" in session.script("run", check=2).stdout
 
 
+@slow
 def test_a_few_file_handles_are_enough(session):
     """A Mac's shell gives 256; here are far fewer, and many records."""
     (one,) = (session.path / "data").glob("run_*.json")
@@ -165,6 +173,7 @@ def test_a_clock_that_jumps_back_hides_no_record(tmp_path, monkeypatch):
     assert sorted(run["number"] for run in record.archived()) == list(range(6))
 
 
+@slow
 def test_a_clock_that_jumps_during_a_run_is_no_matter(session):
     """Nothing asks what time it is: runs are told apart by what they are."""
     session.write_train("import time\ntime.time = lambda: 0.0\nprepare.finish(1.4)")

@@ -63,6 +63,7 @@ def test_texts_pass_through_make_git_table_and_journal_as_they_are(session):
 BRANCHES = ["$(touch${IFS}owned)", "it's-\"a\"", "größer/東京-🙂", "a;b&c|d%s", "x=y", "`touch\u00a0owned`"]
 
 
+@pytest.mark.slow
 def test_a_branch_by_any_name_has_its_own_table(checkout):
     for branch in BRANCHES:
         checkout.git("checkout", "-q", "-b", branch)
@@ -79,7 +80,7 @@ NAMES = {"BUDGET": "run", "TIMEOUT": "run", "SEED": "run", "N": "run", "TAG": "s
          "DEVICE": "run", "NPROC": "run"}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["BUDGET", *(pytest.param(n, marks=pytest.mark.slow) for n in [*NAMES][1:])])
 def test_a_variable_is_a_value_and_never_a_command(session, name):
     for value in VALUES[: 5 if name in ("BUDGET", "TIMEOUT") else 6]:
         done = session.script(NAMES[name], check=1, **{"AGAIN": "1", "DESC": "x", name: value})
@@ -112,7 +113,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 WORDS = st.sampled_from(["begin", "end", "logging", "logged", "table", "holdout", "?"])
 KEYS = st.sampled_from(["id", "time", "role", "row", "line", "status", "train_blob", "launcher", "pair"])
 EVENTS = st.dictionaries(KEYS, JSON)
-lightly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+lightly = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_setup_refuses_a_dirty_tree(checkout, file):
 
 
 def test_setup_that_fails_half_way_leaves_nothing_behind(checkout):
-    hook = checkout.path / ".git" / "hooks" / "pre-commit"
+    hook = checkout.path / ".git" / "hooks" / "reference-transaction"
     hook.parent.mkdir()
     hook.write_text("#!/bin/sh\nexit 1\n")
     hook.chmod(0o755)
