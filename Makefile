@@ -13,7 +13,7 @@
 #   DEVICE    the number of the GPU to take; without it the first free one
 #   ALL       1: every session's table (results), the slow tests as well (test)
 #   ON_RESULT a command of yours that gets the summary of each run on its standard input (run, holdout)
-#   TAG       the session's name (setup); of several, "nov24 nov25" (report)
+#   TAG       the session's name (setup); of several, "nov24 nov25" (report); TUNE=0: without fitting train.py (setup)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
 #   PYTHON    an interpreter that has the packages; without it .venv is built and used
 #   BACKEND   cpu or cuda: the build of MLX in .venv on Linux; without it cuda where a GPU answers (prepare)
@@ -21,7 +21,7 @@
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED ON_RESULT
-GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE ALL
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE TUNE ALL
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass

@@ -182,11 +182,12 @@ class Training:
 def flops_per_token(config, parameters):
     """FLOPs of training on one token, as PaLM counts them (arXiv:2204.02311, appendix B).
 
-    6 N + Σ 12 · width · window. N: parameters that take part in products, so all but embedding
-    tables, which are only looked up. Σ: over the layers, as if every query saw its whole window.
+    6 N + Σ 12 · width · window. N: parameters that take part in products, so all matrices but
+    embedding tables, which are only looked up. Σ: over the layers, as if every query saw its whole window.
     A forward pass takes 2 of the 6 and 4 of the 12; work done a second time is not counted.
     """
-    in_products = sum(p.size for path, p in tree_flatten(parameters) if train.parameter_group(path, p) != "embeddings")
+    matrices = {path: p for path, p in tree_flatten(parameters) if p.ndim > 1}
+    in_products = sum(p.size for path, p in matrices.items() if train.parameter_group(path, p) != "embeddings")
     return 6 * in_products + sum(12 * config.n_embd * config.window(layer) for layer in range(config.depth))
 
 

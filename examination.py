@@ -187,10 +187,11 @@ def compare(base, logits, ids, changed, cuts):
     """
     base = log_probabilities(base)
     probability, spread = mx.exp(base), mx.var(base, axis=-1) + 1e-10
-    targets, columns, sides = mx.array(np.append(ids[1:], 0))[:, None], [], []
+    targets, columns, sides = mx.array(np.append(ids[1:], 0)), [], []
     for row, new, cut in zip(logits, changed, cuts.tolist(), strict=True):
-        difference = base - log_probabilities(row)
-        gain = mx.take_along_axis(difference, targets, axis=-1)[:, 0]
+        answer = log_probabilities(row)
+        difference = base - answer
+        gain = mx.fast.cross_entropy(answer, targets) - mx.fast.cross_entropy(base, targets)
         here = difference[cut - 1]
         here = here - mx.sort(here)[len(here) // 2]  # what most of the vocabulary does is no favour
         favoured = mx.stack([here[int(ids[cut])], -here[int(new[cut])]])
@@ -478,8 +479,8 @@ class Examination:
         targets = rows[np.resize([row for row, *_ in spots], batches.shape[:2]), 1:].astype(np.int32)
 
         def new_nats(logits, i):  # one row after the other, since float32 logits of a batch are large
-            picked = zip(logits, mx.array(targets[i])[..., None], strict=True)
-            return mx.stack([-mx.take_along_axis(log_probabilities(x), t, axis=-1)[:, 0] for x, t in picked])
+            picked = zip(logits, mx.array(targets[i]), strict=True)
+            return mx.stack([mx.fast.cross_entropy(log_probabilities(x), t) for x, t in picked])
 
         found = np.concatenate([np.array(x) for x in self.ask(batches, new_nats)])
         for (row, cut, _), new in zip(spots, found, strict=False):

@@ -42,12 +42,13 @@ MLP_RATIO = 4  # hidden channels of an MLP, in widths
 GATE_CHANNELS = 32  # leading channels of the stream that a value gate looks at
 ROPE_BASE = 10000.0  # longest wavelength of the positions, over 2 pi
 SOFTCAP = 15.0  # logits are bounded to ±SOFTCAP
+MATRIX_INIT = 0.4  # standard deviation of matrices and value embeddings at the start, times width^-0.5
 HEAD_INIT = 0.001  # standard deviation of the head at the start: it begins by knowing nothing
 X0_INIT = 0.1  # share of the first embedding that each layer begins by adding
 
 MATRIX_LR = 0.03  # Muon, all matrices of the blocks
 EMBEDDING_LR = 0.3  # Adam, token and value embeddings (scaled with width^-0.5, as the next)
-HEAD_LR = 0.008  # Adam, output head and value gates
+HEAD_LR = 0.008  # Adam, output head, value gates and shifts
 X0_LR = 0.5  # Adam, x0_lambdas
 RESID_LR = 0.005  # Adam, resid_lambdas
 ADAM_BETAS = (0.8, 0.95)  # Adam; the second is Muon's second moment too
@@ -92,8 +93,8 @@ class GPTConfig:
 
 
 def uniform(*shape):
-    """Initial weights (…, out, in) of standard deviation in^-0.5."""
-    bound = (3 / shape[-1]) ** 0.5
+    """Initial weights (…, out, in) of standard deviation MATRIX_INIT * in^-0.5."""
+    bound = MATRIX_INIT * (3 / shape[-1]) ** 0.5
     return mx.random.uniform(-bound, bound, shape)
 
 
@@ -133,15 +134,19 @@ def rope(x):
     return mx.fast.rope(x, dims=x.shape[-1], traditional=False, base=ROPE_BASE, scale=1.0, offset=0)
 
 
-def mix(x, y, x0=None, a=None, b=None):
+def mix(x, y, x0=None, a=None, b=None, shift=None):
     """The stream x with y added to it, scaled and mixed with the first embedding x0; and its norm.
 
-    x, y, x0: (B, T, n_embd); a, b: (1,), float32.
+    To the norm comes a share of that of the token before, channel by channel (token shift, arXiv:2305.13048).
+    x, y, x0: (B, T, n_embd); a, b: (1,), float32; shift: (n_embd,), float32.
     """
     x = x + y
     if x0 is not None:
         x = (a * x + b * x0).astype(x.dtype)
-    return x, norm(x)
+    h = norm(x)
+    if shift is not None:
+        h = h + shift.astype(h.dtype) * mx.pad(h[:, :-1], [(0, 0), (1, 0), (0, 0)])
+    return x, h
 
 
 def heads(qkv, gate, table, tokens):
@@ -172,6 +177,7 @@ class Attention(nn.Module):
         n = config.n_embd
         self.qkv = Linear(uniform(3, n, n))
         self.out = Linear(mx.zeros((n, n)))
+        self.shift = mx.zeros(n)
         if config.has_value_embedding(layer):
             self.value_embedding = Embedding(uniform(config.vocab_size, n))
             self.value_gate = Linear(mx.zeros((config.n_head, GATE_CHANNELS)))
@@ -194,6 +200,7 @@ class MLP(nn.Module):
         super().__init__()
         n = config.n_embd
         self.up, self.down = Linear(uniform(MLP_RATIO * n, n)), Linear(mx.zeros((n, MLP_RATIO * n)))
+        self.shift = mx.zeros(n)
 
     def __call__(self, x):
         return self.down(relu_squared(self.up(x)))
@@ -222,9 +229,9 @@ class GPT(nn.Module):
         y = mx.zeros_like(x)
         lambdas = (mx.split(scalars, len(self.blocks)) for scalars in (self.resid_lambdas, self.x0_lambdas))
         for block, a, b in zip(self.blocks, *lambdas, strict=True):
-            x, h = mix(x, y, x0, a, b)
+            x, h = mix(x, y, x0, a, b, block.attention.shift)
             y = block.attention(h, tokens)
-            x, h = mix(x, y)
+            x, h = mix(x, y, shift=block.mlp.shift)
             y = block.mlp(h)
         return mix(x, y)[1]
 
@@ -344,7 +351,7 @@ def parameter_group(path, parameter):
     """Which optimizer of GPTOptimizer a parameter has. One that fits none is an error, not a fallback."""
     if path.startswith("token_embedding.") or ".value_embedding." in path:
         return "embeddings"
-    if path.startswith("head.") or ".value_gate." in path:
+    if path.startswith("head.") or ".value_gate." in path or path.endswith(".shift"):
         return "head"
     if path in ("x0_lambdas", "resid_lambdas"):
         return path.split("_")[0]
@@ -426,7 +433,7 @@ def weight_decay(progress):
 
 # What MLX sends to the GPU at once is freed at once. With its own setting, a step takes twice the memory.
 if CUDA:
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "80")
 # MLX walks a graph depth first, so that what nothing needs any more goes early; on a CPU breadth first, so that
 # each stream has work from the beginning.
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
@@ -511,13 +518,13 @@ def cpu_chunk_loss_and_gradients(hidden, weight, targets):
     return (mx.log(total) - SOFTCAP * at_target).sum(), (gradient @ weight, gradient.T @ hidden)
 
 
-# On CUDA, kernels of our own take the place of four functions above: each goes once over memory where a chain of
+# On CUDA, kernels of our own take the place of five functions above: each goes once over memory where a chain of
 # MLX's operations goes several times. For another form of one of them, leave it out here: the one above is then used.
-PLAIN = {f.__name__: f for f in (rows_of, mix, heads, chunk_loss_and_gradients)}
+PLAIN = {f.__name__: f for f in (rows_of, mix, heads, chunk_loss_and_gradients)} | {"relu_squared": relu_squared}
 if CUDA and HEAD_DIM in (64, 128):
     import kernels
 
-    rows_of, mix = partial(kernels.rows_of, dtype=COMPUTE_DTYPE), kernels.mix
+    rows_of, mix, relu_squared = partial(kernels.rows_of, dtype=COMPUTE_DTYPE), kernels.mix, kernels.relu_squared
     heads = partial(kernels.heads, rope_base=ROPE_BASE)
     chunk_loss_and_gradients = partial(kernels.chunk_loss_and_gradients, cap=SOFTCAP)
 if not GPU:
@@ -607,7 +614,9 @@ def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    rows = max(1, min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // (SEQUENCE_LENGTH * group.SIZE)))  # of each device
+    rows = DEVICE_BATCH_SIZE
+    if group.SIZE > 1:  # of each device, so that together they make no more than a step's tokens
+        rows = max(1, min(rows, TOTAL_BATCH_SIZE // (SEQUENCE_LENGTH * group.SIZE)))
     micro_batches = micro_batches_a_step(rows * group.SIZE, SEQUENCE_LENGTH)
     batches = run.batches(rows, SEQUENCE_LENGTH)
     config, trainer = build(run.tokenizer.vocab_size, SEQUENCE_LENGTH)

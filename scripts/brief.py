@@ -8,7 +8,7 @@ import math
 import textwrap
 
 import verdict
-from night import Night, clock
+from night import Night, clock, counted
 from session import one_line, run_command
 
 WIDTH, LINES = 120, 60
@@ -20,7 +20,9 @@ def lines(night):
     if not night.experiments:
         return [f"{night.tag}: no results yet: make baseline", *at_hand(night)]
     tried = f"{len(night.kept[1:])} kept after the baseline, {counts['discard']} discarded, {counts['crash']} crashed"
-    found.append(f"{night.tag}: {len(night.experiments)} experiments in {clock(3600 * night.hours)}; {tried}")
+    found.append(
+        f"{night.tag}: {counted(len(night.experiments), 'experiment')} in {clock(3600 * night.hours)}; {tried}"
+    )
     found += standing(night)
     if len(night.chain) > 1:
         found.append("kept, the oldest first:" + left_out(night.chain[1:], KEPT))

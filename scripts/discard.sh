@@ -25,7 +25,7 @@ for commit in $commits; do
   fi
 done
 
-others=$(git diff --name-only "$kept" HEAD | grep -vx train.py | tr '\n' ' ' || true)
+others=$(git diff --name-only "$kept" HEAD -- . ':(exclude)train.py' | tr '\n' ' ')
 [ -z "$others" ] || die "discard would also change ${others% }, committed since $(short "$kept"). Put back first:" \
   "git restore --source=$(short "$kept") --staged --worktree -- ${others% } && git commit -m 'put back'"
 in_git() { git rev-parse -q --verify "$1:train.py" || true; }

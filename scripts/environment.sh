@@ -34,10 +34,10 @@ if [ "$system" = Linux ] && [ -z "$backend" ]; then
 fi
 [ -z "$found" ] && [ "$backend" != cuda ] || lock=requirements-cuda.lock
 cpu_build="mend the driver, or take the build for a CPU: make prepare BACKEND=cpu"
-if [ "$system" = Linux ] && [ -z "$found$backend" ] && grep -q '^requirements-cuda' .venv/.stamp 2>/dev/null; then
+case $system$found$backend:$(cat .venv/.stamp 2>/dev/null || true) in
   # a driver that fails in the night must not turn the session into one on a CPU
-  die "the packages in .venv are for CUDA, and nvidia-smi shows no GPU any more: $cpu_build"
-fi
+  Linux:requirements-cuda*) die "the packages in .venv are for CUDA, and nvidia-smi shows no GPU any more: $cpu_build" ;;
+esac
 
 # What the environment was built from, that its Python still runs, and which versions are in it: `uv run`
 # may have put others there.

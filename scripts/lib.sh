@@ -210,14 +210,6 @@ git_runs_here() {
 
 short() { printf '%.7s' "$1"; }
 
-# A reset, or a checkout, would take along what git tracks: results must be none of it.
-refuse_tracked_results() {
-  local tracked
-  tracked=$(git ls-files -- results.tsv run.log data internal | cut -d / -f 1 | sort -u | tr '\n' ' ')
-  [ -z "$tracked" ] || die "git tracks results (${tracked% }), and a reset would take them along:" \
-    "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"
-}
-
 # Refuses what differs from where the session began (outside a session: from the commit), and says the mend.
 refuse_changed_files() {
   local base=${START:-$HEAD} where="the last commit" changed committed new commit=''

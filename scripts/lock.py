@@ -43,7 +43,8 @@ def open_lock(path):
     try:  # never through a link, never to a pipe: another user may have laid it there
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        raise Refused(f"the machine's lock {path} cannot be opened: {error.strerror}") from None
+        mend = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
+        raise Refused(f"the machine's lock {path} cannot be opened ({error.strerror}): {mend}") from None
     if not stat.S_ISREG(os.fstat(lock).st_mode):
         raise Refused(f"the machine's lock {path} is no plain file: rm {path}, or AUTORESEARCH_LOCK names another")
     try:

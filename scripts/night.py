@@ -63,8 +63,8 @@ class Experiment:
 
     @property
     def failed(self):
-        """Its attempts that crashed or were refused, without the one that was logged."""
-        return [a for a in self.attempts if a["status"] not in ("valid", "running") and not a.get("row")]
+        """Its attempts that crashed, were refused or cut off."""
+        return [a for a in self.attempts if a["status"] not in ("valid", "running")]
 
     @property
     def overruled(self):
@@ -158,8 +158,8 @@ class Night:
         chain, own = self.chain, self.sigma(self.noise.bpb, 1.0)
         means, spreads = prior.along([e.bpb for e in chain], [own / math.sqrt(max(1, e.count)) for e in chain])
         for e, gain in zip(chain[1:], -np.diff(means), strict=True):
-            e.expected = float(gain)
-        self.expected = float(means[0] - means[-1]), math.hypot(spreads[0], spreads[-1])
+            e.expected = round(float(gain), 9) + 0.0  # no -0
+        self.expected = round(float(means[0] - means[-1]), 9) + 0.0, math.hypot(spreads[0], spreads[-1])
 
     def _changes(self):
         self.touched = set()
@@ -180,7 +180,7 @@ class Night:
         if unread:
             yield f"git does not know the program of {numbers(unread)}: no diff"
         if self.experiments and not self.noise.df:
-            yield "no program was run twice, so the noise is unknown: make run REFERENCE=1 N=4 measures it"
+            yield "nothing was run twice on a quiet machine, so noise is unknown: make run REFERENCE=1 N=4 measures it"
         if self.best is not self.first and not self.look:
             yield "the gain was not measured on held-out text: make holdout does that"
 
@@ -425,6 +425,10 @@ def numbers(found, most=6):
     """`row 3`, `rows 3, 5 and 4 more`."""
     words = ", ".join(map(str, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")
     return f"row{'s' * (len(found) > 1)} {words}"
+
+
+def counted(n, word):
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def clock(seconds):

@@ -1,7 +1,7 @@
 """Give a run's summary to a command of the user's, ON_RESULT, which can neither hold up the run nor fail it.
 
 It is started on its own: with no descriptor of ours, in a session of its own, and with a time limit. What it prints
-goes to data/on_result.log.
+is lost; how it ended stands in data/on_result.log.
 """
 
 import os
@@ -30,17 +30,15 @@ def notify(text):
 
 
 def deliver():
-    with open(record.DATA / "on_result.log", "wb") as log:
-        command = ["/bin/sh", "-c", os.environ["ON_RESULT"]]
-        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            code = child.wait(LIMIT)
-            words = f"ON_RESULT ended with {code}\n" if code else ""
-        except subprocess.TimeoutExpired:
-            words = f"ON_RESULT ran past {LIMIT:g} s and was killed\n"
-        with suppress(OSError):
-            os.killpg(child.pid, signal.SIGKILL)
-        log.write(words.encode())
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(["/bin/sh", "-c", os.environ["ON_RESULT"]], start_new_session=True, **quiet)
+    try:
+        words = f"ON_RESULT ended with {child.wait(LIMIT)}"
+    except subprocess.TimeoutExpired:
+        words = f"ON_RESULT ran past {LIMIT:g} s and was killed"
+    with suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL)
+    record.write_atomically(record.DATA / "on_result.log", words + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import warnings
 import matplotlib
 import numpy as np
 import verdict
-from night import clock, parsed
+from night import clock, counted, parsed
 from session import one_line, record
 
 matplotlib.use("Agg")
@@ -58,7 +58,8 @@ def legend(figure, nights):
     spot = {"color": "none", "markeredgecolor": LIGHT["paper"]}
     marks = [
         (True, Line2D([], [], marker="o", markersize=8, markerfacecolor=LIGHT["good"], **spot), "kept"),
-        (True, Line2D([], [], marker="o", markersize=5, markerfacecolor=LIGHT["dot"], **spot), "discarded"),
+        (any(e.status == "discard" for e in rows),
+         Line2D([], [], marker="o", markersize=5, markerfacecolor=LIGHT["dot"], **spot), "discarded"),
         (any(e.status == "crash" for e in rows),
          Line2D([], [], marker="x", markersize=6, color="none", markeredgecolor=LIGHT["bad"]), "crashed"),
         (any(n.noise.df for n in nights), Patch(color=LIGHT["band"]), "95 % of the noise"),
@@ -85,7 +86,7 @@ def subtitle(nights):
     words = []
     for n in nights:
         kept = len(n.kept) - bool(n.kept)
-        words.append(f"{len(n.experiments)} experiments in {clock(3600 * n.hours)}, {kept} kept")
+        words.append(f"{counted(len(n.experiments), 'experiment')} in {clock(3600 * n.hours)}, {kept} kept")
     like = nights[0].like
     if like and len(nights) == 1:
         words.append(f"{like['budget']:g} s each on {one_line(like['device'].get('name'))}, {like['dataset']}")
@@ -100,7 +101,9 @@ def bounds(nights):
     all_ = [e.bpb for n in nights for e in n.experiments if e.status != "crash"]
     sigma = max([n.noise.bpb for n in nights if n.noise.df], default=0.0)
     span = max(max(kept) - min(kept), 6 * sigma, 0.004)
-    high = max(max(kept) + max(3 * sigma, 0.2 * span), min(float(np.quantile(all_, 0.9)), max(kept) + 0.7 * span))
+    if len(kept) == 1:  # nothing is flattened by what was tried
+        span = max(span, 1.5 * (float(np.median(all_)) - kept[0]))
+    high = max(max(kept) + max(3 * sigma, 0.2 * span), min(float(np.quantile(all_, 0.9)), max(kept) + 0.8 * span))
     low = min(kept)
     return low - 0.35 * (high - low), high + 0.06 * (high - low)
 
@@ -110,26 +113,27 @@ def one_night(axis, night, limits, labels):
     axis.set_ylim(low, high)
     axis.grid(axis="y", color=LIGHT["line"], linewidth=0.6)
     axis.tick_params(length=0)
-    axis.set_xlabel("hours since the first run" if labels else "hours")
-    start, hours = night.span[0] if night.span else None, max(night.hours, 0.02)
+    unit, seconds = ("hours", 3600) if night.hours >= 1 else ("minutes", 60)
+    axis.set_xlabel(f"{unit} since the first run" if labels else unit)
+    start, whole = night.span[0] if night.span else None, max(3600 * night.hours, 60) / seconds
 
-    def hour(time, number=0):
+    def when(time, number=0):
         if time and start:
-            return (time - start).total_seconds() / 3600
-        return hours * number / max(1, len(night.experiments))  # by hand: where it stands in the table
+            return (time - start).total_seconds() / seconds
+        return whole * number / max(1, len(night.experiments))  # by hand: where it stands in the table
 
-    axis.set_xlim(-0.015 * hours, hours * 1.02)
+    axis.set_xlim(-0.015 * whole, whole * 1.02)
     axis.xaxis.set_major_locator(MaxNLocator(8 if labels else 5))
     for begin, end in busy_stretches(night):
-        axis.axvspan(hour(begin), hour(end), color=LIGHT["busy"], linewidth=0, zorder=0)
-    at = {e: hour(e.time, e.number) for e in night.experiments}
+        axis.axvspan(when(begin), when(end), color=LIGHT["busy"], linewidth=0, zorder=0)
+    at = {e: when(e.time, e.number) for e in night.experiments}
     chain, sigma = night.chain, night.noise.bpb if night.noise.df else 0.0
-    steps = [(at[e], nxt, e) for e, nxt in zip(chain, [*(at[e] for e in chain[1:]), hours], strict=True)]
+    steps = [(at[e], nxt, e) for e, nxt in zip(chain, [*(at[e] for e in chain[1:]), whole], strict=True)]
     for begin, end, e in steps:
         half = 1.96 * sigma / math.sqrt(max(1, e.count))
         axis.fill_between([begin, end], e.bpb - half, e.bpb + half, color=LIGHT["band"], linewidth=0, zorder=1)
     if chain:
-        x = [at[chain[0]], *(v for e in chain[1:] for v in (at[e], at[e])), hours]
+        x = [at[chain[0]], *(v for e in chain[1:] for v in (at[e], at[e])), whole]
         y = [v for e in chain for v in (e.bpb, e.bpb)]
         axis.plot(x, y, color=LIGHT["good"], linewidth=1.8, zorder=3, solid_joinstyle="miter")
     rail = low + 0.035 * (high - low)

@@ -77,7 +77,7 @@ for (const section of document.querySelectorAll(".all")) {
     if (!lines.length) return;
     add(row.dataset.against, `reference (${row.dataset.against})`, "var(--dot)");
     add(best, `best (${best})`, "var(--good)");
-    const W = 640, H = 240, left = 44, right = 110, bottom = 24, top = 8;
+    const W = innerWidth < 700 ? 380 : 640, H = 240, left = 44, right = 110, bottom = 24, top = 8;
     const high = Math.max(...lines.map((line) => line.y[3])), low = Math.min(...lines.flatMap((line) => line.y));
     const x = (i) => left + (W - left - right) * (i + 1) / lines[0].y.length;
     const y = (v) => top + (H - top - bottom) * (1 - (Math.min(v, high) - low) / (high - low || 1));

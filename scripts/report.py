@@ -23,7 +23,7 @@ except ImportError as error:
 import numpy as np
 import session
 import verdict
-from night import Night, clock, diff
+from night import Night, clock, counted, diff
 from session import Refused, one_line, record, run_command, shown
 
 ROOM = 1_200_000  # characters of diffs, and as many of journal entries, that the page holds for all experiments
@@ -47,7 +47,7 @@ class Page:
         if value is None or math.isnan(value):
             return "–"
         words = f"{value:+.{self.digits}f}".replace("-", "\u2212")
-        return words if math.isnan(error) else f"{words}\u202f±\u202f{error:.{self.digits}f}"
+        return words if math.isnan(error) else f"{words} ±\u202f{error:.{self.digits}f}"
 
     def figure(self, value):
         return f"{value:.{self.digits}f}"
@@ -60,7 +60,7 @@ class Page:
             return "Nothing was kept yet, so there is nothing to compare."
         if n.best is n.first:
             tried = len(n.experiments) - 1
-            ideas = f"{tried} idea{'s' * (tried != 1)}"
+            ideas = counted(tried, "idea")
             return f"Nothing better than the baseline yet: {ideas} tried, val_bpb {self.figure(n.first.bpb)}."
         gain, half = n.gain
         words = f"val_bpb fell from {self.figure(n.first.bpb)} to {self.figure(n.best.bpb)}"
@@ -88,7 +88,7 @@ class Page:
             runs = f"{verdict.runs(n.first.count)} of the baseline, {best.count} of the best; 95 % interval"
         held = ("not measured", "make holdout measures it on text that nothing selected on")
         if look:
-            pairs = f"{look['pairs']} pair{'s' * (look['pairs'] != 1)}"
+            pairs = counted(look["pairs"], "pair")
             held = (self.signed(*look["test"]), f"fresh runs on the test split, {pairs}, best {look['best']}")
         worth, spread = n.expected if best else (math.nan, math.nan)
         compared = sum(not math.isnan(e.expected) for e in n.experiments)
@@ -147,15 +147,16 @@ class Page:
         n = self.night
         named = (session.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads") or "").split()
         branch = next((name for name in ("main", "master") if name in named), "main")
-        steps = [f"git checkout -b {n.tag}-clean {branch}"]
+        clean, file = shlex.quote(f"{n.tag}-clean"), shlex.quote(f"{n.tag}.patch")
+        steps = [f"git checkout -b {clean} {branch}"]
         for e in n.chain[1:]:
             words = shlex.quote(f"{one_line(e.description)} (val_bpb {-e.gain:+.{self.digits}f})")
             steps.append(f"git checkout {e.commit} -- train.py && git commit -m {words}")
-        patch = f"git diff {n.first.commit} {n.best.commit} -- train.py > {n.tag}.patch"
+        patch = f"git diff {n.first.commit} {n.best.commit} -- train.py > {file}"
         return [
             ("Merge it, history and all", f"git checkout {branch}\ngit merge {n.best.commit}"),
             ("Or a clean branch, one commit for each kept change", "\n".join(steps)),
-            ("Or as a patch, for another clone", f"{patch}\ngit apply {n.tag}.patch"),
+            ("Or as a patch, for another clone", f"{patch}\ngit apply {file}"),
         ]
 
     def diff(self, e, old=None, rich=False):

@@ -28,7 +28,9 @@ if [ -n "$HEAD" ]; then
   [ "$(git rev-parse -q --verify HEAD:train.py)" = "$(git hash-object train.py)" ] ||
     die "train.py is not committed, so the run could not be reproduced: git commit -m 'what it tries' train.py"
   refuse_changed_files
-  refuse_tracked_results
+  tracked=$(git ls-files -- results.tsv run.log data internal | cut -d / -f 1 | sort -u | tr '\n' ' ')
+  [ -z "$tracked" ] || die "git tracks results (${tracked% }), and a reset would take them along:" \
+    "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"
 fi
 need_python
 same_dataset

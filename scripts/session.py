@@ -205,13 +205,17 @@ def tags():
 
 def alive(attempt):
     """Whether the run still holds its device's lock (see lock.py)."""
-    path = attempt.get("lock") or LOCK
+    path, launcher = attempt.get("lock") or LOCK, attempt["launcher"]
+    if (record.read_json(path) or {}).get("pid") != launcher:
+        return False
     try:
+        with suppress(PermissionError):
+            os.kill(launcher, 0)  # asked first: to try the lock is to be in the way, however shortly
         with open(path) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
-        return (record.read_json(path) or {}).get("pid") == attempt["launcher"]
+        return True
     except OSError:
         return False
 

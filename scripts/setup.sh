@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Open a session: branch autoresearch/TAG, the dataset in train.py, a fresh results.tsv.
 #
-# usage: make setup TAG=nov24 [DATASET=climbmix]
+# usage: make setup TAG=nov24 [DATASET=climbmix] [TUNE=0]
 #
+# Where the dataset is prepared, train.py is fitted to this machine (make tune), and that is the session's first
+# commit; what was found before for the same machine, dataset and budget is taken over. TUNE=0 leaves it out.
 # Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the
 # dataset is prepared, and if not, the command that prepares it. What was cut short is completed by the same command.
 # exit: 0 the session is open · 1 refused, and why; nothing was changed
@@ -97,6 +99,15 @@ git update-ref "refs/experiments/$tag/start" "$start" || fail
 git update-ref "$branch" "$start" || fail
 put_train "$start" || fail
 git symbolic-ref HEAD "$branch" || fail
+
+case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=$prepared ;; esac
+if [ "$tune" = True ] && grep -q '^DEPTH = ' train.py; then # another train.py may have nothing to fit
+  if scripts/tune.sh --known; then
+    git diff --quiet -- train.py || git commit -q -m "Session $tag: sizes fitted to this machine" train.py
+  else
+    echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
+  fi
+fi
 
 echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
 next="make baseline"

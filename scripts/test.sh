@@ -14,4 +14,4 @@ need_python
 unset AUTORESEARCH_BUDGET AUTORESEARCH_SEED AUTORESEARCH_FILES AUTORESEARCH_COLUMN AUTORESEARCH_CACHE AUTORESEARCH_LOCK
 [ -n "${ALL:-}" ] || set -- -m "not slow" "$@"
 unset ALL
-exec "${LAUNCH[@]}" -m pytest "$@"
+exec "${LAUNCH[@]}" -m pytest -n auto --dist worksteal "$@"

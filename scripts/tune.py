@@ -156,10 +156,25 @@ def written(text, constants):
     return text
 
 
+def known(device, dataset, budget):
+    """(file name, content) of the newest archived tuning of this machine, dataset and budget; None without one."""
+    for path in sorted(record.STORE.glob("tune_*.json"), reverse=True):
+        found = record.read_json(path) or {}
+        if (found.get("dataset"), found.get("budget")) == (dataset.name, budget):
+            if all(found["device"].get(key) == device[key] for key in ("name", "memory_gb", "backend")):
+                return path.name, found
+    return None
+
+
 def main():
     budget = record.settings()[0]
     dataset, device = prepare.get_dataset(train.DATASET), machine.describe()
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
+    path = ROOT / "train.py"
+    if "--known" in sys.argv and (found := known(device, dataset, budget)):
+        path.write_text(written(path.read_text(), found[1]["constants"]))
+        print(f"tune     as found before, data/{found[0]}: {found[1]['why']}")
+        return
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > BUSY * cores and not train.CUDA:
         print(f"error: this machine is busy (load {load:.1f} on {cores} cores): what is timed now would fit the load, "
@@ -191,7 +206,6 @@ def main():
         f"{budget:g} s are {tokens / 1e6:,.1f} M tokens in {tokens / choice['total']:,.0f} steps; depth "
         f"{choice['depth']}, {parameters / 1e6:.1f} M parameters in products, pays from {needed:,.1f} M tokens on"
     )
-    path = ROOT / "train.py"
     text = written(path.read_text(), constants)
     now = datetime.now().astimezone()
     found = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "device": device, "load": load}

@@ -5,6 +5,7 @@
 #
 # Times steps of the real train.py at a few sizes, one to two minutes, shows the table and why, and writes
 # DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Commits nothing. Outside a session commit it yourself.
+# --known, for make setup: writes what was found before for this machine, dataset and budget, where it was.
 # exit: 0 written · 1 refused or failed, and why · 2 the machine is busy; nothing was written
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
@@ -13,4 +14,4 @@ set -euo pipefail
 export_settings
 need_python
 same_dataset
-locked "${LAUNCH[@]}" scripts/tune.py
+locked "${LAUNCH[@]}" scripts/tune.py "$@"

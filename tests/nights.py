@@ -13,6 +13,7 @@ import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 
@@ -197,7 +198,7 @@ def imported(folder, programs, tag, last, head):
 
 
 def write(folder, told, commits, tag, clock, draw, budget, describe, change):
-    data, session = folder / "data", folder / "data" / "sessions" / tag
+    data, session = folder / "data", folder / "data" / "sessions" / quote(tag, safe="")
     session.mkdir(parents=True, exist_ok=True)
     events, table, journal, row, stamp = [], [HEADER], ["# Research journal\n"], 0, None
 
@@ -219,7 +220,7 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
             clock += timedelta(seconds=budget + 57)
             figures = (facts["seed"], facts["bpb"], facts["rate"], draw, budget, facts["busy"])
             made = a_record(p.blob, commit, clock, *figures, change)
-            (data / f"run_{clock:%Y%m%d_%H%M%S}_{tag}.json").write_text(json.dumps(made, indent=1))
+            (data / f"run_{clock:%Y%m%d_%H%M%S}_{len(tag)}.json").write_text(json.dumps(made, indent=1))
             (data / "last_run.json").write_text(json.dumps(made, indent=1))
             note("end", id=stamp, status="valid", reason=None, exit_code=0, wall_seconds=budget + 57,
                  run_id=made["run_id"])  # fmt: skip
@@ -243,6 +244,8 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
         clock += timedelta(seconds=draw.choice((8, 20, 45)))
     (session / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (session / "results.tsv").write_text("\n".join(table) + "\n")
+    (folder / "results.tsv").unlink(missing_ok=True)
+    (folder / "results.tsv").symlink_to(session.relative_to(folder) / "results.tsv")
     log = folder / "internal" / "log"
     log.mkdir(parents=True, exist_ok=True)
     (log / f"log_{clock:%Y-%m-%d}.md").write_text("".join(journal))

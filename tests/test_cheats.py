@@ -242,6 +242,7 @@ class ChunkEnds1024(ChunkEnds):
     size = 1024
 
 
+@pytest.mark.slow
 def test_leaks_that_only_long_rows_show_are_refused(small_files, tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))

@@ -184,6 +184,7 @@ def all_texts(dataset=FILES):
     return {split: list(documents(dataset, split)) for split in SPLITS}
 
 
+@pytest.mark.slow
 def test_files_reads_all_three_kinds_at_any_depth(folder):
     (folder / "deep" / "er").mkdir(parents=True)
     (folder / "deep" / "er" / "a.parquet").write_bytes(parquet(texts(0, 300)))

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_baseline_against_best_in_turn_with_fresh_seeds(session):
     session.experiment("prepare.finish(1.4)", "keep", "better")
     session.experiment("prepare.finish(1.45)", "discard", "worse")

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import types
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -204,6 +205,14 @@ def test_the_stream_is_mixed_in_full_precision_and_keeps_its_own(dtype):
     assert np.array(normed.astype(mx.float32)) == pytest.approx(expected / scale, rel=0.02, abs=0.02)
 
 
+def test_a_norm_takes_along_a_share_of_that_of_the_token_before():
+    x, shift = mx.random.normal((2, 5, 8)), mx.random.normal((8,))
+    plain, shifted = (np.array(train.PLAIN["mix"](x, 0 * x, shift=s)[1]) for s in (None, shift))
+    expected = plain.copy()
+    expected[:, 1:] += np.array(shift) * plain[:, :-1]
+    np.testing.assert_allclose(shifted, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_loss_is_the_mean_of_what_the_logits_say():
     model, tokens = tiny(), tokens_of(3)
     logits = np.array(model(tokens[:, :-1]), np.float64)
@@ -376,7 +385,12 @@ def test_the_kernels_compute_what_the_plain_functions_do(dtype, limit, B, length
     with mx.stream(mx.gpu):
         x, y, x0 = (mx.random.normal((B, length, H * D)).astype(dtype) for _ in range(3))
         compare(kernels.mix, train.PLAIN["mix"], [x, y])
-        compare(kernels.mix, train.PLAIN["mix"], [x, y, x0, mx.array([0.8]), mx.array([-0.3])])
+        mixed, shift = [x, y, x0, mx.array([0.8]), mx.array([-0.3])], mx.random.normal((H * D,))
+        compare(kernels.mix, train.PLAIN["mix"], mixed)
+        compare(kernels.mix, train.PLAIN["mix"], [*mixed, shift])
+        alone = [partial(mix, x0=None, a=None, b=None) for mix in (kernels.mix, train.PLAIN["mix"])]
+        compare(*(lambda x, y, s, f=f: f(x, y, shift=s) for f in alone), [x, y, shift])
+        compare(lambda x: [kernels.relu_squared(x)], lambda x: [mx.square(mx.maximum(x, 0))], [x])
         *inputs, tokens = heads_inputs(B, length, H, D, dtype)
         plain = train.PLAIN["heads"]
         compare(lambda *a: kernels.heads(*a, tokens, train.ROPE_BASE), lambda *a: plain(*a, tokens), inputs)

@@ -100,9 +100,10 @@ class Agent:
         return self.settle(why)
 
 
+@pytest.mark.slow
 def test_a_night(laboratory):
     lab, agent = laboratory, Agent(laboratory)
-    lab.make("setup", "TAG=nov24", check=0)
+    lab.make("setup", "TAG=nov24", "TUNE=0", check=0)
     lab.make("baseline", "BUDGET=0.5", check=0)
     prepare_as_it_was = (lab.path / "prepare.py").read_text()
 

@@ -84,7 +84,7 @@ def reference_of(path, weight, n_embd):
     width = math.sqrt(768 / n_embd)
     if "embedding" in path:
         return AdamReference(weight, train.EMBEDDING_LR * width, 0.8, 0.95)
-    if path == "head.weight" or "value_gate" in path:
+    if path == "head.weight" or "value_gate" in path or "shift" in path:
         return AdamReference(weight, train.HEAD_LR * width, 0.8, 0.95)
     if path == "x0_lambdas":
         return AdamReference(weight, train.X0_LR, 0.96, 0.95)
@@ -212,7 +212,7 @@ def test_decay_takes_hold_only_where_update_and_weight_agree():
 EXPECTED = {
     "matrices": ["attention.qkv.", "attention.out.", "mlp.up.", "mlp.down."],
     "embeddings": ["token_embedding.", "attention.value_embedding."],
-    "head": ["head.", "attention.value_gate."],
+    "head": ["head.", "attention.value_gate.", "attention.shift", "mlp.shift"],
     "x0": ["x0_lambdas"],
     "resid": ["resid_lambdas"],
 }

@@ -227,6 +227,23 @@ def test_a_missing_tool_is_named(checkout, tmp_path):
     assert done.returncode and re.match(r"(error: sed is missing|.*sed: command not found)", done.stderr)
 
 
+def test_without_a_tool_discard_takes_nothing_along(session, tmp_path):
+    session.write_train("prepare.finish(1.6)")
+    (session.path / "notes.txt").write_text("mine")
+    session.git("add", "notes.txt")
+    session.git("commit", "-q", "-m", "notes")
+    head = session.git("rev-parse", "HEAD")
+    tools = ["bash", "env", "dirname", "basename", "git", "cat", "tr", "grep", "sed", "head", "sort", "cut"]
+    (tmp_path / "bin").mkdir()
+    for tool in tools:
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    for missing in tools[6:]:
+        (tmp_path / "bin" / missing).rename(tmp_path / "gone")
+        assert "error: " in session.script("discard", PATH=str(tmp_path / "bin")).stderr
+        assert session.git("rev-parse", "HEAD") == head
+        (tmp_path / "gone").rename(tmp_path / "bin" / missing)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem)
 def test_a_helper_that_asks_python_has_one(path):
     """Without PYTHON there is none before need_python; these tests give one, so only the text shows it."""

@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_old_record(full_disk, monkeypatch):
     monkeypatch.setattr(record, "STORE", full_disk / "data")
     write(number=1)
     (full_disk / "filler").write_bytes(bytes(250_000))
-    assert "No space left on device" in refusal(lambda: write(number=2, text="x" * 100_000))
+    assert "the disk is full" in refusal(lambda: write(number=2, text="x" * 100_000))
     assert json.loads((full_disk / "data" / "last_run.json").read_text())["number"] == 1
     assert len(list((full_disk / "data").iterdir())) == 2
 
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_old_record(full_disk, monkeypatch):
 def test_a_disk_that_fails_at_the_last_moment_leaves_the_old_record(data, tmp_path, monkeypatch):
     write(number=1)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert "No space left on device" in refusal(lambda: write(number=2))
+    assert "the disk is full" in refusal(lambda: write(number=2))
     assert json.loads((data / "last_run.json").read_text())["number"] == 1
     assert len(list(data.iterdir())) == 2
 

@@ -256,6 +256,7 @@ def test_the_check_finds_a_changed_byte_of_the_data(program, cache):
     assert done.stderr.startswith(f"error: {tokens} is damaged; run: make prepare DATASET=files")
 
 
+@pytest.mark.slow
 def test_the_check_alone_says_one_line_and_leaves_nothing(program):
     done, left = program("run.rehearse(honest, 16)", "--check")
     assert done.returncode == 0 and left is None and "trained" not in done.stdout
@@ -274,6 +275,7 @@ run.rehearse(model, 16)
 honest = model  # what is trained and finished"""
 
 
+@pytest.mark.slow
 def test_saved_weights_are_evaluated_again(program, tmp_path):
     done, left = program(MODULE.format(key=1))
     assert done.returncode == 0, done.stderr

@@ -138,6 +138,7 @@ def test_a_run_that_ignores_polite_signals_is_killed_too(session):
     assert not any(alive(int(pid)) for pid in (session.path / "pids").read_text().split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_and_marks_it(session, name):
     session.write_train(FAMILY)
@@ -200,6 +201,7 @@ def test_on_a_terminal_the_log_keeps_the_last_state_of_a_progress_line(session):
     assert "step 2\n" in log and "step 0" not in log
 
 
+@pytest.mark.slow
 def test_when_run_sh_is_killed_the_run_ends_and_counts_as_interrupted(session):
     session.write_train(FAMILY)
     process, pids = started(session)
@@ -213,6 +215,7 @@ def test_when_run_sh_is_killed_the_run_ends_and_counts_as_interrupted(session):
 # --- one run at a time -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_or_waits(session):
     session.write_train(
         "import os, time\nopen('pids', 'w').write(str(os.getpid()))\n"
@@ -377,6 +380,7 @@ def test_a_lock_that_cannot_be_made_says_how_another_is_chosen(session):
     assert "export AUTORESEARCH_LOCK=FILE" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_in_a_session_no_result_is_pushed_aside_before_it_is_logged(session):
     session.experiment("prepare.finish(1.4)")
     session.write_train("prepare.finish(1.3)")
@@ -393,6 +397,7 @@ def test_the_baseline_does_not_ask_to_be_logged(checkout):
     assert "verdict" in done.stdout and "next" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_same_train_is_not_run_twice_by_mistake(session):
     done = session.script("run", check=1)
     assert "was run before" in done.stderr and "1.500000" in done.stderr and "AGAIN=1" in done.stderr

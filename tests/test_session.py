@@ -81,6 +81,7 @@ def test_without_a_session(checkout):
     assert "make baseline" in checkout.script("results", check=0).stdout
 
 
+@pytest.mark.slow
 def test_session_in_a_worktree_and_from_a_detached_head(checkout, tmp_path):
     checkout.git("checkout", "-q", "--detach")
     other = tmp_path / "zweiter Baum"
@@ -164,6 +165,7 @@ def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
     assert "verdict  rerun: the machine was shared" in done.stdout and "next     make run PAIR=1" in done.stdout
 
 
+@pytest.mark.slow
 def test_noise_that_could_make_the_difference_asks_for_more_and_then_says_none_was_seen(session):
     session.write_train(outcomes(session, 1.5, 1.504, 1.496, 1.5), commit="noisy baseline")
     for _ in range(4):
@@ -179,6 +181,7 @@ def test_noise_that_could_make_the_difference_asks_for_more_and_then_says_none_w
     assert session.rows[-1][1] == "1.498500"  # the mean, which decided
 
 
+@pytest.mark.slow
 def test_each_session_has_its_own_table_and_reference(session):
     session.experiment("prepare.finish(1.4)", "keep", "kept in t")
     kept = session.git("rev-parse", "HEAD")
@@ -220,6 +223,7 @@ def test_verdict_is_against_the_last_kept_run(session):
     assert "-0.050000" in done.stdout and "logged, as row 4" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -85,5 +85,5 @@ def test_what_a_hook_exports_does_not_lead_to_another_repository(session, tmp_pa
     session.run("git", "init", "-q", str(tmp_path / "other"), check=0)
     head = session.git("rev-parse", "HEAD")
     session.env.update(GIT_DIR=str(tmp_path / "other" / ".git"), GIT_WORK_TREE=str(tmp_path / "other"))
-    assert session.script("run", check=0, AGAIN="1").stdout.startswith(f"valid    {head[:7]} ")
+    assert f" {head[:7]} " in session.script("run", check=0, AGAIN="1").stdout
     session.script("verdict", check=0)

@@ -54,8 +54,8 @@ def test_the_size_of_a_model_is_that_of_the_model(tune):
     for depth in (1, 2, 5):
         config = train.GPTConfig(vocab_size=50, sequence_length=16, depth=depth, windows="L")
         flops = bench.flops_per_token(config, train.GPT(config).parameters())
-        scalars_and_gates = 2 * depth + train.GATE_CHANNELS * config.n_head * math.ceil(depth / 2)
-        assert tune.size_of(depth, 50, 16)[1] == flops - 6 * scalars_and_gates
+        gates = train.GATE_CHANNELS * config.n_head * math.ceil(depth / 2)
+        assert tune.size_of(depth, 50, 16)[1] == flops - 6 * gates
 
 
 def machine(speed, memory=lambda depth, rows: 100.0, asked=None):
@@ -130,6 +130,7 @@ def test_only_the_three_lines_change(tune):
         tune.written(text.replace("\nDEPTH = ", "\nLAYERS = "), {"DEPTH": 6})
 
 
+@pytest.mark.slow
 def test_a_whole_tuning(tmp_path):
     """The real scripts and train.py, a dataset of small sizes, and a machine that is not asked whether it is busy."""
     checkout = new_checkout(tmp_path / FOLDER, tmp_path / "home", HARNESS)
@@ -153,7 +154,11 @@ def test_a_whole_tuning(tmp_path):
     done = checkout.script("tune", check=2)
     assert done.stderr.startswith("error: this machine is busy (load ") and path.read_text() == text
     script.write_text(quiet.replace("BUSY = 0.4", "BUSY = 1e9"))
-    done = checkout.make("tune", "BUDGET=5", check=0)
+    checkout.git("add", "-A")
+    checkout.git("commit", "-q", "-m", "start")
+    done = checkout.make("setup", "TAG=t", "BUDGET=5", check=0)
+    assert checkout.git("diff", "--name-only", "main", "autoresearch/t") == "train.py"
+    assert checkout.git("rev-parse", "autoresearch/t") == checkout.refs("t")["start"]
     (archive,) = (checkout.path / "data").glob("tune_*.json")
     record = json.loads(archive.read_text())
     constants = record["constants"]
@@ -166,3 +171,23 @@ def test_a_whole_tuning(tmp_path):
               (("depth", "DEPTH"), ("total", "TOTAL_BATCH_SIZE"), ("rows", "DEVICE_BATCH_SIZE")))]  # fmt: skip
     assert chosen and chosen[0]["tok_sec"] > 0
     assert blob_hash(path) != blob_hash(ROOT / "train.py")
+    tuned = path.read_text()
+    checkout.git("checkout", "-q", "main")
+    done = checkout.make("setup", "TAG=u", "BUDGET=5", check=0)  # the same again is not timed again
+    assert path.read_text() == tuned and f"as found before, data/{archive.name}" in done.stdout
+    assert checkout.git("rev-list", "--count", "main..autoresearch/u") == "1"
+    checkout.git("checkout", "-q", "main")
+    checkout.make("setup", "TAG=v", "BUDGET=5", "TUNE=0", check=0)
+    assert checkout.git("rev-parse", "autoresearch/v") == checkout.git("rev-parse", "main")
+    assert list((checkout.path / "data").glob("tune_*.json")) == [archive]
+
+
+def test_a_session_opens_where_nothing_can_be_fitted(checkout):
+    """tune.sh refuses, busy or broken: the presets stay, it is said in a line, and the session is open."""
+    script = checkout.path / "scripts" / "tune.sh"
+    script.write_text("#!/usr/bin/env bash\necho 'error: this machine is busy' >&2\nexit 2\n")
+    checkout.write_train("DEPTH = 2\nprepare.finish(1.5)", commit="")
+    checkout.git("commit", "-q", "-a", "-m", "a train.py with sizes")
+    done = checkout.script("setup", check=0, TAG="t")
+    assert "tune     nothing fitted (see above)" in done.stdout and "this machine is busy" in done.stderr
+    assert checkout.git("rev-parse", "HEAD") == checkout.git("rev-parse", "main") == checkout.refs("t")["start"]

@@ -1,0 +1,475 @@
+"""The morning's page, the brief and the screen: true, whole where something is missing, and safe to open."""
+
+import fcntl
+import html
+import json
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import termios
+from html.parser import HTMLParser
+
+import nights
+import pytest
+from conftest import ROOT, STANDIN, Checkout, clean_environment, new_checkout
+
+COUNT = 24  # experiments of the night that most tests read
+HOSTILE = [
+    "<script>document.title='taken'</script>", '"><img src=x onerror="document.title=\'taken\'">',
+    "</template><b>out</b>", "</script><script>document.title='taken'</script>", "</pre></details><h1>taken</h1>",
+    "{{ 7 * 7 }} {% raw %}",
+    "javascript:document.title='taken'", "$\\frac{1}{0}$ and $HOME `touch taken`", "&lt;b&gt; &amp; ]]> <!-- -->",
+    "<svg onload=\"document.title='taken'\">", "x" * 400, "日本語 🙂 \u202e sdrawkcab", "'; touch taken; echo '",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A clone with the real train.py and no session yet."""
+    folder = tmp_path_factory.mktemp("lab")
+    clone = new_checkout(folder / "ein répo", folder / "home", harness=(STANDIN, ROOT / "train.py"))
+    clone.git("add", "-A")
+    clone.git("commit", "-q", "-m", "start")
+    return clone
+
+
+def a_copy(source, folder):
+    shutil.copytree(source.path, folder / "clone", symlinks=True)
+    (folder / "home").mkdir()
+    return Checkout(folder / "clone", clean_environment(folder / "home"))
+
+
+@pytest.fixture(scope="module")
+def whole(lab, tmp_path_factory):
+    """A night of 24 experiments, some of them gains, with its report."""
+    clone = a_copy(lab, tmp_path_factory.mktemp("whole"))
+    nights.make(clone.path, COUNT, share=(0.15, 0.1), seed=3)
+    clone.told = clone.make("report", check=0).stdout
+    return clone
+
+
+@pytest.fixture
+def night(whole, tmp_path):
+    """A copy of it to damage."""
+    return a_copy(whole, tmp_path)
+
+
+def page(clone):
+    return (clone.path / "data" / "report.html").read_text()
+
+
+def section(clone, name):
+    """The text of a part of the page."""
+    return Words(page(clone).split(f'id="t-{name}"')[1].split("</section>")[0]).text
+
+
+class Words(HTMLParser):
+    """The text of a page as it is seen, and its elements."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.tags = "", []
+        self.feed(text)
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_the_page_is_one_file_that_asks_nothing_of_a_network(whole):
+    text = page(whole)
+    for tag, attributes in Words(text).tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed")
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#")
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert len(text) < 1e6
+
+
+def test_the_picture_has_the_size_that_people_post(whole):
+    content = (whole.path / "data" / "progress.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", content[16:24]) == (1200, 675)
+
+
+def test_page_brief_and_table_tell_the_same_gain(whole):
+    standing = whole.make("results", check=0).stdout.splitlines()[-1]
+    gain = re.search(r"gain ([+-][\d.]+) ± ([\d.]+) \((\d) and (\d) runs", standing).groups()
+    text = Words(page(whole)).text
+    assert f"{float(gain[0]):+.4f} ±" in text and f"{gain[2]} runs of the baseline, {gain[3]} of the best" in text
+    assert f"gain {gain[0]} ±" in whole.make("brief", check=0).stdout
+
+
+def test_every_kept_change_is_told_with_its_diff_and_taken_home_by_commands_that_work(whole, tmp_path):
+    clone = a_copy(whole, tmp_path)
+    rows = [row for row in clone.rows if row[4] == "keep"][1:]
+    assert len(rows) > 1
+    story = section(clone, "story")
+    for row in rows:
+        assert row[5] in story and row[0] in story
+    assert len(re.findall(r"^\+ *\w", story, re.MULTILINE)) >= len(rows)
+    blocks = [html.unescape(block) for block in re.findall("<pre>(git .*?)</pre>", page(clone), re.DOTALL)]
+    clone.run("bash", "-ec", blocks[1], check=0)
+    assert clone.git("rev-parse", "HEAD:train.py") == clone.git("rev-parse", f"{rows[-1][0]}:train.py")
+    assert clone.git("rev-list", "--count", "main..HEAD") == str(len(rows))
+    clone.run("bash", "-ec", blocks[0], check=0)
+    assert clone.git("rev-parse", "HEAD") == clone.git("rev-parse", rows[-1][0])
+
+
+def test_what_crashed_says_why(whole):
+    assert "ValueError: shapes (4,8) and (8,2) differ" in section(whole, "failed")
+
+
+# --- what is missing is said, and the rest is shown -----------------------------------------------------
+
+
+def no_archive(clone):
+    for path in (clone.path / "data").glob("*run*.json"):
+        path.unlink()
+    return "runs have no record"
+
+
+def damaged_archive(clone):
+    for number, path in enumerate(sorted((clone.path / "data").glob("run_*.json"))):
+        path.write_text(["", "{", "[]", path.read_text().replace("1.1", "1.0")][number % 4])
+    return "runs have no record in data/, or a damaged one"
+
+
+def by_hand(clone):
+    table = clone.path / "data" / "sessions" / "t" / "results.tsv"
+    lines = table.read_text().splitlines()
+    edited = [
+        *lines[:4],
+        lines[4] + " (edited)",
+        "not a row",
+        "abcdef0\t1.000000\t1.0\t9\tdiscard\tby hand",
+        *lines[5:],
+    ]
+    table.write_text("\n".join(edited) + "\n")
+    return "by hand: rows 4, 5"
+
+
+def no_events(clone):
+    (clone.path / "data" / "sessions" / "t" / "events.jsonl").unlink()
+    return "by hand: rows 1, 2, 3"
+
+
+def no_git(clone):
+    shutil.rmtree(clone.path / ".git")
+    return "git does not know the program"
+
+
+def unfinished(clone):
+    """A line cut short, a run that goes on, a look at held-out text, and another session's records beside it."""
+    log = clone.path / "data" / "sessions" / "t" / "events.jsonl"
+    look = {"event": "holdout", "time": "2099-01-01T00:00:00+00:00", "baseline": "a" * 7, "best": "b" * 7, "pairs": 1,
+            "night": 0.01, "fresh": [0.01, float("nan")], "test": [0.0123, float("nan")]}  # fmt: skip
+    begun = {"event": "begin", "time": "2099-01-01T00:00:00+00:00", "id": "x", "role": "candidate", "pair": None,
+             "tag": "t", "commit": "1" * 40, "train_blob": "2" * 40, "budget": 9.0, "seed": 1,
+             "launcher": 1}  # fmt: skip
+    with log.open("a") as out:
+        out.write('{"event": "end", "id": "\n' + json.dumps(look) + "\n" + json.dumps(begun) + "\n")
+    another_night_beside(clone)
+    return ""
+
+
+def another_night_beside(clone):
+    clone.git("checkout", "-q", "main")
+    nights.make(clone.path, 5, "other", seed=9)
+    clone.git("checkout", "-q", "autoresearch/t")
+
+
+@pytest.mark.parametrize("damage", [no_archive, damaged_archive, by_hand, no_events, no_git, unfinished])
+def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
+    missing = damage(night)
+    done = night.run(night.env["PYTHON"], "scripts/report.py", "--tags=t", check=0)
+    assert missing in done.stdout and not done.stderr
+    text = Words(page(night)).text
+    assert missing in text
+    for row in (night.path / "data" / "sessions" / "t" / "results.tsv").read_text().splitlines()[1:]:
+        if row.count("\t") == 5:
+            assert row.split("\t")[5] in text
+    if damage is unfinished:
+        assert "on held-out text the gain is +0.0123, by one pair" in text and "measured on held-out" not in text
+        brief = night.run(night.env["PYTHON"], "scripts/brief.py", "--tag=t", check=0).stdout
+        assert len(brief.splitlines()) <= 60 and "held out +0.0123" in brief
+
+
+def test_a_night_that_has_hardly_begun_has_a_page(session):
+    """A real session: its baseline, then an idea that was worse."""
+    for tried in (0, 1):
+        if tried:
+            session.experiment("prepare.finish(1.6)", "discard")
+        assert session.make("report", check=0).stderr == ""
+        text = Words(page(session)).text
+        assert f"Nothing better than the baseline yet: {tried} idea" in text and "noise is unknown" in text
+
+
+def test_an_unknown_session_is_refused(night):
+    assert night.script("report", TAG="nov99", check=1).stderr.startswith("error: there is no session 'nov99'")
+
+
+def test_several_sessions_stand_side_by_side(night):
+    another_night_beside(night)
+    night.make("report", "TAG=t other", check=0)
+    words = Words(page(night))
+    assert "2 sessions, side by side" in words.text
+    ids = [attributes["id"] for _, attributes in words.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    both = night.make("results", "ALL=1", check=0).stdout
+    assert both.count("standing:") == 2 and "\nt\n" in "\n" + both and "\nother\n" in "\n" + both
+
+
+# --- for the agent, for the terminal ------------------------------------------------------------------------
+
+
+def test_the_brief_holds_what_an_agent_needs_in_sixty_lines(whole):
+    told = whole.make("brief", check=0).stdout
+    assert len(told.splitlines()) <= 60 and max(map(len, told.splitlines())) <= 125
+    for words in ("baseline ", "best ", "noise ", "kept, the oldest first:", "dead ends", "open questions",
+                  "not touched by any experiment:", "newest run: "):  # fmt: skip
+        assert words in told
+    untouched = told[told.index("not touched") :]
+    assert "LOGITS_AT_ONCE" not in untouched or "DEVICE_BATCH_SIZE" in untouched
+    assert "MATRIX_LR," not in untouched.replace("X0_LR", "")
+
+
+def test_a_plateau_is_named_and_what_is_due(lab, tmp_path):
+    clone = a_copy(lab, tmp_path)
+    nights.make(clone.path, 16, share=(0.0, 0.0), seed=5)
+    assert "plateau: no kept gain in 15 experiments. Due: " in clone.make("brief", check=0).stdout
+
+
+def screen(clone, columns):
+    """What `make watch` draws on a terminal so wide, as lines."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    child = subprocess.Popen([clone.path / "scripts" / "watch.sh"], cwd=clone.path, env=clone.env, stdin=theirs,
+                             stdout=theirs, stderr=theirs, start_new_session=True)  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    while b"\x1b[J" not in seen:
+        seen += os.read(ours, 65536)
+    os.killpg(child.pid, 2)
+    while child.poll() is None:
+        try:
+            os.read(ours, 65536)
+        except OSError:
+            break
+    assert child.wait() in (0, -2, 130)
+    return re.sub(r"\x1b\[\d*[A-Z]", "", seen.decode()).replace("\r", "").splitlines()
+
+
+def test_the_screen_fits_a_narrow_terminal_and_prints_once_over_a_pipe(whole):
+    once = whole.make("watch", check=0).stdout
+    assert f"{COUNT} experiments" in once and once.count("\x1b") == 0
+    lines = screen(whole, 60)
+    assert max(map(len, lines)) <= 60 and len(lines) <= 23 and f"{COUNT} experiments" in lines[0]
+
+
+def test_the_screen_follows_a_run_and_the_run_does_not_notice(session):
+    """The run writes where it is; the next one that starts has nothing of it."""
+    body = """import os, subprocess, record
+curve = [(0.5, 3.0, 100, 1.0), (1.5, 2.5, 200, 1.0)]
+record.tell_step(curve, 4.0)
+print(subprocess.run(["scripts/watch.sh"], capture_output=True, text=True).stdout)
+prepare.finish(1.4)"""
+    session.experiment(body, "keep")
+    seen = (session.path / "run.log").read_text()
+    assert "38 %" in seen and "loss 2.5000" in seen and "2 s left" in seen and "100 tok/s" in seen
+    assert "valid" in session.make("watch", check=0).stdout
+    session.experiment("import subprocess\nprint(subprocess.run(['scripts/watch.sh'], capture_output=True, text=True)"
+                       ".stdout)\nprepare.finish(1.3)")  # fmt: skip
+    assert "starting" in (session.path / "run.log").read_text()
+
+
+# --- ON_RESULT ---------------------------------------------------------------------------------------------
+
+
+def test_a_command_of_the_users_gets_the_summary(session, tmp_path):
+    told = tmp_path / "told it"
+    session.write_train("prepare.finish(1.4)")
+    done = session.make("run", f"ON_RESULT=cat > '{told}.part' && mv '{told}.part' '{told}'; echo heard", check=0)
+    for _ in range(200):
+        if told.exists():
+            break
+        subprocess.run(["sleep", "0.05"])
+    assert told.read_text() == done.stdout
+
+
+def test_its_failure_or_slowness_never_touches_the_run(session):
+    """A run is over when all ends of its pipes are closed: so nothing of the command holds one, nor the lock."""
+    session.write_train("prepare.finish(1.4)")
+    for again, command in enumerate(("sleep 1000", "exit 3", "exec 1>&- 2>&-; cat /dev/zero", "kill -9 $PPID")):
+        done = session.script("run", ON_RESULT=command, AGAIN=str(again), check=0)
+        assert "val_bpb             1.400000" in done.stdout and done.stderr == ""
+
+
+# --- in a browser ------------------------------------------------------------------------------------------
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no Chromium on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """opened(clone, width, scheme): its page; at the end nothing may have been complained of on the console."""
+    complaints, contexts = [], []
+
+    def open_(clone, width=1400, scheme="light", path="data/report.html"):
+        context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme)
+        contexts.append(context)
+        shown = context.new_page()
+        shown.on("console", lambda message: complaints.append(message.text))
+        shown.on("pageerror", lambda error: complaints.append(str(error)))
+        shown.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        shown.on(
+            "request", lambda request: complaints.append(request.url) if "report.html" not in request.url else None
+        )
+        shown.goto((clone.path / path).as_uri())
+        return shown
+
+    yield open_
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def column(shown, number):
+    return shown.eval_on_selector_all(
+        f"tr.row:not([hidden]) td:nth-child({number})", "cells => cells.map(c => c.textContent)"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_overflows_and_every_word_can_be_read(whole, opened, width, scheme):
+    shown = opened(whole, width, scheme)
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    pictures = shown.locator("figure svg:visible")
+    assert pictures.count() == 2 and pictures.first.bounding_box()["width"] <= width
+    dark = shown.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    channels = [int(c) for c in re.findall(r"\d+", dark)[:3]]
+    assert (max(channels) < 60) == (scheme == "dark")
+    ink = shown.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+    assert abs(int(re.findall(r"\d+", ink)[0]) - channels[0]) > 80
+
+
+@pytest.mark.slow
+def test_the_table_sorts_and_filters(whole, opened):
+    shown = opened(whole)
+    assert column(shown, 1) == [str(n) for n in range(1, COUNT + 1)]
+    shown.get_by_role("button", name="val_bpb").click()
+    values = column(shown, 3)
+    figures = [float(v) for v in values if v != "–"]
+    assert figures == sorted(figures) and values[len(figures) :] == ["–"] * (COUNT - len(figures))
+    shown.get_by_role("button", name="val_bpb").click()
+    assert [float(v) for v in column(shown, 3)[: len(figures)]] == sorted(figures, reverse=True)
+    crashed = column(shown, 2).count("crash")
+    for status in ("keep", "discard"):
+        shown.get_by_label(status, exact=True).uncheck()
+    assert column(shown, 2) == ["crash"] * crashed and f"{crashed} of {COUNT}" in shown.inner_text(".controls")
+    shown.get_by_label("keep", exact=True).check()
+    shown.get_by_label("discard", exact=True).check()
+    shown.get_by_label("filter by text").fill("LR 0.3")
+    assert column(shown, 10) and all("LR 0.3" in words for words in column(shown, 10))
+
+
+@pytest.mark.slow
+def test_an_experiment_opens_by_keyboard_alone_with_curve_entry_and_diff(whole, opened):
+    shown = opened(whole)
+    tried = next(row for row in whole.rows[5:] if row[4] == "discard")
+    shown.get_by_label("filter by text").focus()
+    shown.keyboard.type(tried[5])
+    for _ in range(14):  # three boxes and ten heads lie between
+        shown.keyboard.press("Tab")
+    number = shown.evaluate("document.activeElement.textContent")
+    assert number == column(shown, 1)[0]
+    shown.keyboard.press("Enter")
+    inside = shown.locator("td.inside")
+    assert inside.locator(".curve path").count() >= 2 and "reference" in inside.locator(".curve").inner_text()
+    assert "Verdict against" in inside.inner_text() and "@@" in inside.inner_text()
+    inside.get_by_text("journal entry").focus()
+    shown.keyboard.press("Enter")
+    assert f"## {number}." in inside.inner_text()
+    shown.evaluate("document.activeElement.blur()")
+    shown.locator("tr.row button").first.focus()
+    shown.locator(f"#e-t-{number} button").focus()
+    shown.keyboard.press("Space")
+    assert not inside.is_visible()
+
+
+@pytest.mark.slow
+def test_a_link_to_an_experiment_opens_it_whatever_is_filtered(whole, opened):
+    shown = opened(whole)
+    shown.get_by_label("filter by text").fill("nothing has this")
+    assert column(shown, 1) == []
+    shown.locator(".story a").first.click()
+    inside = shown.locator("td.inside")
+    assert inside.is_visible() and inside.bounding_box()["y"] < 850
+    assert len(column(shown, 1)) == COUNT
+    shown.locator(".story summary").first.click()
+    assert shown.locator(".story pre .add").first.is_visible()
+
+
+@pytest.fixture
+def hostile(lab, tmp_path):
+    """A night whose every text tries to become more than text: descriptions, findings, diffs, reasons, tags."""
+    clone = a_copy(lab, tmp_path)
+    (clone.path / "train.py").write_text("".join(f"# {words}\n" for words in HOSTILE) + (ROOT / "train.py").read_text())
+    clone.git("commit", "-q", "-am", HOSTILE[0])
+
+    def hostile(number, words):
+        text = HOSTILE[number % len(HOSTILE)]
+        return text, text, text
+
+    nights.LINES["def softcap"] = ("</script><b>", f"    '''{HOSTILE[1]} {HOSTILE[3]}'''")
+    nights.make(clone.path, 30, 'x"><b>', describe=hostile, share=(0.3, 0.2), change={"dataset": HOSTILE[0]})
+    return clone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1400])
+def test_no_text_injects_anything(hostile, opened, width):
+    tag = 'x"><b>'
+    hostile.run(hostile.env["PYTHON"], "scripts/report.py", f"--tags={tag}", check=0)
+    shown = opened(hostile, width)
+    for button in shown.locator("tr.row button").all():
+        button.click()
+    shown.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert "taken" not in shown.title()
+    assert shown.locator("b, img, h1:has-text('taken'), figure script, td script").count() == 0
+    assert shown.locator("script").count() == 2
+    text = shown.inner_text("body")
+    for words in HOSTILE:
+        assert words[:200] in re.sub(r"\s+", " ", text)
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    clean = shown.locator("#x---b--home pre").nth(1).inner_text()
+    hostile.run("bash", "-ec", clean, check=0)
+    assert not (hostile.path / "taken").exists() and hostile.git("log", "--format=%s").count("taken") > 3
+
+
+@pytest.mark.slow
+def test_a_thousand_experiments_are_one_page_that_a_phone_can_hold(lab, tmp_path, opened):
+    clone = a_copy(lab, tmp_path)
+    nights.make(clone.path, 1000)
+    clone.run(clone.env["PYTHON"], "scripts/report.py", "--tags=t", check=0)
+    assert (clone.path / "data" / "report.html").stat().st_size < 5e6
+    shown = opened(clone)
+    assert len(column(shown, 1)) == 1000
+    assert len(clone.run(clone.env["PYTHON"], "scripts/brief.py", "--tag=t", check=0).stdout.splitlines()) <= 60
