@@ -421,7 +421,8 @@ def test_a_link_to_an_experiment_opens_it_whatever_is_filtered(whole, opened):
     assert column(shown, 1) == []
     shown.locator(".story a").first.click()
     inside = shown.locator("td.inside")
-    assert inside.is_visible() and inside.bounding_box()["y"] < 850
+    inside.wait_for()
+    assert inside.bounding_box()["y"] < 850
     assert len(column(shown, 1)) == COUNT
     shown.locator(".story summary").first.click()
     assert shown.locator(".story pre .add").first.is_visible()
