@@ -17,12 +17,10 @@ cd "$ROOT"
 say() { printf '%s\n' "$*" >&2; }
 
 die() {
-  local text="$*"
-  say "error: ${text//[[:cntrl:]]/ }" # what was typed may hold anything
+  local text="$*" && say "error: ${text//[[:cntrl:]]/ }" # what was typed may hold anything
   exit 1
 }
 
-# git ends with 128 where it cannot go on, and says so in words of its own.
 trap '[ $? -ne 128 ] || { say "error: git could not go on (see above); mend that, and run the same again"; exit 1; }' EXIT
 
 # bash calls this where a command is not found (3.2 does not, and says it in its own words)
@@ -153,7 +151,7 @@ read_git() {
   [ -e .git ] && command -v git >/dev/null || return 0
   local folders
   folders=$(git rev-parse --git-dir --git-common-dir) || die "git does not work in $ROOT (see above)"
-  drop_stale_locks "${folders%%$'\n'*}" "${folders#*$'\n'}"
+  scripts/git-locks.sh "${folders%%$'\n'*}" "${folders#*$'\n'}" || exit 1
   HEAD=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
   BRANCH=$(git symbolic-ref -q HEAD) || BRANCH='' # not --short: that name depends on which tags exist
   BRANCH=${BRANCH#refs/heads/}
@@ -175,37 +173,8 @@ refuse_detached() {
 
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment; git writes it in place.
 put_train() {
-  git cat-file blob "$1:train.py" | PYTHONPATH=scripts${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -c '
-import session, sys
-session.run_command(session.record.write_atomically, "train.py", sys.stdin.buffer.read())'
+  git cat-file blob "$1:train.py" | helper session
   git restore --source="$1" --staged -- train.py
-}
-
-# OWN COMMON (git's folders): a git that was killed leaves its lock files, and the next one would refuse. What stays
-# where no git is at work is nobody's.
-drop_stale_locks() {
-  # shellcheck disable=SC2016  # for eval
-  local found name locks='find "$1"/*.lock "$2"/*.lock "$2/refs/heads" "$2/refs/experiments" -name "*.lock" 2>/dev/null'
-  [ -n "$(eval "$locks" || true)" ] || return 0
-  for _ in 1 2 3 4 5 6 7 8 9 10; do
-    sleep 1
-    git_runs_here || break
-  done
-  found=$(eval "$locks" | sort -u) || true
-  [ -n "$found" ] || return 0
-  ! git_runs_here || die "git is at work, or was cut off; if it was, remove $(printf '%s' "$found" | tr '\n' ' ')"
-  printf '%s\n' "$found" | while IFS= read -r name; do rm -f "$name"; done
-  say "note: a git that was killed left its lock, which is removed: $(printf '%s' "$found" | tr '\n' ' ')"
-}
-
-git_runs_here() {
-  local pid folder
-  for pid in $(ps -A -o pid= -o comm= | sed -nE 's,^ *([0-9]+) (.*/)?git$,\1,p'); do
-    folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
-    case $folder/ in "$ROOT"/*) return 0 ;; esac
-    [ -n "$folder" ] || ! kill -0 "$pid" 2>/dev/null || return 0 # it may be ours
-  done
-  return 1
 }
 
 short() { printf '%.7s' "$1"; }

@@ -240,8 +240,9 @@ def clear_up(sitting):
     for folder in Path(tempfile.gettempdir()).glob(PREFIX + "*-*"):
         pid = folder.name.split("-")[1]
         if pid.isdecimal() and folder.lstat().st_uid == os.getuid() and not record.is_alive(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-    session.git("worktree", "prune")
+            ours = session.git("worktree", "remove", "--force", "--force", str(folder / "tree")) is not None
+            if ours or not (folder / "tree" / ".git").exists():  # else another clone's
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

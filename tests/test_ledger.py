@@ -163,7 +163,7 @@ def test_a_read_only_table_refuses_and_the_same_command_completes(ran):
 
 
 @pytest.mark.parametrize("full_at", ["results.tsv", "journal"])
-def test_a_full_disk_loses_nothing_and_the_same_command_completes(ran, full_at):
+def test_a_full_disk_loses_nothing_and_the_next_command_completes(ran, full_at):
     # a limit on file sizes fails as a full disk does: in the middle of a write
     grown = (ran.path / "results.tsv").resolve()
     if full_at == "journal":
@@ -183,8 +183,7 @@ def test_a_full_disk_loses_nothing_and_the_same_command_completes(ran, full_at):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert grown.read_bytes() == before
     ran.write_train("prepare.finish(1.3)", commit="next")
-    assert "not logged yet" in ran.script("run", check=1).stderr  # half a log is no log
-    log(ran)
+    assert "it is completed" in ran.script("run", check=0).stderr  # half a log is no log
     assert len(ran.rows) == rows + 1 and ran.rows[-1][5] == "warmer"
     assert grown.read_bytes().startswith(before) and ran.journal.count(". keep: warmer") == 1
 

@@ -240,8 +240,10 @@ def main(args):
     if args.only:
         at, form = args.only.split(":")
         points = [(int(at), form)]
+    else:  # always with the power cuts after success
+        points = [*points[:-2][args.part :: args.every], *points[-2:]]
     failures = 0
-    for at, form in points[args.part :: args.every]:
+    for at, form in points:
         for line in try_point(lab, at, form, wanted, last):
             op = next((op for op in operations if op["n"] == at), {"op": "after the end"})
             where = op.get("verb") or os.path.relpath(op.get("path", ""), lab.folder) if at <= last else ""

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Remove the lock files of a git that was killed, for which every later one would refuse.
+#
+# usage: scripts/git-locks.sh GIT_DIR GIT_COMMON_DIR
+#
+# What stays where no git is at work is nobody's. While one is, it is waited for, ten seconds long.
+# exit: 0 there is none any more · 1 a git is at work, or was cut off
+set -euo pipefail
+
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  sed -n -e '1d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
+  exit 0
+fi
+own=$1 common=$2
+locks() {
+  find "$own"/*.lock "$common"/*.lock "$common/refs/heads" "$common/refs/experiments" -name '*.lock' 2>/dev/null | sort -u || true
+}
+git_runs_here() {
+  local pid folder
+  for pid in $(ps -A -o pid= -o comm= | sed -nE 's,^ *([0-9]+) (.*/)?git$,\1,p'); do
+    folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
+    case $folder/ in "$PWD"/*) return 0 ;; esac
+    [ -n "$folder" ] || ! kill -0 "$pid" 2>/dev/null || return 0 # it may be here
+  done
+  return 1
+}
+
+[ -n "$(locks)" ] || exit 0
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+  sleep 1
+  git_runs_here || break
+done
+found=$(locks)
+[ -n "$found" ] || exit 0
+listed=$(printf '%s' "$found" | tr '\n' ' ')
+if git_runs_here; then
+  echo "error: git is at work, or was cut off; if it was, remove $listed" >&2
+  exit 1
+fi
+printf '%s\n' "$found" | while IFS= read -r name; do rm -f "$name"; done
+echo "note: a git that was killed left its lock, which is removed: $listed" >&2
