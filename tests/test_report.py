@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import termios
@@ -249,12 +250,13 @@ def screen(clone, columns):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     child = subprocess.Popen([clone.path / "scripts" / "watch.sh"], cwd=clone.path, env=clone.env, stdin=theirs,
-                             stdout=theirs, stderr=theirs, start_new_session=True)  # fmt: skip
+                             stdout=theirs, stderr=theirs, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     os.close(theirs)
     seen = b""
     while b"\x1b[J" not in seen:
         seen += os.read(ours, 65536)
-    os.killpg(child.pid, 2)
+    os.killpg(child.pid, signal.SIGINT)
     while child.poll() is None:
         try:
             os.read(ours, 65536)
@@ -421,7 +423,8 @@ def test_a_link_to_an_experiment_opens_it_whatever_is_filtered(whole, opened):
     assert column(shown, 1) == []
     shown.locator(".story a").first.click()
     inside = shown.locator("td.inside")
-    assert inside.is_visible() and inside.bounding_box()["y"] < 850
+    inside.wait_for()
+    assert inside.bounding_box()["y"] < 850
     assert len(column(shown, 1)) == COUNT
     shown.locator(".story summary").first.click()
     assert shown.locator(".story pre .add").first.is_visible()
