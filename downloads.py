@@ -321,7 +321,6 @@ def download_all(jobs):
 # --- files on this machine ---------------------------------------------------------------------------
 
 
-
 def file_hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

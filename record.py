@@ -24,7 +24,7 @@ import stat
 import subprocess
 import sys
 import uuid
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -139,6 +139,24 @@ def append(path, text, header="", there=None):
     finally:
         os.close(descriptor)
     folder_to_disk(path.parent)  # each time: whoever made the file may have been killed before this
+
+
+@contextmanager
+def one_at_a_time(lock, optional=False):
+    """Hold a lock file, and wait where another process does: the kernel drops a dead one's.
+
+    optional: go on without it where it may not be written, as in a cache that may only be read.
+    """
+    try:
+        file = lock.open("w")
+    except PermissionError:
+        if not optional:
+            raise
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def remove_leftovers(folder):

@@ -5,7 +5,6 @@ memory-mapped array a split, with the offsets and the content hashes of its docu
 """
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +12,6 @@ import re
 import shutil
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -25,7 +23,7 @@ import tiktoken
 import data_sources
 from data_sources import SPLITS, cache_dir
 from downloads import file_hash, printable, remove_leftovers
-from record import folder_to_disk, read_json, to_disk, what_failed, write_atomically
+from record import folder_to_disk, one_at_a_time, read_json, to_disk, what_failed, write_atomically
 
 # --- tokenizer ---------------------------------------------------------------------------------
 
@@ -345,36 +343,41 @@ def prepare(dataset):
     start, root = time.monotonic(), cache_dir(dataset)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with suppress(PermissionError):  # of a cache that may only be read
-            lock = (root / ".lock").open("w")  # closed, and so free, when this returns: who waits finds all ready
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_leftovers(root)
-        known = (read_json(root / "tokens" / "meta.json") or {}).get("shards", {})
-        bad = [path for path in data_sources.shards(dataset) if known.get(path.name) not in (None, file_hash(path))]
-        for path in bad:
-            print(f"{dataset.name}: {path} is not as it was fetched; fetching it anew", flush=True)
-            path.unlink()
-        if bad:
-            data_sources.fetch(dataset)
-        if is_prepared(dataset):
-            changed = TokenCache.load(dataset).changed_file()
-            if not changed:
-                print(f"{dataset.name}: prepared in {root}")
-                return
-            print(f"{dataset.name}: {changed} is not as it was prepared; preparing anew", flush=True)
-        try:
-            meta = prepare_anew(dataset, root)
-        except data_sources.Damaged as error:
-            if not dataset.repo:
-                raise  # a person's own file
-            print(f"{error.code.removeprefix('error: ')}; fetching it anew", flush=True)
-            error.path.unlink()
-            meta = prepare_anew(dataset, root)
+        with one_at_a_time(root / ".lock", optional=True):  # who waits finds all ready
+            meta = prepare_where_needed(dataset, root)
     except OSError as error:
         sys.exit(f"error: {root}: {what_failed(error)}; AUTORESEARCH_CACHE moves the cache elsewhere")
+    if meta is None:
+        print(f"{dataset.name}: prepared in {root}")
+        return
     for split in SPLITS:
         print("{}: {} {documents:,} documents, {tokens:,} tokens".format(dataset.name, split, **meta[split]))
     print(f"{dataset.name}: prepared in {time.monotonic() - start:.0f} s in {root}")
+
+
+def prepare_where_needed(dataset, root):
+    """The cache's meta where something had to be made, else None."""
+    remove_leftovers(root)
+    known = (read_json(root / "tokens" / "meta.json") or {}).get("shards", {})
+    bad = [path for path in data_sources.shards(dataset) if known.get(path.name) not in (None, file_hash(path))]
+    for path in bad:
+        print(f"{dataset.name}: {path} is not as it was fetched; fetching it anew", flush=True)
+        path.unlink()
+    if bad:
+        data_sources.fetch(dataset)
+    if is_prepared(dataset):
+        changed = TokenCache.load(dataset).changed_file()
+        if not changed:
+            return None
+        print(f"{dataset.name}: {changed} is not as it was prepared; preparing anew", flush=True)
+    try:
+        return prepare_anew(dataset, root)
+    except data_sources.Damaged as error:
+        if not dataset.repo:
+            raise  # a person's own file
+        print(f"{error.code.removeprefix('error: ')}; fetching it anew", flush=True)
+        error.path.unlink()
+        return prepare_anew(dataset, root)
 
 
 def prepare_anew(dataset, root):

@@ -230,10 +230,9 @@ def record_of(attempt):
 
 @contextmanager
 def one_writer():
-    """One writer at a time, whatever becomes of the others: the kernel drops a dead one's lock."""
+    """One writer at a time in the archive."""
     record.make_folder(STORE)
-    with (STORE / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with record.one_at_a_time(STORE / ".lock"):
         yield
 
 
