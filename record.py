@@ -111,7 +111,7 @@ def end_of(path, header=""):
     with suppress(FileNotFoundError), path.open("rb") as file:
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
-            return size, "" if file.read() == b"\n" else "\n"
+            return size, "" if file.read(1) == b"\n" else "\n"
     return 0, header
 
 
@@ -142,21 +142,14 @@ def append(path, text, header="", there=None):
 
 
 @contextmanager
-def one_at_a_time(lock, optional=False):
-    """Hold a lock file, and wait where another process does: the kernel drops a dead one's.
-
-    optional: go on without it where it may not be written, as in a cache that may only be read.
-    """
+def one_at_a_time(folder):
+    """Hold the lock of a folder, and wait where another process does: the kernel drops a dead one's."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        file = lock.open("w")
-    except PermissionError:
-        if not optional:
-            raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder):

@@ -343,7 +343,7 @@ def prepare(dataset):
     start, root = time.monotonic(), cache_dir(dataset)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(root / ".lock", optional=True):  # who waits finds all ready
+        with one_at_a_time(root):  # who waits finds all ready
             meta = prepare_where_needed(dataset, root)
     except OSError as error:
         sys.exit(f"error: {root}: {what_failed(error)}; AUTORESEARCH_CACHE moves the cache elsewhere")

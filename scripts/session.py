@@ -232,7 +232,7 @@ def record_of(attempt):
 def one_writer():
     """One writer at a time in the archive."""
     record.make_folder(STORE)
-    with record.one_at_a_time(STORE / ".lock"):
+    with record.one_at_a_time(STORE):
         yield
 
 
