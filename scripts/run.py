@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -237,9 +238,11 @@ def clear_up(sitting):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     for folder in (ROOT, record.DATA, record.STORE, sitting.folder):
         record.remove_leftovers(folder)
-    for folder in Path(tempfile.gettempdir()).glob(PREFIX + "*-*"):
-        pid = folder.name.split("-")[1]
-        if pid.isdecimal() and folder.lstat().st_uid == os.getuid() and not record.is_alive(int(pid)):
+    known = re.findall(r"(?m)^worktree (.*)/tree$", session.git("worktree", "list", "--porcelain") or "")  # and gone
+    lost = {Path(name) for name in known if not os.path.lexists(name) and Path(name).name.startswith(PREFIX)}
+    for folder in {*Path(tempfile.gettempdir()).glob(PREFIX + "*-*"), *lost}:
+        pid, mine = folder.name.split("-")[1], folder in lost or folder.lstat().st_uid == os.getuid()
+        if pid.isdecimal() and mine and not record.is_alive(int(pid)):
             ours = session.git("worktree", "remove", "--force", "--force", str(folder / "tree")) is not None
             if ours or not (folder / "tree" / ".git").exists():  # else another clone's
                 shutil.rmtree(folder, ignore_errors=True)

@@ -103,7 +103,9 @@ git symbolic-ref HEAD "$branch" || fail
 case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=$prepared ;; esac
 if [ "$tune" = True ] && grep -q '^DEPTH = ' train.py; then # another train.py may have nothing to fit
   if scripts/tune.sh --known; then
-    git diff --quiet -- train.py || git commit -q -m "Session $tag: sizes fitted to this machine" train.py
+    if ! git diff --quiet -- train.py && git commit -q -m "Session $tag: sizes fitted to this machine" train.py; then
+      git update-ref "refs/experiments/$tag/start" HEAD
+    fi
   else
     echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
   fi

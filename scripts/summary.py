@@ -143,8 +143,12 @@ def last_words(path):
 
 
 def can_be_a_row(sitting, attempt, rows):
-    """Whether log-result would take it: a short try with another budget, say, has no place in the table."""
-    if attempt["status"] != "valid":
+    """Whether log-result would take it: a short try with another budget, say, has no place in the table.
+
+    Nor has a repeat of what was discarded, which so may be discarded again.
+    """
+    repeat = any((row.blob, row.status) == (attempt["train_blob"], "discard") for row in rows)
+    if attempt["status"] != "valid" or repeat:
         return False
     try:
         return verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, rows))[0].word != "again"

@@ -325,3 +325,18 @@ def test_discard_before_anything_was_kept_goes_to_the_start(checkout):
     checkout.experiment("raise SystemExit(1)", "crash")
     checkout.make("discard", check=0)
     assert checkout.git("rev-parse", "HEAD") == start
+
+
+def test_a_repeat_of_what_was_discarded_is_put_back_without_another_row(session):
+    """log-result sends it to discard, and discard does not send it back."""
+    session.experiment("prepare.finish(1.6)", "discard")
+    text = (session.path / "train.py").read_text()
+    session.make("discard", check=0)
+    kept = session.git("rev-parse", "HEAD")
+    (session.path / "train.py").write_text(text)
+    session.git("commit", "-q", "-am", "tried once more")
+    session.script("run", AGAIN="1", check=0)
+    done = session.make("log-result", "STATUS=discard", "DESC=the same", check=2)
+    assert "make discard" in done.stderr
+    session.make("discard", check=0)
+    assert session.git("rev-parse", "HEAD") == kept and len(session.rows) == 2
