@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import mlx.core as mx
@@ -132,6 +134,31 @@ def copied(source, tmp_path):
     shutil.copytree(source.path, tmp_path / FOLDER, symlinks=True)
     (tmp_path / "home").mkdir()
     return Checkout(tmp_path / FOLDER, clean_environment(tmp_path / "home"))
+
+
+def set_constants(text, **values):
+    """The text of train.py with some of its constants changed, as an agent would edit it."""
+    for name, value in values.items():
+        text, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.MULTILINE)
+        assert count == 1, f"train.py has no constant {name}"
+    return text
+
+
+def small_laboratory(folder, **constants):
+    """A checkout of the whole project with the real harness, a small model and a small dataset, prepared."""
+    checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
+    with (checkout.path / "data_sources.py").open("a") as out:
+        out.write('DATASETS["files"] = Dataset("files", "", 400, 128, 4096, 1 / 20)\n')
+    small = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "TOTAL_BATCH_SIZE": 512, **constants}
+    (checkout.path / "train.py").write_text(set_constants((ROOT / "train.py").read_text(), **small))
+    checkout.git("add", "-A")
+    checkout.git("commit", "-q", "-m", "start")
+    (folder / "texts").mkdir()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
+        (folder / "texts" / f"{path.stem}.txt").write_bytes(path.read_bytes())
+    checkout.env["AUTORESEARCH_CACHE"] = str(folder / "cache")
+    checkout.make("prepare", f"FILES={folder / 'texts'}", check=0)
+    return checkout
 
 
 @pytest.fixture(scope="session")

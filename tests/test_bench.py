@@ -79,6 +79,7 @@ def test_it_measures_what_train_has(tiny, tmp_path, piece):
     assert "archived" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new", "said"), [
     ("def build(", "def make(", "has no attribute 'build'"),
     ("\nif __name__", "\nif True or __name__", "when it is imported"),

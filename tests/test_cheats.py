@@ -224,6 +224,7 @@ def test_what_sees_later_tokens_is_refused(tokenizer, name):
     assert "Look for" in text and "validation row" in text and "\n" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("name", ["attention without a mask", "averages over blocks of 64", "normalised over time"])
 def test_it_is_refused_in_half_precision_too(tokenizer, name, dtype):
@@ -327,6 +328,7 @@ def unchecked(model, tokenizer):
     return nats.sum(where=size > 0, dtype=np.float64) / math.log(2) / size.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("leak", [hint, rare_hint, late_hint, mixed_in, kind_of_next, words_to_come, overheard])
 def test_a_leak_of_a_thousandth_of_a_bit_is_refused(tokenizer, leak, dtype, monkeypatch):

@@ -53,6 +53,7 @@ def points(verb, folder, tmp_path, every):
     return Counter(json.loads(said[0].splitlines()[-1]))
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(("verb", "every"), [("log-result", 8), ("discard", 10)])
 def test_a_verb_that_dies_is_completed_by_the_same_verb(before, tmp_path, verb, every):

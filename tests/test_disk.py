@@ -50,6 +50,7 @@ def small_disk(session, tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["log-result", *slowly("run", "discard", "setup")])
 def test_on_a_full_disk_each_verb_says_so_and_succeeds_once_there_is_room(small_disk, verb):
     checkout, leave = small_disk
@@ -94,6 +95,7 @@ def unprivileged(session):
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data", *slowly(".git/refs/experiments/t", ".git", ".")])
 def test_a_folder_that_is_not_to_be_written_is_named(session, unprivileged, name):
     def script(verb):

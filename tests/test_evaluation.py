@@ -54,6 +54,7 @@ def test_rows_of_a_few_tokens_by_hand(tokenizer):
     assert nats.shape == (1, 4) and nats[0] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_the_batch_size_does_not_matter(tokenizer, dtype):
     n = len(rows_of(tokenizer))

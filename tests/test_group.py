@@ -2,45 +2,26 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HARNESS, ROOT, Checkout, new_checkout
+from conftest import ROOT, Checkout, small_laboratory
 from test_run import alive, started, wait_for
 
 import checks
 import record
 
-SMALL = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32}
-SMALL |= {"DEVICE_BATCH_SIZE": 1}  # on all rows alone: sums in another order move these losses by 0.003
-SMALL |= {"TOTAL_BATCH_SIZE": 512, "WEIGHT_DECAY": 0.0, "WARMDOWN": 0.0}  # as it is, the rate hangs on the clock
+SMALL = {"DEVICE_BATCH_SIZE": 1}  # on all rows alone: sums in another order move these losses by 0.003
+SMALL |= {"WEIGHT_DECAY": 0.0, "WARMDOWN": 0.0}  # as it is, the rate hangs on the clock
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A clone with the real harness, a small dataset and a small model; one run of one device made."""
-    folder = tmp_path_factory.mktemp("group")
-    checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
-    with (checkout.path / "data_sources.py").open("a") as out:
-        out.write('DATASETS["files"] = Dataset("files", "", 400, 128, 4096, 1 / 20)\n')
-    text = (ROOT / "train.py").read_text()
-    for name, value in SMALL.items():
-        text, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.MULTILINE)
-        assert count == 1, name
-    (checkout.path / "train.py").write_text(text)
-    checkout.git("add", "-A")
-    checkout.git("commit", "-q", "-m", "start")
-    (folder / "texts").mkdir()
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
-        (folder / "texts" / f"{path.stem}.txt").write_bytes(path.read_bytes())
-    checkout.env["AUTORESEARCH_CACHE"] = str(folder / "cache")
-    checkout.make("prepare", f"FILES={folder / 'texts'}", check=0)
+    checkout = small_laboratory(tmp_path_factory.mktemp("group"), **SMALL)
     checkout.make("run", "BUDGET=1.5", check=0)
     return checkout
 
@@ -136,6 +117,7 @@ def slow(fault):
     return pytest.param(fault, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [slow(fault) if "STOP" in fault or "sleep" in fault else fault for fault in FAULTS])
 def test_a_rank_that_fails_ends_the_run_and_is_named(group_of_two, fault):
     done = group_of_two.experiment(BEGIN.format(fault))
@@ -168,6 +150,16 @@ def test_a_group_that_ends_well_leaves_one_record(group_of_two, tmp_path):
     assert done.returncode == 0 and "val_bpb             1.400000" in done.stdout
     log = (group_of_two.path / "run.log").read_text().splitlines()
     assert {"said", "rank 1: said"} <= set(log) and "\x1e" not in "".join(log)
+
+
+def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
+    os.mkdir(tmp_path / "tmp")
+    host = {"ssh": "localhost", "ips": ["127.0.0.1"]}
+    (tmp_path / "two.json").write_text(json.dumps([host, host]))
+    group_of_two.write_train("import group\nif not group.RANK: prepare.finish(1.4)\nprint(group.SIZE)")
+    done = group_of_two.script("run", HOSTS=str(tmp_path / "two.json"), NPROC="", check=0)
+    assert "val_bpb             1.400000" in done.stdout
+    assert {"2", "rank 1: 2"} <= set((group_of_two.path / "run.log").read_text().splitlines())
 
 
 # --- refused before training ------------------------------------------------------------------------

@@ -162,6 +162,7 @@ def test_rounding_stays_far_from_what_is_refused(tokenizer, monkeypatch):
     assert 0 < moved < examination.MOVED / 10 and 0 < information < examination.LEAK / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 6])
 def test_experts_whose_choice_rounding_flips_pass(tokenizer, seed):
     """Sure of itself, untrained and in bfloat16: what rounding flips is worth more than LEAK, and passes."""

@@ -45,6 +45,7 @@ def calm(text):
     return all(c.isprintable() or c == "\n" for c in text)
 
 
+@pytest.mark.slow
 def test_texts_pass_through_make_git_table_and_journal_as_they_are(session):
     texts = [*AS_TYPED.values(), *AS_TYPED.values()][:12]
     for number in range(2, 6):

@@ -119,6 +119,7 @@ def test_a_table_that_never_was(ran):
     assert "002" in ran.refs("t")  # the first experiment's ref is not taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -11,21 +11,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import FOLDER, HARNESS, new_checkout
+from conftest import FOLDER, HARNESS, new_checkout, set_constants
 
 TINY = {
     "DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "TOTAL_BATCH_SIZE": "2**9",
     "DEVICE_BATCH_SIZE": 4, "EVAL_BATCH_SIZE": 16, "MATRIX_LR": 1e-4, "EMBEDDING_LR": 1e-3, "HEAD_LR": 1e-5,
     "X0_LR": 0.0, "RESID_LR": 0.0,
 }  # fmt: skip
-
-
-def set_constants(text, **values):
-    """The text of train.py with some of its constants changed, as an agent would edit it."""
-    for name, value in values.items():
-        text, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.MULTILINE)
-        assert count == 1, f"train.py has no constant {name}"
-    return text
 
 
 @pytest.fixture(scope="module")

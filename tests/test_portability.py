@@ -119,6 +119,7 @@ def stock(session, tmp_path):
     return session
 
 
+@pytest.mark.slow
 def test_a_session_on_stock_tools(stock):
     assert stock.run("sh", "-c", "command -v timeout flock setsid jq realpath").stdout == ""
     stock.git("checkout", "-q", "main")

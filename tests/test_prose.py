@@ -11,12 +11,11 @@ import keyword
 import re
 import shlex
 import subprocess
-import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import HARNESS, ROOT, new_checkout
+from conftest import HARNESS, ROOT, small_laboratory
 
 PLUGIN = ROOT / "experiment-plugin"
 SKILL = PLUGIN / "skills" / "model" / "SKILL.md"
@@ -57,26 +56,11 @@ def scripts():
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A real session, small: its baseline logged, and a second run whose summary is `lab.summary`."""
-    folder = tmp_path_factory.mktemp("prose")
-    checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
-    with (checkout.path / "data_sources.py").open("a") as out:
-        out.write('DATASETS["files"] = Dataset("files", "", 400, 128, 4096, 1 / 20)\n')
-    small = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "DEVICE_BATCH_SIZE": 4}
-    train, text = checkout.path / "train.py", (ROOT / "train.py").read_text()
-    for name, value in {**small, "TOTAL_BATCH_SIZE": 512}.items():
-        text, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.MULTILINE)
-        assert count == 1, name
-    train.write_text(text)
-    checkout.git("add", "-A")
-    checkout.git("commit", "-q", "-m", "start")
-    (folder / "texts").mkdir()
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
-        (folder / "texts" / f"{path.stem}.txt").write_bytes(path.read_bytes())
-    checkout.env["AUTORESEARCH_CACHE"] = str(folder / "cache")
-    checkout.make("prepare", f"FILES={folder / 'texts'}", check=0)
+    checkout = small_laboratory(tmp_path_factory.mktemp("prose"), DEVICE_BATCH_SIZE=4)
+    train = checkout.path / "train.py"
     checkout.make("setup", "TAG=nov24", check=0)
     checkout.make("baseline", "BUDGET=0.5", check=0)
-    train.write_text(text + "CHANGED = 1\n")
+    train.write_text(train.read_text() + "CHANGED = 1\n")
     checkout.git("commit", "-q", "-m", "a change", "train.py")
     checkout.summary = checkout.make("run", "BUDGET=0.5", check=0).stdout.splitlines()
     return checkout

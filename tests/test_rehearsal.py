@@ -40,6 +40,7 @@ def begins_at_zero(mixes):
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", test_cheats.SEES_LATER)
 def test_a_model_that_sees_later_tokens_is_refused_before_it_is_trained(tokenizer, name):
     for make in (lambda mixes: Network(V, mixes), begins_at_zero):
@@ -283,6 +284,9 @@ def test_saved_weights_are_evaluated_again(program, tmp_path):
     done, again = program(MODULE.format(key=2), "--weights", "data/last_run.safetensors")
     assert done.returncode == 0 and again is None and "trained" not in done.stdout
     assert f"val_bpb: {left['result']['val_bpb']:.6f} " in done.stdout
+    for words in ([], ["a", "b"]):
+        done, again = program(MODULE.format(key=2), "--weights", *words)
+        assert (done.returncode, again) == (1, None) and done.stderr.startswith("error: --weights takes one file")
     for weights in ("absent.safetensors", "train.py"):
         done, again = program(MODULE.format(key=2), "--weights", weights)
         assert done.returncode == 1 and again is None

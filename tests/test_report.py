@@ -184,6 +184,7 @@ def another_night_beside(clone):
     clone.git("checkout", "-q", "autoresearch/t")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [no_archive, damaged_archive, by_hand, no_events, no_git, unfinished])
 def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
     missing = damage(night)
@@ -223,6 +224,8 @@ def test_several_sessions_stand_side_by_side(night):
     assert len(ids) == len(set(ids))
     both = night.make("results", "ALL=1", check=0).stdout
     assert both.count("standing:") == 2 and "\nt\n" in "\n" + both and "\nother\n" in "\n" + both
+    brief = night.make("brief", check=0).stdout
+    assert len(re.findall(r"^session other: \d+ experiments, best [+-]\d", brief, re.MULTILINE)) == 1
 
 
 # --- for the agent, for the terminal ------------------------------------------------------------------------

@@ -252,6 +252,7 @@ def test_what_could_not_be_reproduced_is_not_run(session):
     assert "not committed" in session.script("run", check=1).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["prepare.py", "Makefile", "scripts/lib.sh", "requirements.lock", "pyproject.toml"])
 @pytest.mark.parametrize("committed", [False, True])
 def test_what_could_not_be_compared_is_not_run(session, file, committed):

@@ -536,11 +536,17 @@ def test_the_hub_s_datasets_are_prepared_by_one_command(cache, name):
     assert command("--check", "--dataset", name).returncode == 0
 
 
-def test_a_shard_that_was_damaged_within_is_fetched_anew(cache, monkeypatch, capsys):
+def four_shards():
+    """climbmix in small: (dataset, where its shards are, the hub that has them)."""
     dataset = dataclasses.replace(DATASETS["climbmix"], vocab_size=300, sequence_length=16, train_shards=2)
     base, hub = f"/datasets/{dataset.repo}/resolve/main/shard_", Hub()
     for i in (0, 1, 6541, 6542):
         hub.files[f"{base}{i:05d}.parquet"] = parquet([f"a text of shard {i} alone, number {j}" for j in range(300)])
+    return dataset, base, hub
+
+
+def test_a_shard_that_was_damaged_within_is_fetched_anew(cache, monkeypatch, capsys):
+    dataset, base, hub = four_shards()
     with serving(hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         data_sources.fetch(dataset)
@@ -558,10 +564,7 @@ def test_a_shard_that_was_damaged_within_is_fetched_anew(cache, monkeypatch, cap
 
 
 def test_a_shard_with_a_changed_byte_is_fetched_anew_and_nothing_else(cache, monkeypatch, capsys):
-    dataset = dataclasses.replace(DATASETS["climbmix"], vocab_size=300, sequence_length=16, train_shards=2)
-    base, hub = f"/datasets/{dataset.repo}/resolve/main/shard_", Hub()
-    for i in (0, 1, 6541, 6542):
-        hub.files[f"{base}{i:05d}.parquet"] = parquet([f"a text of shard {i} alone, number {j}" for j in range(300)])
+    dataset, base, hub = four_shards()
     with serving(hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         prepare.prepare(dataset)
