@@ -85,7 +85,8 @@ def budget(budget, seconds, step_ends):
         raise Refused(
             f"budget: training took {seconds:.1f} s of {budget:g} s: over by more than one step ({longest:.1f} s) and "
             f"more than {OVERSHOOT:.0%}. Look for a loop that does not ask run.training() before each step, for steps "
-            "that are not logged, for work between the last step and run.finish()."
+            "that are not logged, for work between the last step and run.finish(). On a busy machine one step may "
+            "have stood still: then make run AGAIN=1."
         )
 
 

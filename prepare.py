@@ -260,7 +260,7 @@ def bits_per_byte(bits, size):
 
 HOLDOUT = "--holdout" in sys.argv[1:] and (record.DATA / ".holdout").exists()  # scripts/holdout.py's own worktrees
 CHECK_ONLY = "--check" in sys.argv[1:]  # `train.py --check`: the dress rehearsal alone
-WEIGHTS = sys.argv[2] if sys.argv[1:2] == ["--weights"] and len(sys.argv) == 3 else None  # `train.py --weights FILE`
+WEIGHTS = sys.argv[2:] if sys.argv[1:2] == ["--weights"] else None  # `train.py --weights FILE`: score these alone
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
@@ -322,7 +322,7 @@ class Run:
         the program ends here and leaves no record; under `train.py --weights FILE` as well, when it has told what a
         model with these saved weights scores.
         """
-        if WEIGHTS:
+        if WEIGHTS is not None:
             score_weights(model, self.tokenizer, batch_size)
         start, reason = time.monotonic(), None
         try:
@@ -580,12 +580,16 @@ def save_weights(parameters):
 
 
 def score_weights(model, tokenizer, batch_size):
-    """Print what `model` scores with the weights of the file WEIGHTS, and exit."""
+    """Print what `model` scores with the weights of the file that WEIGHTS names, and exit."""
+    if len(WEIGHTS) != 1:
+        sys.exit("error: --weights takes one file: train.py --weights data/last_run.safetensors")
     try:
-        model.load_weights(WEIGHTS)
+        model.load_weights(WEIGHTS[0])
         evaluation = evaluate_bpb(model, tokenizer, batch_size)
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {WEIGHTS} does not hold the weights of this train.py's model: {' '.join(str(error).split())}")
+        sys.exit(
+            f"error: {WEIGHTS[0]} does not hold the weights of this train.py's model: {' '.join(str(error).split())}"
+        )
     except checks.Refused as refused:
         sys.exit(f"error: this model is not valid. {refused}")
     print(f"val_bpb: {evaluation.bpb:.6f} (± {evaluation.stderr:.6f} over rows)")

@@ -9,10 +9,10 @@ import textwrap
 
 import verdict
 from night import Night, clock, counted
-from session import one_line, run_command
+from session import Session, one_line, run_command, tags
 
 WIDTH, LINES = 120, 60
-KEPT, NEAR, DEAD, OPEN = 12, 6, 14, 8  # of each at most
+KEPT, NEAR, DEAD, OPEN, SISTERS = 12, 6, 14, 8, 3  # of each at most
 
 
 def lines(night):
@@ -40,6 +40,7 @@ def lines(night):
     if night.questions:
         found.append("open questions, the newest first:" + left_out(night.questions, OPEN))
         found += [cut(f"  {e.number:3}  {text}") for e, text in night.questions[:OPEN]]
+    found += sisters(night.tag)
     if night.untouched:
         found += cut_block("not touched by any experiment: " + ", ".join(night.untouched), 4)
     if night.due:
@@ -68,6 +69,20 @@ def standing(night):
         fresh = night.look["test"][0]
         found.append(f"held out {fresh:+.6f}, {night.look['baseline']} against {night.look['best']}")
     return found
+
+
+def sisters(tag):
+    """What the other sessions of this clone have tried, the last changed first: another agent may be at work beside."""
+    found = []
+    for other in [t for t in reversed(tags()) if t != tag]:
+        rows = Session(other).rows()[0]
+        kept = [row for row in rows if row.status == "keep"]
+        if kept and len(found) < SISTERS:
+            ideas = [f"{one_line(row.description)} ({row.status})" for row in reversed(rows) if row is not kept[0]]
+            gain = min(row.bpb for row in kept) - kept[0].bpb
+            words = f"session {other}: {counted(len(rows), 'experiment')}, best {gain:+.4f} to its baseline"
+            found.append(cut_block(words + ": " * bool(ideas) + "; ".join(ideas), 3))
+    return [line for block in found for line in block]
 
 
 def outcome(e):

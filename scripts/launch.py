@@ -26,12 +26,14 @@ from pathlib import Path
 from mlx._distributed_utils import launch
 from session import ROOT, Refused, record, run_command
 
-SILENCE = 15  # seconds without a sign of life after which a rank is held for lost (see group.py)
+from group import SIGN as MARK  # isort: skip  (found by what session does to the path)
+from group import SILENCE  # isort: skip
+
 START = 30  # seconds until the first
 STEP = 20.0  # seconds that a step may take at least, and three times as long as the longest before it
 PATIENCE = 3.0  # seconds that the others have to end by themselves; and again, once they were asked to
 FIRST_PORT = 32323
-SIGN = re.compile(rb"\x1e(-?\d+)\r?\n")
+SIGN = re.compile(MARK + rb"(-?\d+)\r?\n")
 
 
 # --- where ------------------------------------------------------------------------------------------
@@ -168,8 +170,8 @@ class Rank:
             self.temporary = line.strip().decode()
         # What is not whole waits: a sign; of the other ranks, which go by lines, a line.
         whole = len(text) if self.number == 0 and self.temporary else text.rfind(b"\n") + 1
-        if b"\x1e" in text[-16:]:
-            whole = min(whole, text.rindex(b"\x1e"))
+        if MARK in text[-16:]:
+            whole = min(whole, text.rindex(MARK))
         whole = len(text) if not chunk else whole
         self.held[where] = text[whole:]
         if self.number == 0 and whole:

@@ -146,6 +146,9 @@ class Night:
             if e.before is None or e.status == "crash":
                 continue
             e.gain = e.before.bpb - e.bpb
+            if any(x.side and x.side.disturbed for x in (e, e.before)):  # of unlike loads; what decided were pairs
+                e.gain = e.event.get("gain") if isinstance(e.event.get("gain"), float) else e.gain
+                continue
             e.error = self.error(e, e.before)
             if not math.isnan(e.error):
                 compared.append(e)

@@ -102,8 +102,10 @@ git symbolic-ref HEAD "$branch" || fail
 
 case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=$prepared ;; esac
 if [ "$tune" = True ] && grep -q '^DEPTH = ' train.py; then # another train.py may have nothing to fit
-  if scripts/tune.sh --known; then
-    if ! git diff --quiet -- train.py && git commit -q -m "Session $tag: sizes fitted to this machine" train.py; then
+  if scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
+    if ! git diff --quiet -- train.py; then
+      git commit -q -m "Session $tag: sizes fitted to this machine" train.py ||
+        die "the session is open, and train.py was fitted, but git could not commit that (see above): commit it yourself"
       git update-ref "refs/experiments/$tag/start" HEAD
     fi
   else

@@ -172,7 +172,7 @@ def main():
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
     path = ROOT / "train.py"
     if "--known" in sys.argv and (found := known(device, dataset, budget)):
-        path.write_text(written(path.read_text(), found[1]["constants"]))
+        record.write_atomically(path, written(path.read_text(), found[1]["constants"]))
         print(f"tune     as found before, data/{found[0]}: {found[1]['why']}")
         return
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -213,7 +213,7 @@ def main():
     found |= {"constants": constants, "why": why, "timed": done}
     archive = record.STORE / f"tune_{now:%Y%m%d_%H%M%S}.json"
     record.write_atomically(archive, json.dumps(found, indent=1))
-    path.write_text(text)
+    record.write_atomically(path, text)
     print(why)
     print(*(f"{name} = {value}" for name, value in constants.items()), sep=", ", end=" ")
     print(f"written to train.py; archived in data/{archive.name} after {time.monotonic() - start:.0f} s")
