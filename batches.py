@@ -10,6 +10,7 @@ import time
 import mlx.core
 import numpy as np
 
+import group
 from data_sources import SPLITS
 from token_cache import document_hash
 
@@ -43,6 +44,22 @@ def packed_rows(tokens, offsets, order, length, on_document=None):
             if on_document:
                 on_document(document)
         yield row
+
+
+def cut_step(total, rows, length):
+    """How an optimizer step of `total` tokens is cut: (rows at once on each device, micro-batches).
+
+    rows: as many at once as memory allows; fewer where the devices of a group would together take more than a step.
+    """
+    if group.SIZE > 1:
+        rows = min(rows, max(1, total // (length * group.SIZE)))
+    at_once = rows * length * group.SIZE
+    if rows < 1 or total % at_once:
+        sys.exit(
+            f"error: TOTAL_BATCH_SIZE = {total} is not a multiple of DEVICE_BATCH_SIZE x sequence length"
+            f"{' x devices' * (group.SIZE > 1)} = {rows} x {length}{f' x {group.SIZE}' * (group.SIZE > 1)}"
+        )
+    return rows, total // at_once
 
 
 def training_order(pieces, seed):

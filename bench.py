@@ -22,7 +22,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+import batches
 import machine
+import model_state
 import prepare
 import record
 
@@ -82,13 +84,14 @@ class Training:
         self.tokenizer, self.cache = prepare.Tokenizer.load(self.dataset), prepare.TokenCache.load(self.dataset)
         self.batches = prepare.Batches(self.cache, rows, length, seed=42)
         self.total = total or train.TOTAL_BATCH_SIZE
-        micro_batches = train.micro_batches_a_step(rows, length, self.total)
+        _, micro_batches = batches.cut_step(self.total, rows, length)
         self.micro_batches = [next(self.batches) for _ in range(micro_batches)]
         marks.append(time.perf_counter())
         mx.random.seed(42)
         self.config, self.trainer = train.build(self.tokenizer.vocab_size, length, **options)
         marks.append(time.perf_counter())
-        self.trainer.compile(self.micro_batches)
+        with model_state.kept(self.trainer.state):
+            mx.eval(self.trainer.step(self.micro_batches))
         mx.synchronize()
         marks.append(time.perf_counter())
         self.figures = dict(zip(("data_seconds", "model_seconds", "warm_up_seconds"), np.diff(marks), strict=True))

@@ -1,9 +1,8 @@
-"""CUDA kernels in place of five functions of train.py, which say what these compute: rows_of, mix, heads,
-relu_squared and chunk_loss_and_gradients. Each goes once over memory where a chain of MLX's operations goes several
-times.
+"""Fast forms of functions of train.py, which says what these compute; rounding aside they compute the same.
 
-On other backends nothing here is used. Arrays are as train.py's functions have them, in any 2- or 4-byte float
-type; head_dim is 64 or 128. Figures: one H100, depth 8, forward and backward of 32,768 tokens.
+For every backend a gradient that keeps less; for a CPU the head's loss by hand; for CUDA kernels in place of rows_of,
+mix, heads, relu_squared and chunk_loss_and_gradients. Arrays are as train.py's functions have them, in any 2- or
+4-byte float type; head_dim is 64 or 128. Figures: one H100, depth 8, forward and backward of 32,768 tokens.
 """
 
 import ctypes
@@ -11,6 +10,91 @@ from functools import cache
 from zlib import crc32
 
 import mlx.core as mx
+
+CUDA = mx.default_device().type == mx.gpu and mx.cuda.is_available()
+
+# --- every backend ---------------------------------------------------------------------------------
+
+
+def mean_in_chunks(loss_and_gradients_of, hidden, weight, targets, rows):
+    """The mean over N rows of a loss of hidden (N, n) and weight (vocab, n), `rows` rows at a time.
+
+    loss_and_gradients_of(hidden, weight, targets) returns the summed loss of its rows and its two gradients. They are
+    taken with the loss, so that the logits of one chunk are gone before those of the next are made.
+    """
+    n = len(targets)
+    rows = max(1, min(n, rows))
+
+    @mx.custom_function
+    def loss_and_gradients(hidden, weight):
+        w, weight_gradient = weight.astype(hidden.dtype), mx.zeros(weight.shape)
+        losses, hidden_gradients = [], []
+        for start in range(0, n, rows):
+            # One chunk after the other: all that is taken from one comes before the next.
+            h = mx.depends(hidden[start : start + rows], [weight_gradient, *losses[-1:], *hidden_gradients[-1:]])
+            loss, gradients = loss_and_gradients_of(h, w, targets[start : start + rows])
+            losses.append(loss)
+            hidden_gradients.append(gradients[0])
+            weight_gradient = weight_gradient + gradients[1]
+        return mx.stack(losses).sum() / n, mx.concatenate(hidden_gradients), weight_gradient
+
+    @loss_and_gradients.vjp
+    def loss_vjp(primals, cotangents, outputs):
+        scale = cotangents[0] / n
+        return (scale * outputs[1]).astype(outputs[1].dtype), scale * outputs[2]
+
+    return loss_and_gradients(hidden, weight)[0]
+
+
+@mx.custom_function
+def relu_squared(x):
+    """train.relu_squared, whose gradient needs only the result, so that x need not be kept.
+
+    In MLX's own operations 358 -> 224 us for 32,768 rows of 2,048, and 134 MB less a layer.
+    """
+    if not CUDA:
+        return mx.square(mx.maximum(x, 0))
+    constants, outputs = {"N": x.size, "T": x.dtype, "P": 8 if x.size % 8 == 0 else 1}, {"out": (x.shape, x.dtype)}
+    return launch("relu_squared", RELU_SQUARED, x.size // constants["P"], {"x": x}, outputs, constants)[0]
+
+
+@relu_squared.vjp
+def relu_squared_vjp(x, cotangent, output):
+    if not CUDA:
+        return 2 * mx.sqrt(output) * cotangent
+    constants = {"N": x.size, "T": x.dtype, "P": 8 if x.size % 8 == 0 else 1}
+    inputs, outputs = {"g": cotangent, "out": output}, {"gx": (x.shape, x.dtype)}
+    return launch("relu_squared_vjp", RELU_SQUARED_VJP, x.size // constants["P"], inputs, outputs, constants)[0]
+
+
+# --- CPU -------------------------------------------------------------------------------------------
+
+
+def exp(x):
+    """e^x for |x| < 80: 2^i times a polynomial for 2^f, i + f = x / ln 2; relative error 4e-6."""
+    x = x * 1.4426950408889634
+    i = mx.round(x)
+    f = x - i
+    power = 1 + f * (0.6931472 + f * (0.2402265 + f * (0.0555041 + f * (0.0096181 + f * 0.0013333))))
+    return power * mx.view((i.astype(mx.int32) + 127) << 23, mx.float32)
+
+
+def cpu_chunk_loss_and_gradients(hidden, weight, targets, cap):
+    """train.chunk_loss_and_gradients for a CPU, where MLX's exp and tanh take four times as long as the one above.
+
+    Without it a step of two layers of 192 takes 24 % more processor time.
+    """
+    logits, target = (hidden @ weight.T).astype(mx.float32), targets[:, None]
+    t = 1 - 2 / (1 + exp(mx.clip(logits * (2 / cap), -20, 20)))  # tanh
+    e = exp(cap * t)  # of bounded logits, so no maximum needs to be subtracted
+    total, at_target = e.sum(axis=1, keepdims=True), mx.take_along_axis(t, target, axis=1)
+    gradient = e / total * (1 - t * t)
+    hit = mx.take_along_axis(gradient, target, axis=1) - (1 - at_target * at_target)
+    gradient = mx.put_along_axis(gradient, target, hit, axis=1).astype(hidden.dtype)
+    return (mx.log(total) - cap * at_target).sum(), (gradient @ weight, gradient.T @ hidden)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------
 
 # The compiler knows neither half type without heavy headers, with which a kernel takes more than a second.
 HEADER = """
@@ -422,19 +506,3 @@ RELU_SQUARED_VJP = """
     for (int k = 0; k < P; ++k) gs.x[k] = (T)(2 * sqrtf(outs.x[k]) * (float)gs.x[k]);
     store(gx + i, gs);
 """
-
-
-@mx.custom_function
-def relu_squared(x):
-    """train.relu_squared, whose gradient needs only the result."""
-    constants = {"N": x.size, "T": x.dtype, "P": 8 if x.size % 8 == 0 else 1}
-    return launch(
-        "relu_squared", RELU_SQUARED, x.size // constants["P"], {"x": x}, {"out": (x.shape, x.dtype)}, constants
-    )[0]
-
-
-@relu_squared.vjp
-def relu_squared_vjp(x, cotangent, output):
-    constants = {"N": x.size, "T": x.dtype, "P": 8 if x.size % 8 == 0 else 1}
-    inputs, outputs = {"g": cotangent, "out": output}, {"gx": (x.shape, x.dtype)}
-    return launch("relu_squared_vjp", RELU_SQUARED_VJP, x.size // constants["P"], inputs, outputs, constants)[0]

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import mlx.core
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 mx = types.SimpleNamespace(**vars(mlx.core))  # bound here, see examination.py
 
@@ -103,6 +103,28 @@ def put_back(model):
     changed = [path for path in before if path in parameters and after.get(path) != before[path]]
     if changed:
         raise Refused(CHANGED.format(changed[0]))
+
+
+@contextmanager
+def kept(tree):
+    """Within it the arrays of a tree of dictionaries and lists may be replaced: afterwards all are as before."""
+    before = tree_map(lambda array: mx.stop_gradient(array) if isinstance(array, mx.array) else array, tree)
+    mx.eval(before)
+    try:
+        yield
+    finally:
+        put_in(tree, before)
+
+
+def put_in(tree, values):
+    """The leaves of `values`, a tree of the same form, in place of those of `tree`; what it has besides goes."""
+    for key in set(tree) - set(values) if isinstance(tree, dict) else ():
+        del tree[key]
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, (dict, list, tuple)):
+            put_in(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def restore(pairs):

@@ -20,6 +20,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 import group
+import kernels
+from batches import cut_step
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
@@ -161,6 +163,11 @@ def heads(qkv, gate, table, tokens):
         v = v + 2 * mx.sigmoid(gate)[..., None] * table[tokens].astype(v.dtype).reshape(v.shape)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (norm(q), norm(k), v))
     return rope(q), rope(k), v
+
+
+def relu_squared(x):
+    """max(x, 0)² (arXiv:2109.08668). As the fast forms below: an edit here needs one there."""
+    return mx.square(mx.maximum(x, 0))
 
 
 def pieces(x, length):
@@ -439,21 +446,6 @@ if CUDA:
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
 
 
-@mx.custom_function
-def relu_squared(x):
-    """max(x, 0)² (arXiv:2109.08668).
-
-    Plain: mx.square(mx.maximum(x, 0)). This gradient needs only the result, so x need not be kept: 358 -> 224 us for
-    32,768 rows of 2,048, forward and backward, and 134 MB less a layer.
-    """
-    return mx.square(mx.maximum(x, 0))
-
-
-@relu_squared.vjp
-def relu_squared_vjp(x, cotangent, output):
-    return 2 * mx.sqrt(output) * cotangent
-
-
 def head_loss(hidden, weight, targets):
     """The mean cross-entropy of softcap(hidden @ weight.T).
 
@@ -461,28 +453,7 @@ def head_loss(hidden, weight, targets):
     gradient exist for LOGITS_AT_ONCE elements at a time; whole they are 2 GB for 65,536 rows, in float32 4.
     hidden: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,).
     """
-    n = len(targets)
-    rows = max(1, min(n, LOGITS_AT_ONCE // len(weight)))
-
-    @mx.custom_function
-    def loss_and_gradients(hidden, weight):
-        w, weight_gradient = weight.astype(hidden.dtype), mx.zeros(weight.shape)
-        losses, hidden_gradients = [], []
-        for start in range(0, n, rows):
-            # One chunk after the other: all that is taken from one comes before the next.
-            h = mx.depends(hidden[start : start + rows], [weight_gradient, *losses[-1:], *hidden_gradients[-1:]])
-            loss, gradients = chunk_loss_and_gradients(h, w, targets[start : start + rows])
-            losses.append(loss)
-            hidden_gradients.append(gradients[0])
-            weight_gradient = weight_gradient + gradients[1]
-        return mx.stack(losses).sum() / n, mx.concatenate(hidden_gradients), weight_gradient
-
-    @loss_and_gradients.vjp
-    def loss_vjp(primals, cotangents, outputs):
-        scale = cotangents[0] / n
-        return (scale * outputs[1]).astype(outputs[1].dtype), scale * outputs[2]
-
-    return loss_and_gradients(hidden, weight)[0]
+    return kernels.mean_in_chunks(chunk_loss_and_gradients, hidden, weight, targets, LOGITS_AT_ONCE // len(weight))
 
 
 def chunk_loss_and_gradients(hidden, weight, targets):
@@ -494,41 +465,16 @@ def chunk_loss_and_gradients(hidden, weight, targets):
     return mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight)
 
 
-def exp(x):
-    """e^x for |x| < 80: 2^i times a polynomial for 2^f, i + f = x / ln 2; relative error 4e-6."""
-    x = x * 1.4426950408889634
-    i = mx.round(x)
-    f = x - i
-    power = 1 + f * (0.6931472 + f * (0.2402265 + f * (0.0555041 + f * (0.0096181 + f * 0.0013333))))
-    return power * mx.view((i.astype(mx.int32) + 127) << 23, mx.float32)
-
-
-def cpu_chunk_loss_and_gradients(hidden, weight, targets):
-    """The same by hand, for a CPU, where MLX's exp and tanh take four times as long as the one above.
-
-    Without it a step of two layers of 192 takes 24 % more processor time.
-    """
-    logits, target = (hidden @ weight.T).astype(mx.float32), targets[:, None]
-    t = 1 - 2 / (1 + exp(mx.clip(logits * (2 / SOFTCAP), -20, 20)))  # tanh
-    e = exp(SOFTCAP * t)  # of bounded logits, so no maximum needs to be subtracted
-    total, at_target = e.sum(axis=1, keepdims=True), mx.take_along_axis(t, target, axis=1)
-    gradient = e / total * (1 - t * t)
-    hit = mx.take_along_axis(gradient, target, axis=1) - (1 - at_target * at_target)
-    gradient = mx.put_along_axis(gradient, target, hit, axis=1).astype(hidden.dtype)
-    return (mx.log(total) - SOFTCAP * at_target).sum(), (gradient @ weight, gradient.T @ hidden)
-
-
-# On CUDA, kernels of our own take the place of five functions above: each goes once over memory where a chain of
-# MLX's operations goes several times. For another form of one of them, leave it out here: the one above is then used.
-PLAIN = {f.__name__: f for f in (rows_of, mix, heads, chunk_loss_and_gradients)} | {"relu_squared": relu_squared}
+# Fast forms of five functions above: each goes once over memory where a chain of MLX's operations goes several times.
+# For another form of one of them, leave it out here: the one above is then used.
+PLAIN = {f.__name__: f for f in (rows_of, mix, heads, relu_squared, chunk_loss_and_gradients)}
+relu_squared = kernels.relu_squared
 if CUDA and HEAD_DIM in (64, 128):
-    import kernels
-
-    rows_of, mix, relu_squared = partial(kernels.rows_of, dtype=COMPUTE_DTYPE), kernels.mix, kernels.relu_squared
+    rows_of, mix = partial(kernels.rows_of, dtype=COMPUTE_DTYPE), kernels.mix
     heads = partial(kernels.heads, rope_base=ROPE_BASE)
     chunk_loss_and_gradients = partial(kernels.chunk_loss_and_gradients, cap=SOFTCAP)
 if not GPU:
-    chunk_loss_and_gradients = cpu_chunk_loss_and_gradients
+    chunk_loss_and_gradients = partial(kernels.cpu_chunk_loss_and_gradients, cap=SOFTCAP)
 
 # --- training ------------------------------------------------------------------------------------
 
@@ -584,25 +530,6 @@ class Trainer:
         mx.async_eval(loss, self.state)
         return loss
 
-    def compile(self, micro_batches):
-        """One step on throw-away state: afterwards weights and optimizer are as before."""
-        before = [tree_map(lambda array: array, tree) for tree in (self.model.parameters(), self.optimizer.state)]
-        mx.eval(self.step(micro_batches))
-        self.model.update(before[0])
-        for name, state in before[1].items():
-            self.optimizer.groups[name].state.update(state)
-
-
-def micro_batches_a_step(rows, sequence_length, total=None):
-    """How many micro-batches of `rows` rows make `total` tokens (TOTAL_BATCH_SIZE)."""
-    total = total or TOTAL_BATCH_SIZE
-    if total % (rows * sequence_length):
-        raise SystemExit(
-            f"error: TOTAL_BATCH_SIZE = {total} is not a multiple of "
-            f"DEVICE_BATCH_SIZE x sequence length = {rows} x {sequence_length}"
-        )
-    return total // (rows * sequence_length)
-
 
 def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
     """What is trained and what trains it, all new: (GPTConfig, Trainer). bench.py uses it too."""
@@ -614,15 +541,11 @@ def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
 def main():
     run = prepare.Run(DATASET)
     mx.random.seed(run.seed)
-    rows = DEVICE_BATCH_SIZE
-    if group.SIZE > 1:  # of each device, so that together they make no more than a step's tokens
-        rows = max(1, min(rows, TOTAL_BATCH_SIZE // (SEQUENCE_LENGTH * group.SIZE)))
-    micro_batches = micro_batches_a_step(rows * group.SIZE, SEQUENCE_LENGTH)
+    rows, micro_batches = cut_step(TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
     batches = run.batches(rows, SEQUENCE_LENGTH)
     config, trainer = build(run.tokenizer.vocab_size, SEQUENCE_LENGTH)
-    shape = (rows, config.sequence_length + 1)
-    example = [mx.random.randint(0, config.vocab_size, shape) for _ in range(micro_batches)]
-    run.warm_up(partial(trainer.compile, example), trainer.state)
+    example = [mx.random.randint(0, config.vocab_size, (rows, SEQUENCE_LENGTH + 1)) for _ in range(micro_batches)]
+    run.warm_up(lambda: mx.eval(trainer.step(example)), trainer.state)
     run.rehearse(trainer.model, EVAL_BATCH_SIZE)
 
     run.start_clock()

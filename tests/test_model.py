@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+import batches
 import data_sources
+import kernels
+import model_state
 import train
 
 VOCAB, T = 61, 24
@@ -152,10 +155,10 @@ def plain_loss(hidden, weight, targets):
     return nn.losses.cross_entropy(logits, targets, reduction="mean")
 
 
-CHUNKS = [train.PLAIN["chunk_loss_and_gradients"], train.cpu_chunk_loss_and_gradients]
+CHUNKS = [train.PLAIN["chunk_loss_and_gradients"], partial(kernels.cpu_chunk_loss_and_gradients, cap=train.SOFTCAP)]
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("chunk", CHUNKS, ids=["plain", "cpu"])
 @pytest.mark.parametrize("rows", [1, 7, 16, 50, 1000])  # of 50: several chunks, a ragged last one, one alone
 def test_the_head_s_loss_and_gradients_are_those_of_a_plain_cross_entropy(monkeypatch, rows, chunk):
     monkeypatch.setattr(train, "LOGITS_AT_ONCE", rows * VOCAB)
@@ -176,7 +179,7 @@ def test_the_head_s_loss_and_gradients_are_those_of_a_plain_cross_entropy(monkey
         assert mx.abs(x - y).max().item() < 1e-5 * mx.abs(y).max().item()
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("chunk", CHUNKS, ids=["plain", "cpu"])
 def test_the_logits_never_stand_whole(monkeypatch, chunk):
     monkeypatch.setattr(train, "chunk_loss_and_gradients", chunk)
     n, vocab = 2048, 512
@@ -225,7 +228,7 @@ def test_the_cap_is_soft_and_exact():
     x = mx.linspace(-300, 300, 100_001)
     assert np.abs(np.array(train.softcap(x)) - 15 * np.tanh(np.array(x, np.float64) / 15)).max() < 1e-4
     y = mx.linspace(-79, 79, 100_001)
-    assert np.abs(np.array(train.exp(y), np.float64) / np.exp(np.array(y, np.float64)) - 1).max() < 1e-5
+    assert np.abs(np.array(kernels.exp(y), np.float64) / np.exp(np.array(y, np.float64)) - 1).max() < 1e-5
 
 
 @pytest.mark.parametrize("where", ["hidden", "weight"])
@@ -327,13 +330,14 @@ def states(step):
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_compiling_leaves_no_trace(steps_before):
+def test_a_warm_up_leaves_no_trace(steps_before):
     warm, cold = step_of(tiny(), 2), step_of(tiny(), 2)
     for step in (warm, cold):
         for n in range(steps_before):
             step.step([tokens_of(2, seed=n)])
     before = states(warm)
-    warm.compile([tokens_of(2, seed=9), tokens_of(2, seed=8)])
+    with model_state.kept(warm.state):
+        mx.eval(warm.step([tokens_of(2, seed=9), tokens_of(2, seed=8)]))
     after = states(warm)
     assert [path for path, _ in before] == [path for path, _ in after]
     assert all((a == b).all() for (_, a), (_, b) in zip(before, after, strict=True))
@@ -342,12 +346,10 @@ def test_compiling_leaves_no_trace(steps_before):
 
 
 @pytest.mark.parametrize(("rows", "length", "total"), [(8, 64, 8 * 64 + 1), (8, 64, 8 * 32), (3, 10, 100)])
-def test_a_total_batch_that_does_not_divide_is_refused(monkeypatch, rows, length, total):
-    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", total)
+def test_a_total_batch_that_does_not_divide_is_refused(rows, length, total):
     with pytest.raises(SystemExit, match=f"error: .*{total} is not a multiple of .*{rows} x {length}"):
-        train.micro_batches_a_step(rows, length)
-    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 6 * rows * length)
-    assert train.micro_batches_a_step(rows, length) == 6
+        batches.cut_step(total, rows, length)
+    assert batches.cut_step(6 * rows * length, rows, length) == (rows, 6)
 
 
 @pytest.mark.parametrize("name", data_sources.DATASETS)
@@ -358,7 +360,8 @@ def test_the_preset_serves_every_dataset(monkeypatch, name):
     monkeypatch.setitem(sys.modules, other.__name__, other)
     exec(compile(source, "train.py", "exec"), other.__dict__)
     assert other.DATASET == name
-    assert other.micro_batches_a_step(other.DEVICE_BATCH_SIZE, data_sources.DATASETS[name].sequence_length) >= 1
+    length = data_sources.DATASETS[name].sequence_length
+    assert batches.cut_step(other.TOTAL_BATCH_SIZE, other.DEVICE_BATCH_SIZE, length)[1] >= 1
 
 
 # --- kernels ---------------------------------------------------------------------------------------
@@ -369,7 +372,6 @@ def test_the_preset_serves_every_dataset(monkeypatch, name):
 @pytest.mark.parametrize("B, length, H, D", [(2, 256, 4, 128), (1, 200, 3, 64), (3, 37, 5, 64)])
 def test_the_kernels_compute_what_the_plain_functions_do(dtype, limit, B, length, H, D):
     """Results and gradients, the plain ones in float32."""
-    import kernels
 
     def compare(kernel, plain, inputs):
         full = [x.astype(mx.float32) for x in inputs]
