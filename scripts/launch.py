@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from mlx._distributed_utils import launch
-from session import ROOT, Refused, record, run_command
+from session import ROOT, TEMPORARY, Refused, record, run_command
 
 from group import SIGN as MARK  # isort: skip  (found by what session does to the path)
 from group import SILENCE  # isort: skip
@@ -154,7 +155,7 @@ class Rank:
         self.process = self.started.process
         self.silent, self.steps, self.since, self.longest = SILENCE - START, -1, time.monotonic(), 0.0
         self.held = {1: b"", 2: b""}  # what was read and is not passed on yet
-        self.temporary = None  # the file that mlx.launch's script makes first, and says
+        self.begun = False  # the first line is mlx.launch's own: where it noted the process
         for end in (self.process.stdin, self.process.stdout, self.process.stderr):
             os.set_blocking(end.fileno(), False)
 
@@ -165,11 +166,10 @@ class Rank:
         except BlockingIOError:
             return True
         text = SIGN.sub(self._sign, self.held[where] + chunk)
-        if where == 1 and self.temporary is None and b"\n" in text.lstrip():
-            line, _, text = text.lstrip().partition(b"\n")
-            self.temporary = line.strip().decode()
+        if where == 1 and not self.begun and b"\n" in text.lstrip():
+            self.begun, text = True, text.lstrip().partition(b"\n")[2]
         # What is not whole waits: a sign; of the other ranks, which go by lines, a line.
-        whole = len(text) if self.number == 0 and self.temporary else text.rfind(b"\n") + 1
+        whole = len(text) if self.number == 0 and self.begun else text.rfind(b"\n") + 1
         if MARK in text[-16:]:
             whole = min(whole, text.rindex(MARK))
         whole = len(text) if not chunk else whole
@@ -211,8 +211,11 @@ def fault(ranks):
     return None
 
 
-def supervise(kind, arguments, verbose=False):
-    """In place of launch._launch_with_io: run all ranks to their end, and exit as rank 0 did."""
+def supervise(kind, arguments, verbose=False, elsewhere=()):
+    """In place of launch._launch_with_io: run all ranks to their end, and exit as rank 0 did.
+
+    elsewhere: what gives env(1) back the folder for temporary files, which is here for mlx.launch alone.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     here = [words[1] for words, _ in arguments].count("127.0.0.1")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -220,6 +223,7 @@ def supervise(kind, arguments, verbose=False):
     for (rank, host, python, _, files, env, command), _ in arguments:
         if host == "127.0.0.1":
             env = [*env, f"CUDA_VISIBLE_DEVICES={devices[number]}"] if number < len(devices) and devices[0] else env
+            command = ["env", *elsewhere, *command]
             ranks.append(Rank(rank, host, kind, (rank, host, python, os.getcwd(), files, env, command)))
             if cores:
                 part = cores[number * len(cores) // here : (number + 1) * len(cores) // here]
@@ -264,9 +268,6 @@ def to_the_end(ranks):
         rank, where = key.data
         while rank.read(where) and selector.select(0):
             pass
-    for rank in ranks:
-        if rank.host == "127.0.0.1" and rank.temporary:
-            Path(rank.temporary).unlink(missing_ok=True)
     found = found or fault(ranks)
     if found and (found[0].number or found[0].process.returncode < 0):
         rank, why = found
@@ -289,13 +290,16 @@ def main(words):
     os.environ["AUTORESEARCH_GROUP"] = group["backend"].removesuffix("-ring")
     if sys.stdout.isatty():
         os.environ["AUTORESEARCH_TERMINAL"] = "1"
-    launch._launch_with_io = supervise
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(group, file)
-        file.flush()
+    before = os.environ.get("TMPDIR")
+    elsewhere = ["-u", "TMPDIR"] if before is None else [f"TMPDIR={before}"]
+    launch._launch_with_io = partial(supervise, elsewhere=elsewhere)
+    # mlx.launch leaves files behind; run.py takes the folder away where we could not
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+        os.environ["TMPDIR"] = folder
+        Path(folder, "hosts.json").write_text(json.dumps(group))
         ports = [f"--starting-port={port}", f"--nccl-port={port}"]
         each = os.environ.get("NPROC") or "1"
-        sys.argv = ["mlx.launch", "--hostfile", file.name, "-n", each, *ports, "--", sys.executable, *words]
+        sys.argv = ["mlx.launch", f"--hostfile={folder}/hosts.json", "-n", each, *ports, "--", sys.executable, *words]
         launch.main()
 
 

@@ -90,7 +90,7 @@ def take(wait, command):
     places = {f"{LOCK}.{d}" if several else LOCK: d for d in devices if not chosen or d == int(chosen)}
     folder = [str(ROOT / "data" / ".run")] if several else []  # two runs in it would mix their files
     os.makedirs(ROOT / "data", exist_ok=True)
-    held, taken = try_all(folder, places, min(wanted, len(places)))
+    asked, (held, taken) = time.monotonic(), try_all(folder, places, min(wanted, len(places)))
     if not held:
         what = "every device" if len(places) > 1 else f"device {chosen}" if several else "this machine"
         what = "this folder (a run beside it needs a git worktree of its own)" if taken in folder else what
@@ -111,6 +111,7 @@ def take(wait, command):
     ours = [places[path] for path in held if path in places]
     os.environ["AUTORESEARCH_LOCK"] = list(held)[-1]
     os.environ["AUTORESEARCH_LOCKED"] = " ".join(map(str, held.values()))
+    os.environ["AUTORESEARCH_WAITED"] = f"{time.monotonic() - asked:.1f}"
     if several:
         os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, ours))}
         cores = sorted(os.sched_getaffinity(0))

@@ -35,7 +35,7 @@ class Page:
     """What the template asks of a night, as text and figures."""
 
     def __init__(self, night):
-        self.night, sigma = night, night.noise.bpb
+        self.night, sigma = night, night.sigma
         self.digits = 4 if not sigma > 0 else min(6, max(4, 1 + math.ceil(-math.log10(sigma))))
         self.id = re.sub("[^A-Za-z0-9]", "-", night.tag)
 
@@ -116,8 +116,8 @@ class Page:
             memory = f", {device['memory_gb']} GB" if device.get("memory_gb") else ""
             found.append(f"{one_line(str(device.get('name')))}{memory}")
             found += [f"dataset {like['dataset']}", f"{like['budget']:g} s a run"]
-        if n.noise.df:
-            found.append(f"noise of a run ± {n.noise.bpb:.5f} ({n.noise.df} degrees of freedom)")
+        if n.df:
+            found.append(f"noise of a run ± {n.sigma:.5f}{n.set_off} ({n.df} degrees of freedom)")
         return found
 
     @property
@@ -246,9 +246,7 @@ def write(args):
     text = environment.get_template("report.html.j2").render(pages=[Page(n) for n in nights], together=together)
     text = text.encode("utf-8", "replace").decode("utf-8")
     record.write_atomically(record.DATA / "report.html", text)
-    picture = record.DATA / ".progress.png"
-    progress.png(progress.progress(nights), picture)
-    picture.replace(record.DATA / "progress.png")
+    record.write_atomically(record.DATA / "progress.png", progress.png(progress.progress(nights)))
     print(f"report   {shown(record.DATA / 'report.html')}, {len(text.encode()) / 1e6:.1f} MB; open it in a browser")
     print(f"picture  {shown(record.DATA / 'progress.png')}")
     for night in nights:

@@ -30,10 +30,9 @@ import log_result
 import session
 import summary
 from notify import notify
-from session import PROGRESS, ROOT, Refused, Session, record, run_command, say, tell
+from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, record, run_command, say, tell
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
-PREFIX = "autoresearch-"  # of folders of our own for temporary files
 ROOM = 2**20  # bytes that are free on a disk that is not full
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 stopped_by = []  # signals that came
@@ -219,6 +218,8 @@ def watch(folder, log, timeout, *options):
     for other in helpers:
         other.kill()
         other.wait()
+    for folder in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}{child.pid}-*"):  # of a launcher that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     for orphan in descendants(os.getpid()):
         with suppress(OSError):
             os.kill(orphan, signal.SIGKILL)
@@ -239,8 +240,8 @@ def clear_up(sitting):
     for folder in (ROOT, record.DATA, record.STORE, sitting.folder):
         record.remove_leftovers(folder)
     known = re.findall(r"(?m)^worktree (.*)/tree$", session.git("worktree", "list", "--porcelain") or "")  # and gone
-    lost = {Path(name) for name in known if not os.path.lexists(name) and Path(name).name.startswith(PREFIX)}
-    for folder in {*Path(tempfile.gettempdir()).glob(PREFIX + "*-*"), *lost}:
+    lost = {Path(name) for name in known if not os.path.lexists(name) and Path(name).name.startswith(TEMPORARY)}
+    for folder in {*Path(tempfile.gettempdir()).glob(TEMPORARY + "*-*"), *lost}:
         pid, mine = folder.name.split("-")[1], folder in lost or folder.lstat().st_uid == os.getuid()
         if pid.isdecimal() and mine and not record.is_alive(int(pid)):
             ours = session.git("worktree", "remove", "--force", "--force", str(folder / "tree")) is not None
@@ -254,7 +255,7 @@ def checked_out(commit):
     if not commit:
         yield ROOT
         return
-    prefix = f"{PREFIX}{os.getpid()}-"
+    prefix = f"{TEMPORARY}{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as parent:
         folder = Path(parent, "tree")
         if session.git("worktree", "add", "-q", "--detach", str(folder), commit) is None:
@@ -280,6 +281,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
             "train_blob": record.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
             "launcher": os.getpid(), "lock": session.LOCK,
+            "waited": float(os.environ.pop("AUTORESEARCH_WAITED", 0)),
         }  # fmt: skip
         before = (record.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
@@ -366,7 +368,8 @@ def refuse_seen(sitting, args):
         last = attempts[-1]
         if last["train_blob"] == blob and (last["budget"], last["seed"]) == (budget, seed):
             if last["status"] not in ("running", "interrupted", "paused"):
-                raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make run AGAIN=1")
+                word = "baseline" if args.baseline else "run"
+                raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
         elif args.session and last["train_blob"] != blob and summary.can_be_a_row(sitting, last, rows):
             commit = last["commit"][:7]
             raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')

@@ -27,6 +27,7 @@ ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|
 LINK = ROOT / "results.tsv"
 PROGRESS = record.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
 JOURNAL = HOME / "internal" / "log"
+TEMPORARY = "autoresearch-"  # begins the names of our folders for temporary files; after it, whose they are
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
 NEEDED = {  # of an event, before it counts

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import small_laboratory
 
 HERE = Path(__file__).parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the crash points are read from /proc")
@@ -15,9 +16,9 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the crash points are
 # loses rows in a power cut; points.py then says which.
 SYNCS = {
     "log-result": (5, 5), "baseline": (5, 6), "run": (4, 4), "discard": (1, 1), "setup": (2, 5),
-    "run REFERENCE=1": (5, 6), "holdout": (15, 17),
+    "run REFERENCE=1": (5, 6), "holdout": (15, 17), "report": (2, 2),
 }  # fmt: skip
-EVERY = {"setup": 6, "run": 6, "run REFERENCE=1": 10, "holdout": 40}  # all: tests/crash/points.py by itself
+EVERY = {"setup": 6, "run": 6, "run REFERENCE=1": 10, "holdout": 40, "report": 12}  # all: points.py by itself
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def state_before(verb, session):
         session.experiment("prepare.finish(1.6)", "discard")
     elif verb == "run":
         session.write_train("prepare.finish(1.4)")
-    elif verb == "holdout":
+    elif verb in ("holdout", "report"):
         session.experiment("prepare.finish(1.4)", "keep")
     elif verb == "baseline":
         session.write_train("prepare.finish(1.45)")
@@ -67,6 +68,14 @@ def test_a_verb_that_dies_is_completed_by_the_same_verb(before, tmp_path, verb, 
 def test_a_verb_that_dies_at_many_points_is_completed_by_the_same_verb(before, tmp_path, verb):
     done = points(verb, before(verb).path, tmp_path, EVERY.get(verb, 2))
     assert (done["fsync"], done["fsync-folder"]) == SYNCS[verb]
+
+
+@linux
+@pytest.mark.slow
+def test_preparing_that_dies_is_completed_by_the_same_command(tmp_path):
+    checkout = small_laboratory(tmp_path / "lab")
+    done = points("prepare", checkout.path, tmp_path, 20)
+    assert (done["fsync"], done["fsync-folder"]) == (0, 0)
 
 
 @linux

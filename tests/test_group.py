@@ -131,7 +131,9 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(group_of_two, fault):
     wait_for(lambda: not any(map(alive, pids)), "ranks gone")
 
 
-def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two):
+def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path):
+    os.mkdir(tmp_path / "tmp")
+    group_of_two.env["TMPDIR"] = str(tmp_path / "tmp")
     group_of_two.write_train(BEGIN.format("pass"))
     done = group_of_two.script("run", TIMEOUT="4", check=124)
     assert "timeout (exit 124)" in done.stdout
@@ -140,12 +142,17 @@ def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two):
     (group_of_two.path / "pids").unlink()
     group_of_two.env["AGAIN"] = "1"
     process, pids = started(group_of_two, stdout=subprocess.PIPE, text=True)
-    process.kill()  # without a chance to clean up
+    assert os.listdir(tmp_path / "tmp")
+    process.kill()  # without a chance to clean up: that is left to the next run
     wait_for(lambda: not any(map(alive, pids)), "ranks gone")
+    where = "import group, tempfile\nprint(tempfile.gettempdir())\n"
+    group_of_two.write_train(where + "if not group.RANK: prepare.finish(1.4)")
+    group_of_two.script("run", AGAIN="", check=0)
+    assert str(tmp_path / "tmp") in (group_of_two.path / "run.log").read_text().splitlines()
+    assert os.listdir(tmp_path / "tmp") == []
 
 
-def test_a_group_that_ends_well_leaves_one_record(group_of_two, tmp_path):
-    os.mkdir(tmp_path / "tmp")
+def test_a_group_that_ends_well_leaves_one_record(group_of_two):
     done = group_of_two.experiment("import group\nif not group.RANK: prepare.finish(1.4)\nprint('said')")
     assert done.returncode == 0 and "val_bpb             1.400000" in done.stdout
     log = (group_of_two.path / "run.log").read_text().splitlines()
@@ -153,7 +160,6 @@ def test_a_group_that_ends_well_leaves_one_record(group_of_two, tmp_path):
 
 
 def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
-    os.mkdir(tmp_path / "tmp")
     host = {"ssh": "localhost", "ips": ["127.0.0.1"]}
     (tmp_path / "two.json").write_text(json.dumps([host, host]))
     group_of_two.write_train("import group\nif not group.RANK: prepare.finish(1.4)\nprint(group.SIZE)")

@@ -232,6 +232,8 @@ def test_a_second_run_is_refused_or_waits(session):
     (session.path / "go").touch()
     assert first.wait(timeout=30) == 0
     assert "valid" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
+    begun = [event for event in session.events if event["event"] == "begin"]
+    assert begun[-1]["waited"] > 0.2 > begun[-2]["waited"]  # make report tells it among what the night cost
 
 
 def test_a_lock_left_behind_is_taken_over(session):
@@ -396,6 +398,17 @@ def test_in_a_session_no_result_is_pushed_aside_before_it_is_logged(session):
 def test_the_baseline_does_not_ask_to_be_logged(checkout):
     done = checkout.make("baseline", check=0)
     assert "verdict" in done.stdout and "next" not in done.stdout
+
+
+def test_a_baseline_that_fails_is_to_be_made_again(checkout):
+    """An idea that ran in its stead would be what all others are compared with."""
+    checkout.write_train("raise SystemExit(1)")
+    assert "next     mend it and commit, then make baseline" in checkout.make("baseline", check=2).stdout
+    assert "make baseline AGAIN=1" in checkout.make("baseline", check=2).stderr
+    checkout.make("baseline", "AGAIN=1", check=2)
+    checkout.write_train("prepare.finish(1.5)")
+    checkout.make("baseline", check=0)
+    assert [row[4:] for row in checkout.rows] == [["keep", "baseline"]]
 
 
 @pytest.mark.slow

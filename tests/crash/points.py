@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from hashlib import sha1
 from pathlib import Path
 
 import numpy  # noqa: F401  # once for all: what a verb imports is not what is tried here
@@ -41,6 +42,8 @@ VERBS = {  # what is typed; a Python helper is called without its shell script, 
     "discard": ["scripts/discard.sh"],
     "setup": ["scripts/setup.sh"],
     "results": ["scripts/results.py", "--tag=t"],
+    "report": ["scripts/report.py", "--tags=t"],
+    "prepare": ["prepare.py", "--dataset=files"],  # of the texts beside FOLDER
 }  # fmt: skip
 
 
@@ -59,6 +62,7 @@ class Lab:
             "GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z",
             "PYTHONDONTWRITEBYTECODE": "1", "CRASH_UNDER": str(work / "disk"), "PYTHONUTF8": "1",
             "PYTHONPATH": "", "TIMEOUT": "20",
+            "AUTORESEARCH_CACHE": str(work / "disk" / "cache"), "AUTORESEARCH_FILES": str(pristine.parent / "texts"),
         }  # fmt: skip
         (work / "bin").mkdir(parents=True)
         (work / "bin" / "git").symlink_to(HERE / "git")
@@ -104,7 +108,7 @@ class Lab:
                 os.environ.update(env)
                 if at is not None:
                     runpy.run_path(str(HERE / "sitecustomize.py"))["install"]()
-                sys.path.insert(0, str(self.folder / "scripts"))
+                sys.path[:0] = [str(self.folder / "scripts"), str(self.folder)]
                 sys.argv, code = self.words, 0
                 try:
                     runpy.run_path(self.words[0], run_name="__main__")
@@ -180,6 +184,9 @@ class Lab:
             "worktrees": len(self.git("worktree", "list").splitlines()),
             "logged": [e["id"] for e in events if e["event"] == "logged"],
             "last": [e["status"] for e in events if e["event"] == "end"][-1:],
+            "cache": {str(p.relative_to(self.work)): sha1(p.read_bytes()).hexdigest()
+                      for p in (self.work / "disk" / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"},
+            "pages": [p.read_bytes()[-8:] for p in (data / "report.html", data / "progress.png") if p.exists()],
             "records": len(records) if not runs else all(r.get("seal") for r in records),
             "left over": runs  # which clear up what others left
             and sorted(p.name for p in data.rglob(".*tmp")) + [n for n in os.listdir(self.env["TMPDIR"]) if "-" in n],
