@@ -489,17 +489,65 @@ def runs_of(blob, like):
 
 
 @dataclass(frozen=True)
+class Seeds:
+    """val_bpb as the sum of what the program, the seed and chance make, fitted by least squares to all runs.
+
+    Runs of one seed see the same text in the same order from the same initial weights, so a seed that is unlucky for
+    one program is so for those like it. With its share set off, what is left is far less than all of the noise.
+    effect: {seed: bits per byte}, 0 in the mean; sigma, df: of what is left; cover: their covariance over sigma².
+    """
+
+    effect: dict
+    sigma: float
+    df: int
+    cover: np.ndarray
+
+    @classmethod
+    def of(cls, programs, seeds, values):
+        """programs, seeds, values: of each run. Programs are eliminated, so that as many unknowns as seeds are left."""
+        names, s = np.unique(seeds, return_inverse=True)
+        _, p = np.unique(programs, return_inverse=True)
+        counts = np.zeros((p.max(initial=-1) + 1, len(names)))
+        np.add.at(counts, (p, s), 1)
+        share = counts / counts.sum(axis=1, keepdims=True)
+        beyond = values - np.bincount(p, values)[p] / counts.sum(axis=1)[p]
+        normal = np.diag(counts.sum(axis=0)) - counts.T @ share
+        cover = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
+        effect = cover @ np.bincount(s, beyond, minlength=len(names))
+        left = beyond - effect[s] + (share @ effect)[p]
+        df = len(values) - len(counts) - int(np.linalg.matrix_rank(normal, tol=1e-6, hermitian=True))
+        sigma = math.sqrt((left**2).sum() / df) if df else math.nan
+        return cls(dict(zip(names.tolist(), effect.tolist(), strict=True)), sigma, df, cover)
+
+    def spread(self, one, other):
+        """The standard error of the difference of two programs in sigmas, from the seeds of their runs.
+
+        Infinite where no chain of equal seeds joins them.
+        """
+        order = list(self.effect)
+        if not one or not other or not {*one, *other} <= set(order):
+            return math.inf
+        weights = sum(sign * np.bincount([order.index(x) for x in seeds], minlength=len(order)) / len(seeds)
+                      for sign, seeds in ((1, one), (-1, other)))  # fmt: skip
+        reached = np.linalg.pinv(self.cover, rcond=1e-9, hermitian=True) @ (self.cover @ weights)
+        if np.abs(reached - weights).max() > 1e-6:
+            return math.inf
+        return math.sqrt(1 / len(one) + 1 / len(other) + weights @ self.cover @ weights)
+
+
+@dataclass(frozen=True)
 class Noise:
     """The standard deviation of one run's figures between runs of one and the same program.
 
     bpb in bits per byte; rate as a share of the program's mean. Pooled over all programs with more than one
     run: the squared deviations from each program's own mean, over the degrees of freedom (df), which are the
-    runs less the programs. With df = 0 nothing is known, and both are nan.
+    runs less the programs. With df = 0 nothing is known, and both are nan. seeds: what of bpb the seeds explain.
     """
 
     bpb: float
     rate: float
     df: int
+    seeds: Seeds | None = None
 
 
 def noise(like, usable=lambda record: True):
@@ -508,12 +556,16 @@ def noise(like, usable=lambda record: True):
     for record in archived():
         if usable(record) and not differences(record, like):
             programs.setdefault(record["train_blob"], []).append(record)
-    squares, df = np.zeros(2), 0
-    for runs in programs.values():
+    squares, df, repeated = np.zeros(2), 0, []
+    for blob, runs in programs.items():
         figures = np.array([[bpb(r), tok_sec(r)] for r in runs])
         squares += (((figures - figures.mean(axis=0)) / [1.0, figures[:, 1].mean() or 1.0]) ** 2).sum(axis=0)
         df += len(runs) - 1
-    return Noise(*(np.sqrt(squares / df) if df else (math.nan, math.nan)), df)
+        repeated += [(blob, r["seed"], bpb(r)) for r in runs]
+    if not df:
+        return Noise(math.nan, math.nan, 0)
+    names, seeds, values = zip(*repeated, strict=True)
+    return Noise(*np.sqrt(squares / df), df, Seeds.of(names, seeds, np.array(values)))
 
 
 # --- pairs: two runs that saw the same text ------------------------------------------------------------

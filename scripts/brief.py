@@ -60,10 +60,9 @@ def standing(night):
         after = "" if math.isnan(worth) else f"; after the winner's curse {worth:+.6f}"
         runs = verdict.runs(best.count)
         found.append(f"best     {best.bpb:.6f} ({best.commit}, {runs}), gain {gain:+.6f}{width}{after}")
-    if night.noise.df:
-        seen = verdict.in_t(verdict.LOOKS[0][1], night.noise.df) * night.noise.bpb
-        seen *= math.sqrt(1 + 1 / max(1, night.kept[-1].count))
-        found.append(f"noise    of a run {night.noise.bpb:.6f} ({night.noise.df} degrees of freedom): "
+    if night.df:
+        seen = night.wide(night.sigma, verdict.LOOKS[0][1]) * math.sqrt(1 + 1 / max(1, night.kept[-1].count))
+        found.append(f"noise    of a run {night.sigma:.6f}{night.set_off} ({night.df} degrees of freedom): "
                      f"one run shows a gain from {seen:.6f} on")  # fmt: skip
     if night.look:
         fresh = night.look["test"][0]

@@ -33,6 +33,8 @@ class Experiment:
     runs: list = field(default_factory=list)  # comparable records of its program
     side: verdict.Side = None
     attempts: list = field(default_factory=list)  # all that ran on its behalf, repeats of the reference too
+    level: float = math.nan  # its val_bpb, as programs are compared: see verdict.Side.levels
+    levels: list = field(default_factory=list)  # of each run that counts
     gain: float = math.nan  # against `before`, by all runs of each; bits per byte, above 0 it is better
     error: float = math.nan  # its standard error
     expected: float = math.nan  # the gain after the winner's curse
@@ -50,7 +52,7 @@ class Experiment:
 
     @property
     def bpb(self):
-        return self.side.bpb if self.count else self.row.bpb
+        return self.level if self.count else self.row.bpb
 
     @property
     def rate(self):
@@ -93,10 +95,10 @@ class Night:
         self.records = {r["run_id"]: r for r in record.archived()}
         self.like = newest_record(rows, self.records.values())
         self.experiments = [Experiment(row, matching(logged, row)) for row in rows]
+        self.noise = verdict.quiet_noise(self.like) if self.like else record.Noise(math.nan, math.nan, 0)
+        seeds = verdict.set_off(self.noise)
+        self.sigma, self.df = (seeds.sigma, seeds.df) if seeds else (self.noise.bpb, self.noise.df)  # of one run
         self._runs()
-        self.noise = record.Noise(math.nan, math.nan, 0)
-        if self.like:
-            self.noise = record.noise(self.like, lambda run: not verdict.busy(run))
         self.kept = [e for e in self.experiments if e.status == "keep"]
         self.first = self.kept[0] if self.kept else None
         self.best = min(self.kept, key=lambda e: e.bpb) if self.kept else None
@@ -120,8 +122,10 @@ class Night:
         for e in self.experiments:
             e.runs = programs.get(e.blob, []) if e.status != "crash" else []
             if e.runs:
-                figures = zip(*((record.bpb(r), record.tok_sec(r), verdict.busy(r)) for r in e.runs), strict=True)
-                e.side = verdict.Side(*map(list, figures))
+                e.side = verdict.Side([record.bpb(r) for r in e.runs], [record.tok_sec(r) for r in e.runs],
+                                      [verdict.busy(r) for r in e.runs], seeds=[r["seed"] for r in e.runs])  # fmt: skip
+                e.levels = e.side.levels(self.noise)
+                e.level = float(np.mean(e.levels))
 
     def _references(self):
         last, by_commit = None, {}
@@ -145,20 +149,20 @@ class Night:
         for e in self.experiments:
             if e.before is None or e.status == "crash":
                 continue
-            e.gain = e.before.bpb - e.bpb
+            e.gain, error = self.compare(e, e.before)
             if any(x.side and x.side.disturbed for x in (e, e.before)):  # of unlike loads; what decided were pairs
                 e.gain = e.event.get("gain") if isinstance(e.event.get("gain"), float) else e.gain
                 continue
-            e.error = self.error(e, e.before)
+            e.error = error
             if not math.isnan(e.error):
                 compared.append(e)
         if not compared:
             return
-        gains, errors = [e.gain for e in compared], [self.sigma(e.error, 1.0) for e in compared]
+        gains, errors = [e.gain for e in compared], [self.wide(e.error, 1.0) for e in compared]
         prior = Prior.of(gains, errors)
         for e, mean, spread in zip(compared, *prior.expected(gains, errors), strict=True):
             e.expected, e.uncertain = float(mean), float(spread)
-        chain, own = self.chain, self.sigma(self.noise.bpb, 1.0)
+        chain, own = self.chain, self.wide(self.sigma, 1.0)
         means, spreads = prior.along([e.bpb for e in chain], [own / math.sqrt(max(1, e.count)) for e in chain])
         for e, gain in zip(chain[1:], -np.diff(means), strict=True):
             e.expected = round(float(gain), 9) + 0.0  # no -0
@@ -182,27 +186,36 @@ class Night:
             yield f"written or edited by hand: {numbers(by_hand)}"
         if unread:
             yield f"git does not know the program of {numbers(unread)}: no diff"
-        if self.experiments and not self.noise.df:
+        if self.experiments and not self.df:
             yield "nothing was run twice on a quiet machine, so noise is unknown: make run REFERENCE=1 N=4 measures it"
         if self.best is not self.first and not self.look:
             yield "the gain was not measured on held-out text: make holdout does that"
 
     # --- what it says ---
 
-    def error(self, one, other):
-        """The standard error of the difference of two programs' means; nan where the noise is unknown."""
-        return self.noise.bpb * math.sqrt(sum(1 / max(1, e.count) for e in (one, other)))
+    def compare(self, new, old):
+        """(how much lower the first one's val_bpb is, its standard error: nan where the noise is unknown)."""
+        if new.side and old.side:
+            gain, sigma, _, spread, _ = verdict.difference(new.side, old.side, self.noise)
+            return gain, sigma * spread
+        return old.bpb - new.bpb, self.noise.bpb * math.sqrt(sum(1 / max(1, e.count) for e in (new, old)))
 
-    def sigma(self, error, sigmas):
+    @property
+    def set_off(self):
+        """What is said beside the noise of a run, where seeds explain much of it."""
+        return f" beside the seed's share, {self.noise.bpb:.6f} with it" if self.sigma != self.noise.bpb else ""
+
+    def wide(self, error, sigmas):
         """`sigmas` standard errors, wider where the noise rests on few repeats."""
-        return verdict.in_t(sigmas, self.noise.df) * error if self.noise.df else math.nan
+        return verdict.in_t(sigmas, self.df) * error if self.df else math.nan
 
     @property
     def gain(self):
         """(baseline less best, half of its 95 % interval), by all runs of each."""
         if self.best is self.first:
             return 0.0, math.nan
-        return self.first.bpb - self.best.bpb, self.sigma(self.error(self.first, self.best), SURE)
+        gain, error = self.compare(self.best, self.first)
+        return gain, self.wide(error, SURE)
 
     @property
     def chain(self):
@@ -293,12 +306,14 @@ class Night:
     def cost(self):
         """{what: seconds} of the whole session."""
         spent = dict.fromkeys(("training", "start-up", "evaluation", "repeats", "hold-out", "failed", "standing still",
-                               "idle between runs"), 0.0)  # fmt: skip
+                               "waiting for other runs", "idle between runs"), 0.0)  # fmt: skip
         seen, end = set(), None
         for a in self.attempts:
             wall, run, began = a.get("wall_seconds") or 0.0, self.records.get(a.get("run_id")), parsed(a["started"])
             if end and began:
-                spent["idle between runs"] += max(0.0, (began - end).total_seconds())
+                between, waited = max(0.0, (began - end).total_seconds()), a.get("waited") or 0.0
+                spent["waiting for other runs"] += min(waited, between)
+                spent["idle between runs"] += max(0.0, between - waited)
             end = parsed(a.get("end")) or began
             if a["role"] == "holdout":
                 spent["hold-out"] += wall

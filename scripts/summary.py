@@ -17,7 +17,7 @@ def lines(sitting, attempt, baseline=False):
     """The summary of a run (see run.py) in the session `sitting`."""
     commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
     if status != "valid":
-        return failure(attempt, commit, status)
+        return failure(attempt, commit, status, "make baseline" if baseline else None)
     run = session.record_of(attempt)
     disturbed = [f"busy     {words}" for words in [verdict.busy(run)] if words]
     if attempt["role"] == "reference" and not attempt["pair"]:
@@ -79,24 +79,30 @@ def brief(attempt):
 
 def standing(blob, run):
     """All runs of a program in one line, and the noise that they and others show."""
-    side, noise = verdict.side(blob, run)[0], record.noise(run, lambda r: not verdict.busy(r))
+    side, noise = verdict.side(blob, run)[0], verdict.quiet_noise(run)
     words = f"stands   {verdict.runs(side.runs)}, mean val_bpb {side.bpb:.6f}"
     if noise.df:
-        words += f"; noise of a run ± {noise.bpb:.6f}, {100 * noise.rate:.1f} % tok/s ({noise.df} degrees of freedom)"
+        seeds = verdict.set_off(noise)
+        beside = f" (± {seeds.sigma:.6f} beside its seed's share)" if seeds else ""
+        words += f"; noise of a run ± {noise.bpb:.6f}{beside}, {100 * noise.rate:.1f} % tok/s"
+        words += f" ({noise.df} degrees of freedom)"
     return words
 
 
 # --- how it went wrong ---------------------------------------------------------------------------------
 
 
-def failure(attempt, commit, status):
+def failure(attempt, commit, status, again=None):
+    """again: what to type where there is nothing to log, instead of make run."""
     code = {"crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124}.get(status, attempt["exit_code"])
     found = [f"{status} (exit {code}) {commit}: {one_line(attempt['reason'])}"]
     if status in ("crash", "stale", "timeout"):
         found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
     if status in ("interrupted", "paused"):
-        return [*found, "next     make run"]
+        return [*found, f"next     {again or 'make run'}"]
     found.append("log      tail -n 50 run.log")
+    if again:
+        return [*found, f"next     mend it and commit, then {again}: ideas are compared with it"]
     return [*found, 'next     mend it and commit, or: make log-result STATUS=crash DESC="…"']
 
 

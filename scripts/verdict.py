@@ -28,10 +28,13 @@ REFERENCE_RUNS = 4  # a kept program was lucky more often than not, and many are
 # none, above the second there is one, between them it is run again. Found by simulation (tests/test_noise.py), which
 # moves the reference with every keep: its table is in docs/noise.md.
 LOOKS = ((0.5, 3.0), (0.8, 2.5), (1.5, 1.5))
+# The same where each seed's own share is set off, so that smaller gains come into question.
+SEED_LOOKS = ((0.5, 3.0), (0.8, 2.5), (2.0, 2.0))
 # The same for pairs: each stands alone, where other candidates share one reference, so more of them are lucky.
 PAIR_LOOKS = ((1.0, math.inf), (1.6, 3.8), (3.0, 3.0))
 UNEVEN_PAIR = 0.10  # share of throughput by which the ends of a pair may differ, and one pair still ends it
 UNEVEN_LOAD = 2.0  # times the noise of a quiet machine: pairs that differ so much among themselves are judged by that
+SET_OFF = 0.85  # of a gain of 2.5 standard errors: as much smaller must one be that is seen without the seeds' shares
 PAIRED_SIGMAS = 4.0  # of the difference at equal steps that asks for a second look
 TEACHES_LESS = 2.0  # standard errors of it, beyond which a step of the new program teaches less
 GAP_SIGMAS = 6.0  # of the difference between what validation and test gained: few rows, whose losses have long tails
@@ -75,6 +78,7 @@ class Side:
     rates: list  # tokens a second
     busy: list = None  # what disturbed it, or None
     lines: int = 0  # of code
+    seeds: list = None
 
     def __post_init__(self):
         self.busy = self.busy or [None] * len(self.bpbs)
@@ -92,6 +96,14 @@ class Side:
     @property
     def rate(self):
         return float(np.mean([self.rates[i] for i in self.used]))
+
+    def levels(self, noise):
+        """val_bpb of each run that is looked at, without its seed's own share where that is known well enough."""
+        effect = seeds.effect if (seeds := set_off(noise)) else {}
+        return [self.bpbs[i] - effect.get(self.seeds[i] if self.seeds else None, 0.0) for i in self.used]
+
+    def level(self, noise):
+        return float(np.mean(self.levels(noise)))
 
     @property
     def disturbed(self):
@@ -128,6 +140,34 @@ def in_t(sigmas, df):
     return z + sum(term / df**power for power, term in enumerate(terms, 1))
 
 
+def set_off(noise):
+    """The seeds' shares of val_bpb, `record.Seeds`, where smaller differences are seen without them; else None."""
+    seeds = noise.seeds
+    if seeds and seeds.df and in_t(2.5, seeds.df) * seeds.sigma < SET_OFF * in_t(2.5, noise.df) * noise.bpb:
+        return seeds
+    return None
+
+
+def difference(new, old, noise):
+    """(how much lower val_bpb is, sigma of one run, its degrees of freedom, spread, whether seeds are set off).
+
+    sigma * spread is the standard error.
+    """
+    if seeds := set_off(noise):
+        used = [[side.seeds[i] for i in side.used] if side.seeds else [] for side in (new, old)]
+        spread = seeds.spread(*used)
+        if math.isfinite(spread):
+            return old.level(noise) - new.level(noise), seeds.sigma, seeds.df, spread, True
+    return old.bpb - new.bpb, noise.bpb, noise.df, math.sqrt(1 / new.runs + 1 / old.runs), False
+
+
+def at_equal_seeds(new, old):
+    """How much lower val_bpb is where both ran with the same seed, or 0."""
+    runs = [dict(zip(side.seeds or [], side.bpbs, strict=False)) for side in (new, old)]
+    found = [runs[1][seed] - runs[0][seed] for seed in runs[0].keys() & runs[1].keys()]
+    return float(np.mean(found)) if found else 0.0
+
+
 def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     """The rule for keeping.
 
@@ -135,10 +175,9 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     (val_bpb, tokens a second). equal_steps: see `record.at_equal_steps`; unearned: see `not_earned`. The verdict's
     sides are those that decided.
     """
-    result = Verdict("", "", new=new, old=old, gain=old.bpb - new.bpb)
+    gain, sigma, df, spread, by_seeds = difference(new, old, noise)
+    result, looks, levels = Verdict("", "", new=new, old=old, gain=gain), new.runs, SEED_LOOKS if by_seeds else LOOKS
     result.faster = new.rate / old.rate - 1 if old.rate else 0.0
-    sigma, df, looks, levels = noise.bpb, noise.df, new.runs, LOOKS
-    spread = math.sqrt(1 / new.runs + 1 / old.runs)
     more, more_of_old = max(0, RUNS - new.runs), max(0, REFERENCE_RUNS - old.runs)
     again = "make run REFERENCE=1" if more_of_old else "make run AGAIN=1"
     if new.busy[-1] or old.busy[-1]:
@@ -160,6 +199,9 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         looks, levels, spread, again = len(pairs), PAIR_LOOKS, math.sqrt(2 / len(pairs)), "make run PAIR=1"
         more, more_of_old = 2 * max(0, RUNS - len(pairs)), 0
         result.notes.append(f"by {len(pairs)} pair{'s' * (len(pairs) > 1)}, run in turn")
+    elif by_seeds:
+        words = f"each seed's own share is set off, which leaves ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
+        result.notes.append(words)
     # figures are told to six places: a limit is met where they meet it
     result.gain, result.faster = round(result.gain, 9), round(result.faster, 9)
     earned = min(result.faster, 0.0) if by_pairs else result.faster  # a load changes speed most of all
@@ -175,6 +217,8 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
             open_ = True
         if by_pairs and looks < 2 and abs(result.faster) > UNEVEN_PAIR:  # or the load came or went between the two
             open_ = True
+        if noise.seeds and not noise.seeds.df and looks < 2 and not seen and at_equal_seeds(new, old) > 0:
+            open_ = True  # what the seeds explain is known when two programs have two of them
         if (open_ and more) or (not seen and more_of_old):
             result.word, result.next = "rerun", again
             needed = runs(more_of_old + (more if open_ else 0), "more ")
@@ -243,7 +287,12 @@ def side(blob, like):
     runs = record.runs_of(blob, like)
     code = session.essence(session.text_of(blob) or "")
     return Side([record.bpb(r) for r in runs], [record.tok_sec(r) for r in runs], [busy(r) for r in runs],
-                len(code.splitlines()) if code else 0), runs  # fmt: skip
+                len(code.splitlines()) if code else 0, [r["seed"] for r in runs]), runs  # fmt: skip
+
+
+def quiet_noise(like):
+    """`record.Noise` of all runs like this one that nothing disturbed."""
+    return record.noise(like, lambda run: not busy(run))
 
 
 def of_attempt(sitting, attempt, rows):
@@ -253,7 +302,8 @@ def of_attempt(sitting, attempt, rows):
         raise Refused("the record of the newest run is gone from data/, or was changed: make run AGAIN=1")
     row = sitting.reference(rows, attempt["commit"])
     if row is None:
-        return Verdict("keep", "nothing was kept before", new=side(run["train_blob"], run)[0]), None, run, None
+        words = "nothing was kept before: it becomes what all is compared with"
+        return Verdict("keep", words, new=side(run["train_blob"], run)[0]), None, run, None
     new, new_runs = side(run["train_blob"], run)
     old, old_runs = side(row.blob, run)
     if not any(other["run_id"] != run["run_id"] for other in old_runs):
@@ -265,7 +315,7 @@ def of_attempt(sitting, attempt, rows):
                 refusal.budget = known[-1]["budget"]
             raise refusal
         old = old if old_runs else Side([row.bpb], [row.rate], lines=old.lines)
-    noise = record.noise(run, lambda r: not busy(r))
+    noise = quiet_noise(run)
     if row.blob == run["train_blob"]:
         return Verdict("again", "the reference's own text: it measures noise", new=new, old=old), row, run, run
     text, kept = session.text_of(run["train_blob"]), session.text_of(row.blob)

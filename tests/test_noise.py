@@ -3,6 +3,7 @@
 `python tests/test_noise.py 200` prints the table of docs/noise.md, from so many nights a line.
 """
 
+import itertools
 import math
 import random
 import sys
@@ -32,63 +33,79 @@ COST, SHARE = 0.1, 0.5  # what a load costs: bits per byte, and the share of the
 
 @dataclass
 class Program:
-    """A text of train.py, and its runs as (val_bpb, tokens a second, what disturbed it)."""
+    """A text of train.py, and its runs as (val_bpb, tokens a second, what disturbed it, seed)."""
 
     truth: float
     rate: float = 1e5
     lines: int = 500
     runs: list = field(default_factory=list)
     mean: tuple = (0, np.zeros(2))  # of the quiet ones, and how many they are
+    name: int = field(default_factory=itertools.count().__next__)
 
     def side(self):
-        return Side([r[0] for r in self.runs], [r[1] for r in self.runs], [r[2] for r in self.runs], self.lines)
+        bpbs, rates, busy, seeds = map(list, zip(*self.runs, strict=True))
+        return Side(bpbs, rates, busy, self.lines, seeds)
 
 
 class Pooled:
     """`record.noise` of all quiet runs so far, kept up run by run."""
 
     def __init__(self):
-        self.squares, self.df = np.zeros(2), 0
+        self.squares, self.df, self.runs, self.known = np.zeros(2), 0, [], None
 
-    def add(self, program, bpb, rate):
+    def add(self, program, bpb, rate, seed):
         count, mean = program.mean
         new = np.array([bpb, rate / program.rate])
         moved = mean + (new - mean) / (count + 1)
         self.squares += (new - mean) * (new - moved)
         self.df += count > 0
         program.mean = count + 1, moved
+        self.runs.append((program.name, seed, bpb))
+        self.known = None
 
     def __call__(self):
-        return record.Noise(*(np.sqrt(self.squares / self.df) if self.df else (math.nan, math.nan)), self.df)
+        if not self.df:
+            return record.Noise(math.nan, math.nan, 0)
+        if not self.known:
+            programs, seeds, values = zip(*self.runs, strict=True)
+            self.known = record.Seeds.of(programs, seeds, np.array(values))
+        return record.Noise(*np.sqrt(self.squares / self.df), self.df, self.known)
 
 
 class Machine:
-    """Runs programs. load: whether other work comes and goes, a dozen runs at a time, half of the time in all."""
+    """Runs programs. load: whether other work comes and goes, a dozen runs at a time, half of the time in all.
 
-    def __init__(self, seed, load=False, uneven=0.0):
+    alike: the share of the variance that is the seed's, the same for every program.
+    """
+
+    def __init__(self, seed, load=False, uneven=0.0, alike=0.0):
         self.random, self.load, self.uneven = random.Random(seed), load, uneven
         self.busy, self.noise, self.count = load and self.random.random() < 0.5, Pooled(), 0
+        lots = random.Random(f"seeds {seed}")
+        self.seeds, self.own = [lots.gauss(0, SIGMA * alike**0.5) for _ in range(300)], SIGMA * (1 - alike) ** 0.5
 
-    def run(self, program):
+    def run(self, program, seed=None):
         self.count += 1
         if self.load and self.random.random() < 1 / 12:
             self.busy = not self.busy
-        bpb, rate = self.random.gauss(program.truth, SIGMA), program.rate * self.random.gauss(1, SPEED)
+        seed = next(s for s in range(300) if s not in {r[3] for r in program.runs}) if seed is None else seed
+        bpb = self.random.gauss(program.truth, self.own) + self.seeds[seed]
+        rate = program.rate * self.random.gauss(1, SPEED)
         if self.busy:
             factor = max(0.0, self.random.gauss(1, self.uneven))
             bpb, rate = bpb + COST * factor, rate * SHARE**factor
         else:
-            self.noise.add(program, bpb, rate)
-        program.runs.append((bpb, rate, "other processes used 1.0 of 2 cores" if self.busy else None))
+            self.noise.add(program, bpb, rate, seed)
+        program.runs.append((bpb, rate, "other processes used 1.0 of 2 cores" if self.busy else None, seed))
         return program.runs[-1]
 
 
-def night(effects, seed, load=False, uneven=0.0, simpler=False):
+def night(effects, seed, simpler=False, **conditions):
     """The experiments of a night, each (effect, verdict, extra runs, last rule, true gain of the night so far).
 
     effects: how much better than the reference of its time each program truly is, in bits per byte.
     """
-    machine, reference, told = Machine(seed, load, uneven), Program(1.5), []
+    machine, reference, told = Machine(seed, **conditions), Program(1.5), []
     for _ in range(RUNS):
         machine.run(reference)
     for effect in effects:
@@ -101,7 +118,8 @@ def night(effects, seed, load=False, uneven=0.0, simpler=False):
                 break
             elif "PAIR" in found.next:
                 ends = [reference, candidate][:: 1 if len(pairs) % 2 else -1]
-                ran = {id(program): machine.run(program) for program in ends}
+                free = next(s for s in range(300) if s not in {r[3] for r in reference.runs + candidate.runs})
+                ran = {id(program): machine.run(program, free) for program in ends}
                 a, b = ran[id(candidate)], ran[id(reference)]
                 if verdict.alike(a[2], b[2]):
                     pairs.append((a[:2], b[:2]))
@@ -163,8 +181,8 @@ def test_pooled_noise_of_the_simulation_is_that_of_the_records(monkeypatch):
     machine, programs = Machine(0, load=True), [Program(1.5 + i) for i in range(5)]
     for i in range(40):
         machine.run(programs[i % 7 % 5])
-    made = [run(b, r, blob=str(i), machine={"other_cores": 1.0 if why else 0.0, "cores": 2})
-            for i, p in enumerate(programs) for b, r, why in p.runs]  # fmt: skip
+    made = [run(b, r, blob=str(i), seed=seed, machine={"other_cores": 1.0 if why else 0.0, "cores": 2})
+            for i, p in enumerate(programs) for b, r, why, seed in p.runs]  # fmt: skip
     monkeypatch.setattr(record, "archived", lambda: iter(made))
     found, told = record.noise(made[0], lambda r: not verdict.busy(r)), machine.noise()
     assert 0 < found.df == told.df < 35
@@ -181,6 +199,15 @@ def test_changes_that_do_nothing_are_hardly_ever_kept():
 @pytest.mark.parametrize(("sigmas", "least"), [(2, 0.6), (4, 0.95)])
 def test_gains_are_kept(sigmas, least):
     assert kept(nights(sigmas, NIGHTS), 1) >= least
+
+
+@pytest.mark.parametrize(("alike", "least"), [(0.5, 0.8), (0.9, 0.95)])
+def test_what_seeds_explain_sharpens_the_rule(alike, least):
+    """Seeds that are lucky for one program are so for those like it: smaller gains are seen, and sooner."""
+    assert kept(nights(0, NIGHTS, alike=alike), 0) <= 0.02
+    assert kept(nights(2, NIGHTS, alike=alike), 1) >= least
+    told = nights(mixed, NIGHTS, alike=alike)
+    assert kept(told, 0) < 0.03 and kept(told, -1) == 0 and kept(told, 1) > 0.8
 
 
 def test_losses_are_not_kept():
@@ -526,6 +553,53 @@ def test_noise_is_pooled_within_programs(programs, chance):
     assert found.rate == pytest.approx(math.sqrt(shares / df), abs=1e-9)
 
 
+RUNS_OF = st.lists(st.tuples(st.integers(0, 4), st.integers(42, 46), st.floats(0.5, 3)), min_size=1, max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(RUNS_OF)
+def test_seeds_are_fitted_by_least_squares(runs):
+    programs, seeds, values = map(np.array, zip(*runs, strict=True))
+    design = np.hstack([programs[:, None] == np.unique(programs), seeds[:, None] == np.unique(seeds)]).astype(float)
+    fitted = np.linalg.lstsq(design, values, rcond=1e-9)[0]
+    squares, df = ((values - design @ fitted) ** 2).sum(), len(runs) - np.linalg.matrix_rank(design)
+    found = record.Seeds.of(programs, seeds, values)
+    assert found.df == df
+    assert not df or found.sigma == pytest.approx(math.sqrt(squares / df), abs=1e-6)
+    one, other = (seeds[programs == p].tolist() for p in (programs[0], programs[-1]))
+    contrast = (np.unique(programs) == programs[0]) * 1.0 - (np.unique(programs) == programs[-1])
+    contrast = np.append(contrast, np.zeros(len(np.unique(seeds))))
+    gram = np.linalg.pinv(design.T @ design, rcond=1e-9, hermitian=True)
+    known = np.abs(gram @ (design.T @ design @ contrast) - contrast).max() < 1e-6
+    spread = math.sqrt(max(0.0, contrast @ gram @ contrast)) if known else math.inf
+    if programs[0] != programs[-1]:
+        assert found.spread(one, other) == pytest.approx(spread, abs=1e-6)
+
+
+UNLUCKY = {42: 0.08, 43: -0.05, 44: 0.03, 45: -0.06}
+
+
+def lots(blob, bpb, seeds, wobble=0.001):
+    """Runs whose seed says more than the program does; `wobble` is what neither explains."""
+    return [run(bpb + UNLUCKY[s] + wobble * (-1) ** (i + len(blob)), blob=blob, seed=s) for i, s in enumerate(seeds)]
+
+
+def test_a_seed_that_is_unlucky_for_all_hides_no_gain(judged):
+    old, tried = lots("old", 1.5, UNLUCKY), [*lots("one", 1.6, (42, 43, 44)), *lots("two", 1.55, (42, 43))]
+    found = judged([*tried, *lots("new", 1.48, (42,))], old)
+    assert found.word == "keep" and found.gain == pytest.approx(0.02, abs=0.003)  # and beside 43 to 45 it looks worse
+    assert found.new.bpb > found.old.bpb and "seed's own share is set off" in found.notes[0]
+    assert judged([*tried, *lots("new", 1.52, (43,))], old).word == "discard"  # and looks better
+    assert "set off" not in str(judged([*tried, run(1.48, blob="new", seed=7)], old).notes)  # a seed of its own
+
+
+def test_what_seeds_explain_is_learnt_where_equal_seeds_speak_for_a_change(judged):
+    """With one run of each change it is not known how much of the noise is the seed's."""
+    found = judged(lots("new", 1.48, (42,)), lots("old", 1.5, UNLUCKY))
+    assert (found.word, found.next) == ("rerun", "make run AGAIN=1")
+    assert judged(lots("new", 1.52, (42,)), lots("old", 1.5, UNLUCKY)).word == "discard"
+
+
 # --- record.at_equal_steps -------------------------------------------------------------------------------
 
 
@@ -695,12 +769,26 @@ if __name__ == "__main__":
         ("loses 2 σ, beside a load", -2, {"load": True}),
         ("does nothing, beside an uneven load", 0, {"load": True, "uneven": 0.2}),
         ("gains 4 σ, beside an uneven load", 4, {"load": True, "uneven": 0.2}),
+        ("does nothing, seeds explain half", 0, {"alike": 0.5}),
+        ("gains 1 σ, seeds explain half", 1, {"alike": 0.5}),
+        ("gains 2 σ, seeds explain half", 2, {"alike": 0.5}),
+        ("does nothing, seeds explain nine tenths", 0, {"alike": 0.9}),
+        ("gains 1 σ, seeds explain nine tenths", 1, {"alike": 0.9}),
+        ("gains 2 σ, seeds explain nine tenths", 2, {"alike": 0.9}),
+        ("loses 1 σ, seeds explain nine tenths", -1, {"alike": 0.9}),
+        ("does nothing, nine tenths, beside a load", 0, {"alike": 0.9, "load": True}),
+        ("gains 2 σ, nine tenths, beside a load", 2, {"alike": 0.9, "load": True}),
     ):
         told, plainly = nights(effect, COUNT, **conditions), [] if conditions else plain_nights(effect, COUNT)
         by_plain = f"{100 * kept(plainly, -1, 0, 1):.1f}" if plainly else "–"
         print(f"| {name} | {100 * kept(told, -1, 0, 1):.2f} | {by_plain} | {100 * extra(told):.0f} |")
     print("\n| of 100 each | without effect | losses of 2 σ | gains of 2 σ | gains of 4 σ | extra runs |")
     print("|---|---|---|---|---|---|")
-    for rule, made in (("this rule", nights(mixed, COUNT)), ("the plain rule", plain_nights(mixed, COUNT))):
+    for rule, made in (
+        ("this rule", nights(mixed, COUNT)),
+        ("this rule, seeds explain half", nights(mixed, COUNT, alike=0.5)),
+        ("this rule, seeds explain nine tenths", nights(mixed, COUNT, alike=0.9)),
+        ("the plain rule", plain_nights(mixed, COUNT)),
+    ):
         shares = [kept([t for t in made if round(t[0] / SIGMA) == s], -1, 0, 1) for s in (0, -2, 2, 4)]
         print(f"| {rule} | {' | '.join(f'{100 * share:.1f}' for share in shares)} | {100 * extra(made):.0f} |")
