@@ -185,6 +185,33 @@ def test_hosts_that_cannot_serve_are_refused(group_of_two, hosts, why):
     assert done.stderr.startswith("error: ") and why in done.stderr and done.stdout == ""
 
 
+SSH = """#!/bin/sh
+[ "$1" != -G ] || { echo "hostname $2"; exit; }
+for command; do :; done
+%s
+exec sh -c "$command"
+"""
+OTHER_MLX = "import mlx.core\nmlx.core.__version__ = '0.1'\n"
+UNLIKE = {  # what ssh does before it runs the command, here: what is said
+    "echo no route >&2; exit 255": "192.0.2.1 cannot be reached by ssh: no route",
+    'command="cd /nowhere && $command"': "on 192.0.2.1 no checkout answers in ",
+    "export PYTHONPATH={tmp}": "on 192.0.2.1 the version of MLX is 0.1, here ",
+    "command=$(echo \"$command\" | sed 's#_CACHE=[^ ]*#_CACHE=/nowhere#')": "the token cache is None, here ",
+    "": "on 192.0.2.1 port 32324 is taken",  # an address of nobody's
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", UNLIKE)
+def test_another_host_that_differs_is_named_before_training(lab, tmp_path, before):
+    (tmp_path / "sitecustomize.py").write_text(OTHER_MLX)
+    (tmp_path / "ssh").write_text(SSH % before.replace("{tmp}", str(tmp_path)))
+    (tmp_path / "ssh").chmod(0o755)
+    path = f"{tmp_path}:{lab.env['PATH']}"
+    done = lab.script("run", HOSTS="127.0.0.1,192.0.2.1", AGAIN="1", PATH=path, BUDGET="1.5", check=1)
+    assert done.stderr.startswith("error: HOSTS: ") and UNLIKE[before] in done.stderr
+
+
 # --- side by side -----------------------------------------------------------------------------------
 
 SMI = """#!/bin/sh

@@ -125,9 +125,10 @@ def night(effects, seed, simpler=False, **conditions):
                     pairs.append((a[:2], b[:2]))
             else:
                 machine.run(reference if "REFERENCE" in found.next else candidate)
-        assert found.word in ("keep", "discard"), found  # it ends, and nothing here is a matter of taste
-        told.append((effect, found.word, machine.count - before - 1, found, 1.5 - reference.truth))
-        if found.word == "keep":
+        assert found.word in ("keep", "discard", "judge"), found  # it ends
+        kept = found.word != "discard"  # by chance slow: a gain that is seen is worth it
+        told.append((effect, "keep" if kept else "discard", machine.count - before - 1, found, 1.5 - reference.truth))
+        if kept:
             reference = candidate
     return told
 
