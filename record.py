@@ -535,6 +535,9 @@ class Seeds:
         return math.sqrt(1 / len(one) + 1 / len(other) + weights @ self.cover @ weights)
 
 
+RECENT, UNLIKE = 8, 2.0  # see Noise.of
+
+
 @dataclass(frozen=True)
 class Noise:
     """The standard deviation of one run's figures between runs of one and the same program.
@@ -549,23 +552,43 @@ class Noise:
     df: int
     seeds: Seeds | None = None
 
+    @classmethod
+    def of(cls, programs, seeds, bpbs, rates):
+        """From runs in the order in which they were made; programs: a name of each one's program.
+
+        Programs change during a night, and their noise with them: where the newest ones, which have RECENT degrees of
+        freedom, are UNLIKE times as noisy as those before, or as quiet, they alone count.
+        """
+        names, p, count = np.unique(programs, return_inverse=True, return_counts=True)
+        newest = np.full(len(names), -1)
+        np.maximum.at(newest, p, np.arange(len(p)))
+        beyond = np.array([bpbs, np.divide(rates, (np.bincount(p, rates) / count)[p])]).T
+        squares = np.zeros((len(names), 2))
+        np.add.at(squares, p, (beyond - np.array([np.bincount(p, column) / count for column in beyond.T]).T[p]) ** 2)
+        order = np.argsort(-newest)
+        known = np.cumsum(count[order] - 1)
+        recent = order[: 1 + int(np.searchsorted(known, RECENT))]
+        before = np.setdiff1d(order, recent)
+        counts, other = (count[which] - 1 for which in (recent, before))
+        if other.sum() >= RECENT / 2:
+            a, b = squares[recent, 0].sum() / counts.sum(), squares[before, 0].sum() / other.sum()
+            if not UNLIKE**-2 < a / max(b, 1e-30) < UNLIKE**2:
+                order = recent
+        df = int((count[order] - 1).sum())
+        if not df:
+            return cls(math.nan, math.nan, 0)
+        chosen = np.isin(p, order)
+        effects = Seeds.of(p[chosen], np.asarray(seeds)[chosen], np.asarray(bpbs)[chosen])
+        return cls(*np.sqrt(squares[order].sum(axis=0) / df), df, effects)
+
 
 def noise(like, usable=lambda record: True):
     """`Noise` of all `usable` runs that may be compared with the record `like`."""
-    programs = {}
-    for record in archived():
-        if usable(record) and not differences(record, like):
-            programs.setdefault(record["train_blob"], []).append(record)
-    squares, df, repeated = np.zeros(2), 0, []
-    for blob, runs in programs.items():
-        figures = np.array([[bpb(r), tok_sec(r)] for r in runs])
-        squares += (((figures - figures.mean(axis=0)) / [1.0, figures[:, 1].mean() or 1.0]) ** 2).sum(axis=0)
-        df += len(runs) - 1
-        repeated += [(blob, r["seed"], bpb(r)) for r in runs]
-    if not df:
+    runs = [r for r in archived() if usable(r) and not differences(r, like)]
+    if not runs:
         return Noise(math.nan, math.nan, 0)
-    names, seeds, values = zip(*repeated, strict=True)
-    return Noise(*np.sqrt(squares / df), df, Seeds.of(names, seeds, np.array(values)))
+    figures = [(r["train_blob"], r["seed"], bpb(r), tok_sec(r) or 1.0) for r in runs]
+    return Noise.of(*map(list, zip(*figures, strict=True)))
 
 
 # --- pairs: two runs that saw the same text ------------------------------------------------------------

@@ -100,8 +100,9 @@ git update-ref "$branch" "$start" || fail
 put_train "$start" || fail
 git symbolic-ref HEAD "$branch" || fail
 
-case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=$prepared ;; esac
-if [ "$tune" = True ] && grep -q '^DEPTH = ' train.py; then # another train.py may have nothing to fit
+case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=1 ;; esac
+grep -q '^DEPTH = ' train.py || tune='' # another train.py may have nothing to fit
+if [ -n "$tune" ] && [ "$prepared" = True ]; then
   if scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
     if ! git diff --quiet -- train.py; then
       git commit -q -m "Session $tag: sizes fitted to this machine" train.py ||
@@ -114,10 +115,13 @@ if [ "$tune" = True ] && grep -q '^DEPTH = ' train.py; then # another train.py m
 fi
 
 echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
-next="make baseline"
+budget=${BUDGET:+ BUDGET=$BUDGET}
+next="make baseline$budget"
 if [ "$prepared" != True ]; then # of files nobody but the caller knows the folder, and a download takes its time
   [ "$name" != files ] || name="files FILES=dir"
-  next="make prepare DATASET=$name && make baseline"
+  [ -z "$tune" ] || next="make tune$budget && git commit -q -m 'sizes fitted to this machine' train.py; $next"
+  next="make prepare DATASET=$name && $next"
+  [ -z "$tune" ] || echo "tune     not yet: there is no text to time a step with"
 fi
 if [ -f .git ]; then # a linked worktree: nothing of a session goes with it
   echo "results  are kept in $(dirname "$(git rev-parse --path-format=absolute --git-common-dir)")/data, not in this worktree"

@@ -19,7 +19,7 @@ def lines(sitting, attempt, baseline=False):
     if status != "valid":
         return failure(attempt, commit, status, "make baseline" if baseline else None)
     run = session.record_of(attempt)
-    disturbed = [f"busy     {words}" for words in [verdict.busy(run)] if words]
+    disturbed = [f"busy     {words}{alone(attempt, run)}" for words in [verdict.busy(run)] if words]
     if attempt["role"] == "reference" and not attempt["pair"]:
         return [brief(attempt), *disturbed, standing(attempt["train_blob"], run)]
     if attempt["role"] == "reference":  # the other half of a pair came before it
@@ -48,7 +48,14 @@ def lines(sitting, attempt, baseline=False):
     if baseline:  # baseline.sh does the next step itself
         return found
     choice = decision.word if decision.word in ("keep", "discard") else "keep|discard"
-    return [*found, f"next     {decision.next or f'make log-result STATUS={choice} DESC=…'}"]
+    wanted = verdict.typed(decision.next, attempt) or f"make log-result STATUS={choice} DESC=…"
+    return [*found, f"next     {wanted}"]
+
+
+def alone(attempt, run):
+    """What is added where a disturbed run does not count, because the program has quiet ones."""
+    quiet = verdict.side(attempt["train_blob"], run)[0].quiet
+    return f"; this run (val_bpb {record.bpb(run):.6f}) does not count beside its quiet ones" if quiet else ""
 
 
 def figures(run, decision, old):
@@ -81,6 +88,8 @@ def standing(blob, run):
     """All runs of a program in one line, and the noise that they and others show."""
     side, noise = verdict.side(blob, run)[0], verdict.quiet_noise(run)
     words = f"stands   {verdict.runs(side.runs)}, mean val_bpb {side.bpb:.6f}"
+    if apart := len(side.bpbs) - side.runs:
+        words += f" ({verdict.runs(apart, 'disturbed ')} left out)"
     if noise.df:
         seeds = verdict.set_off(noise)
         beside = f" (± {seeds.sigma:.6f} beside its seed's share)" if seeds else ""
@@ -99,7 +108,7 @@ def failure(attempt, commit, status, again=None):
     if status in ("crash", "stale", "timeout"):
         found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
     if status in ("interrupted", "paused"):
-        return [*found, f"next     {again or 'make run'}"]
+        return [*found, f"next     {again or verdict.typed('make run', attempt)}"]
     found.append("log      tail -n 50 run.log")
     if again:
         return [*found, f"next     mend it and commit, then {again}: ideas are compared with it"]

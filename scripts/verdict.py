@@ -205,24 +205,29 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     # figures are told to six places: a limit is met where they meet it
     result.gain, result.faster = round(result.gain, 9), round(result.faster, 9)
     earned = min(result.faster, 0.0) if by_pairs else result.faster  # a load changes speed most of all
-    faster, simpler = earned > FASTER, new.lines < old.lines
+    faster, simpler = earned > FASTER and not unearned, new.lines < old.lines
     if df:
         result.error = float(sigma * spread)
         low, high = levels[min(looks, 2 if more or more_of_old else RUNS) - 1]
         high = in_t(high, df)
         z = result.gain / max(result.error, 1e-12)
         seen = 1 if z >= high else -1 if z <= -high else 0
-        open_ = low <= z < high or (-high < z < low and (faster or simpler))
-        if equal_steps and looks < 2 and not seen and equal_steps[0] < -PAIRED_SIGMAS * equal_steps[1]:
-            open_ = True
-        if by_pairs and looks < 2 and abs(result.faster) > UNEVEN_PAIR:  # or the load came or went between the two
-            open_ = True
-        if noise.seeds and not noise.seeds.df and looks < 2 and not seen and at_equal_seeds(new, old) > 0:
-            open_ = True  # what the seeds explain is known when two programs have two of them
-        if (open_ and more) or (not seen and more_of_old):
+        told, why = f"noise could make this difference ({z:+.1f} standard errors, {high:.1f} are asked for)", ""
+        if low <= z < high:
+            why = told
+        elif -high < z < low and (faster or simpler):
+            why = f"{told}, and it is {'simpler' if simpler else 'faster'}"
+        elif looks < 2 and not seen and not why:
+            if equal_steps and equal_steps[0] < -PAIRED_SIGMAS * equal_steps[1]:
+                why = "at equal steps its training loss is clearly lower"
+            elif by_pairs and abs(result.faster) > UNEVEN_PAIR:
+                why = "the ends of the pair were not equally fast: a load came or went between them"
+            elif noise.seeds and not noise.seeds.df and at_equal_seeds(new, old) > 0:
+                why = "it is better at equal seeds, and what the seed makes is not known yet"
+        if (why and more) or (not seen and more_of_old):
             result.word, result.next = "rerun", again
-            needed = runs(more_of_old + (more if open_ else 0), "more ")
-            result.rule = f"noise could make this difference ({z:+.1f} standard errors); {needed} to settle it"
+            needed = runs(more_of_old + (more if why else 0), "more ") + (" of the reference" if not why else "")
+            result.rule = f"{why or told}; {needed} to settle it"
             return result
     elif any((*new.busy, *old.busy)):
         result.word, result.next, result.rule = "rerun", again, "the machine was shared, and noise is unknown"
@@ -234,6 +239,8 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
             result.word, result.next, result.rule = "rerun", again, f"within {SAME} and noise is unknown: look twice"
             return result
     result.word, result.rule = table(seen, result.gain, earned, simpler)
+    if df and not seen and result.word == "discard":
+        result.rule += f" ({z:+.1f} standard errors)"
     if unearned and earned > 0:
         word, rule = table(seen, result.gain, 0.0, simpler)
         if word != result.word:
@@ -331,9 +338,10 @@ def of_attempt(sitting, attempt, rows):
         a, b = pair.get(run["train_blob"]), pair.get(row.blob)
         if a and b and alike(busy(a), busy(b)):
             pairs.append(tuple((record.bpb(end), record.tok_sec(end)) for end in (a, b)))
-    twin = next((r for r in old_runs if r["seed"] == run["seed"]), None)
+    twin = next((r for r in sorted(old_runs, key=lambda r: bool(busy(r))) if r["seed"] == run["seed"]), None)
     equal = record.at_equal_steps(run, twin) if twin else None
-    other = twin or (old_runs[-1] if old_runs else None)
+    quiet = [r for r in old_runs if not busy(r)] or old_runs
+    other = twin or (quiet[-1] if quiet else None)
     twins = ((a, b) for a in (run, *new_runs) for b in old_runs if a["seed"] == b["seed"])
     shown = next(filter(None, (record.at_equal_steps(a, b) for a, b in twins)), None)
     verdict = decide(new, old, noise, pairs, equal, not_earned(run, other, shown))
@@ -366,6 +374,12 @@ def change(verdict):
     return f"{bpb}, {rate}, {runs(new.runs)}" + (f" against {old.runs}" if old else "")
 
 
+def typed(command, attempt):
+    """A command as it is to be typed: with the budget of the run, where that is not the default one."""
+    budget = attempt["budget"]
+    return command + f" BUDGET={budget:g}" * (budget != record.BUDGET and command.startswith("make run"))
+
+
 def runs(count, word=""):
     return f"{count} {word}run" + "s" * (count != 1)
 
@@ -392,7 +406,7 @@ def show(args):
     for note in [*logged, *verdict.notes, *problems]:
         print(f"note     {note}")
     if verdict.next:
-        print(f"next     {verdict.next}")
+        print(f"next     {typed(verdict.next, attempt)}")
 
 
 if __name__ == "__main__":
