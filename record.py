@@ -488,51 +488,22 @@ def runs_of(blob, like):
     return [r for r in archived() if r["train_blob"] == blob and not differences(r, like)]
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """val_bpb as the sum of what the program, the seed and chance make, fitted by least squares to all runs.
+def beyond_seeds(programs, seeds, values):
+    """(standard deviation, degrees of freedom) of what neither program nor seed explains, by least squares.
 
-    Runs of one seed see the same text in the same order from the same initial weights, so a seed that is unlucky for
-    one program is so for those like it. With its share set off, what is left is far less than all of the noise.
-    effect: {seed: bits per byte}, 0 in the mean; sigma, df: of what is left; cover: their covariance over sigma².
+    programs, seeds, values: of each run. Programs are eliminated, so that as many unknowns as seeds are left.
     """
-
-    effect: dict
-    sigma: float
-    df: int
-    cover: np.ndarray
-
-    @classmethod
-    def of(cls, programs, seeds, values):
-        """programs, seeds, values: of each run. Programs are eliminated, so that as many unknowns as seeds are left."""
-        names, s = np.unique(seeds, return_inverse=True)
-        _, p = np.unique(programs, return_inverse=True)
-        counts = np.zeros((p.max(initial=-1) + 1, len(names)))
-        np.add.at(counts, (p, s), 1)
-        share = counts / counts.sum(axis=1, keepdims=True)
-        beyond = values - np.bincount(p, values)[p] / counts.sum(axis=1)[p]
-        normal = np.diag(counts.sum(axis=0)) - counts.T @ share
-        cover = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
-        effect = cover @ np.bincount(s, beyond, minlength=len(names))
-        left = beyond - effect[s] + (share @ effect)[p]
-        df = len(values) - len(counts) - int(np.linalg.matrix_rank(normal, tol=1e-6, hermitian=True))
-        sigma = math.sqrt((left**2).sum() / df) if df else math.nan
-        return cls(dict(zip(names.tolist(), effect.tolist(), strict=True)), sigma, df, cover)
-
-    def spread(self, one, other):
-        """The standard error of the difference of two programs in sigmas, from the seeds of their runs.
-
-        Infinite where no chain of equal seeds joins them.
-        """
-        order = list(self.effect)
-        if not one or not other or not {*one, *other} <= set(order):
-            return math.inf
-        weights = sum(sign * np.bincount([order.index(x) for x in seeds], minlength=len(order)) / len(seeds)
-                      for sign, seeds in ((1, one), (-1, other)))  # fmt: skip
-        reached = np.linalg.pinv(self.cover, rcond=1e-9, hermitian=True) @ (self.cover @ weights)
-        if np.abs(reached - weights).max() > 1e-6:
-            return math.inf
-        return math.sqrt(1 / len(one) + 1 / len(other) + weights @ self.cover @ weights)
+    names, s = np.unique(seeds, return_inverse=True)
+    _, p = np.unique(programs, return_inverse=True)
+    counts = np.zeros((p.max() + 1, len(names)))
+    np.add.at(counts, (p, s), 1)
+    share = counts / counts.sum(axis=1, keepdims=True)
+    beyond = values - np.bincount(p, values)[p] / counts.sum(axis=1)[p]
+    normal = np.diag(counts.sum(axis=0)) - counts.T @ share
+    effect = np.linalg.pinv(normal, rcond=1e-9, hermitian=True) @ np.bincount(s, beyond, minlength=len(names))
+    left = beyond - effect[s] + (share @ effect)[p]
+    df = len(values) - len(counts) - int(np.linalg.matrix_rank(normal, tol=1e-6, hermitian=True))
+    return math.sqrt((left**2).sum() / df) if df else math.nan, df
 
 
 RECENT, UNLIKE = 8, 2.0  # see Noise.of
@@ -544,13 +515,15 @@ class Noise:
 
     bpb in bits per byte; rate as a share of the program's mean. Pooled over all programs with more than one
     run: the squared deviations from each program's own mean, over the degrees of freedom (df), which are the
-    runs less the programs. With df = 0 nothing is known, and both are nan. seeds: what of bpb the seeds explain.
+    runs less the programs. With df = 0 nothing is known, and both are nan. same_seed, same_seed_df: what is left of
+    bpb between runs of the same seeds: these see the same text in the same order from the same initial weights.
     """
 
     bpb: float
     rate: float
     df: int
-    seeds: Seeds | None = None
+    same_seed: float = math.nan
+    same_seed_df: int = 0
 
     @classmethod
     def of(cls, programs, seeds, bpbs, rates):
@@ -560,12 +533,12 @@ class Noise:
         freedom, are UNLIKE times as noisy as those before, or as quiet, they alone count.
         """
         names, p, count = np.unique(programs, return_inverse=True, return_counts=True)
-        newest = np.full(len(names), -1)
-        np.maximum.at(newest, p, np.arange(len(p)))
+        first = np.full(len(names), len(p))
+        np.minimum.at(first, p, np.arange(len(p)))
         beyond = np.array([bpbs, np.divide(rates, (np.bincount(p, rates) / count)[p])]).T
         squares = np.zeros((len(names), 2))
         np.add.at(squares, p, (beyond - np.array([np.bincount(p, column) / count for column in beyond.T]).T[p]) ** 2)
-        order = np.argsort(-newest)
+        order = np.argsort(-first)
         known = np.cumsum(count[order] - 1)
         recent = order[: 1 + int(np.searchsorted(known, RECENT))]
         before = np.setdiff1d(order, recent)
@@ -578,8 +551,8 @@ class Noise:
         if not df:
             return cls(math.nan, math.nan, 0)
         chosen = np.isin(p, order)
-        effects = Seeds.of(p[chosen], np.asarray(seeds)[chosen], np.asarray(bpbs)[chosen])
-        return cls(*np.sqrt(squares[order].sum(axis=0) / df), df, effects)
+        left = beyond_seeds(p[chosen], np.asarray(seeds)[chosen], np.asarray(bpbs)[chosen])
+        return cls(*np.sqrt(squares[order].sum(axis=0) / df), df, *left)
 
 
 def noise(like, usable=lambda record: True):

@@ -8,7 +8,7 @@ import math
 import textwrap
 
 import verdict
-from night import Night, clock, counted
+from night import Night, clock, counted, wide
 from session import Session, one_line, run_command, tags
 
 WIDTH, LINES = 120, 60
@@ -60,9 +60,11 @@ def standing(night):
         after = "" if math.isnan(worth) else f"; after the winner's curse {worth:+.6f}"
         runs = verdict.runs(best.count)
         found.append(f"best     {best.bpb:.6f} ({best.commit}, {runs}), gain {gain:+.6f}{width}{after}")
-    if night.df:
-        seen = night.wide(night.sigma, verdict.LOOKS[0][1]) * math.sqrt(1 + 1 / max(1, night.kept[-1].count))
-        found.append(f"noise    of a run {night.sigma:.6f}{night.set_off} ({night.df} degrees of freedom): "
+    if (noise := night.noise).df:
+        seen = wide(noise.bpb, noise.df, verdict.LOOKS[0][1]) * math.sqrt(1 + 1 / max(1, night.kept[-1].count))
+        if noise.same_seed_df:
+            seen = min(seen, wide(noise.same_seed, noise.same_seed_df, verdict.SEED_LOOKS[0][1]) * math.sqrt(2))
+        found.append(f"noise    of a run {noise.bpb:.6f}{verdict.same_seed(noise)} ({noise.df} degrees of freedom): "
                      f"one run shows a gain from {seen:.6f} on")  # fmt: skip
     if night.look:
         fresh = night.look["test"][0]

@@ -34,11 +34,9 @@ def ends_of(rows, like):
     if not kept:
         raise Refused("nothing was kept yet: make baseline")
 
-    noise = verdict.quiet_noise(like) if like else None
-
     def mean(row):
         side = verdict.side(row.blob, like)[0] if like else None
-        return side.level(noise) if side and side.runs else row.bpb
+        return side.bpb if side and side.runs else row.bpb
 
     return kept[0], min(kept, key=mean), mean
 

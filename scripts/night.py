@@ -33,8 +33,6 @@ class Experiment:
     runs: list = field(default_factory=list)  # comparable records of its program
     side: verdict.Side = None
     attempts: list = field(default_factory=list)  # all that ran on its behalf, repeats of the reference too
-    level: float = math.nan  # its val_bpb, as programs are compared: see verdict.Side.levels
-    levels: list = field(default_factory=list)  # of each run that counts
     gain: float = math.nan  # against `before`, by all runs of each; bits per byte, above 0 it is better
     error: float = math.nan  # its standard error
     expected: float = math.nan  # the gain after the winner's curse
@@ -52,7 +50,7 @@ class Experiment:
 
     @property
     def bpb(self):
-        return self.level if self.count else self.row.bpb
+        return self.side.bpb if self.count else self.row.bpb
 
     @property
     def rate(self):
@@ -96,8 +94,6 @@ class Night:
         self.like = newest_record(rows, self.records.values())
         self.experiments = [Experiment(row, matching(logged, row)) for row in rows]
         self.noise = verdict.quiet_noise(self.like) if self.like else record.Noise(math.nan, math.nan, 0)
-        seeds = verdict.set_off(self.noise)
-        self.sigma, self.df = (seeds.sigma, seeds.df) if seeds else (self.noise.bpb, self.noise.df)  # of one run
         self._runs()
         self.kept = [e for e in self.experiments if e.status == "keep"]
         self.first = self.kept[0] if self.kept else None
@@ -124,8 +120,6 @@ class Night:
             if e.runs:
                 e.side = verdict.Side([record.bpb(r) for r in e.runs], [record.tok_sec(r) for r in e.runs],
                                       [verdict.busy(r) for r in e.runs], seeds=[r["seed"] for r in e.runs])  # fmt: skip
-                e.levels = e.side.levels(self.noise)
-                e.level = float(np.mean(e.levels))
 
     def _references(self):
         last, by_commit = None, {}
@@ -149,21 +143,25 @@ class Night:
         for e in self.experiments:
             if e.before is None or e.status == "crash":
                 continue
-            e.gain, error = self.compare(e, e.before)
+            e.gain, error, df = self.compare(e, e.before)
             if any(x.side and x.side.disturbed for x in (e, e.before)):  # of unlike loads; what decided were pairs
                 e.gain = e.event.get("gain") if isinstance(e.event.get("gain"), float) else e.gain
                 continue
             e.error = error
             if not math.isnan(e.error):
-                compared.append(e)
+                compared.append((e, wide(error, df)))
         if not compared:
             return
-        gains, errors = [e.gain for e in compared], [self.wide(e.error, 1.0) for e in compared]
+        compared, errors = zip(*compared, strict=True)
+        gains = [e.gain for e in compared]
         prior = Prior.of(gains, errors)
         for e, mean, spread in zip(compared, *prior.expected(gains, errors), strict=True):
             e.expected, e.uncertain = float(mean), float(spread)
-        chain, own = self.chain, self.wide(self.sigma, 1.0)
-        means, spreads = prior.along([e.bpb for e in chain], [own / math.sqrt(max(1, e.count)) for e in chain])
+        chain = self.chain
+        steps = [self.compare(e, e.before) for e in chain[1:]]
+        means = chain[0].bpb - np.cumsum([0.0, *(gain for gain, _, _ in steps)])
+        errors = [wide(error, df) / math.sqrt(2) for _, error, df in steps] or [wide(self.noise.bpb, self.noise.df)]
+        means, spreads = prior.along(means, [*errors[:1], *errors] if steps else errors)
         for e, gain in zip(chain[1:], -np.diff(means), strict=True):
             e.expected = round(float(gain), 9) + 0.0  # no -0
         self.expected = round(float(means[0] - means[-1]), 9) + 0.0, math.hypot(spreads[0], spreads[-1])
@@ -186,7 +184,7 @@ class Night:
             yield f"written or edited by hand: {numbers(by_hand)}"
         if unread:
             yield f"git does not know the program of {numbers(unread)}: no diff"
-        if self.experiments and not self.df:
+        if self.experiments and not self.noise.df:
             yield "nothing was run twice on a quiet machine, so noise is unknown: make run REFERENCE=1 N=4 measures it"
         if self.best is not self.first and not self.look:
             yield "the gain was not measured on held-out text: make holdout does that"
@@ -194,28 +192,23 @@ class Night:
     # --- what it says ---
 
     def compare(self, new, old):
-        """(how much lower the first one's val_bpb is, its standard error: nan where the noise is unknown)."""
+        """(how much lower the first one's val_bpb is, its standard error, the degrees of freedom of that).
+
+        The error is nan where the noise is unknown.
+        """
         if new.side and old.side:
-            gain, sigma, _, spread, _ = verdict.difference(new.side, old.side, self.noise)
-            return gain, sigma * spread
-        return old.bpb - new.bpb, self.noise.bpb * math.sqrt(sum(1 / max(1, e.count) for e in (new, old)))
-
-    @property
-    def set_off(self):
-        """What is said beside the noise of a run, where seeds explain much of it."""
-        return f" beside the seed's share, {self.noise.bpb:.6f} with it" if self.sigma != self.noise.bpb else ""
-
-    def wide(self, error, sigmas):
-        """`sigmas` standard errors, wider where the noise rests on few repeats."""
-        return verdict.in_t(sigmas, self.df) * error if self.df else math.nan
+            gain, sigma, df, spread, _ = verdict.difference(new.side, old.side, self.noise)
+            return gain, sigma * spread, df
+        spread = math.sqrt(sum(1 / max(1, e.count) for e in (new, old)))
+        return old.bpb - new.bpb, self.noise.bpb * spread, self.noise.df
 
     @property
     def gain(self):
         """(baseline less best, half of its 95 % interval), by all runs of each."""
         if self.best is self.first:
             return 0.0, math.nan
-        gain, error = self.compare(self.best, self.first)
-        return gain, self.wide(error, SURE)
+        error = self.noise.bpb * math.sqrt(sum(1 / max(1, e.count) for e in (self.first, self.best)))
+        return self.first.bpb - self.best.bpb, wide(error, self.noise.df, SURE)
 
     @property
     def chain(self):
@@ -415,6 +408,11 @@ def diff(old, new, context=3):
 
 
 # --- small things --------------------------------------------------------------------------------------
+
+
+def wide(error, df, sigmas=1.0):
+    """`sigmas` standard errors, wider where the noise rests on few repeats; nan where it is unknown."""
+    return verdict.in_t(sigmas, df) * error if df else math.nan
 
 
 def newest_record(rows, records):

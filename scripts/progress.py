@@ -62,7 +62,7 @@ def legend(figure, nights):
          Line2D([], [], marker="o", markersize=5, markerfacecolor=LIGHT["dot"], **spot), "discarded"),
         (any(e.status == "crash" for e in rows),
          Line2D([], [], marker="x", markersize=6, color="none", markeredgecolor=LIGHT["bad"]), "crashed"),
-        (any(n.df for n in nights), Patch(color=LIGHT["band"]), "95 % of the noise"),
+        (any(n.noise.df for n in nights), Patch(color=LIGHT["band"]), "95 % of the noise"),
         (any(map(busy_stretches, nights)), Patch(color=LIGHT["busy"]), "machine shared"),
     ]  # fmt: skip
     shown = [(mark, words) for there, mark, words in marks if there]
@@ -99,7 +99,7 @@ def bounds(nights):
     if not kept:
         return 0.0, 1.0
     all_ = [e.bpb for n in nights for e in n.experiments if e.status != "crash"]
-    sigma = max([n.sigma for n in nights if n.df], default=0.0)
+    sigma = max([n.noise.bpb for n in nights if n.noise.df], default=0.0)
     span = max(max(kept) - min(kept), 6 * sigma, 0.004)
     if len(kept) == 1:  # nothing is flattened by what was tried
         span = max(span, 1.5 * (float(np.median(all_)) - kept[0]))
@@ -127,7 +127,7 @@ def one_night(axis, night, limits, labels):
     for begin, end in busy_stretches(night):
         axis.axvspan(when(begin), when(end), color=LIGHT["busy"], linewidth=0, zorder=0)
     at = {e: when(e.time, e.number) for e in night.experiments}
-    chain, sigma = night.chain, night.sigma if night.df else 0.0
+    chain, sigma = night.chain, night.noise.bpb if night.noise.df else 0.0
     steps = [(at[e], nxt, e) for e, nxt in zip(chain, [*(at[e] for e in chain[1:]), whole], strict=True)]
     for begin, end, e in steps:
         half = 1.96 * sigma / math.sqrt(max(1, e.count))
@@ -139,7 +139,7 @@ def one_night(axis, night, limits, labels):
     rail = low + 0.035 * (high - low)
     for e in night.experiments:
         if e.count > 1 and e.status != "crash":
-            runs = np.clip(e.levels, low, high)
+            runs = np.clip([e.side.bpbs[i] for i in e.side.used], low, high)
             colour = LIGHT["good" if e.status == "keep" else "dot"]
             axis.vlines(at[e], min(runs), max(runs), color=colour, linewidth=1, zorder=2)
     kinds = (

@@ -35,7 +35,7 @@ class Page:
     """What the template asks of a night, as text and figures."""
 
     def __init__(self, night):
-        self.night, sigma = night, night.sigma
+        self.night, sigma = night, night.noise.bpb
         self.digits = 4 if not sigma > 0 else min(6, max(4, 1 + math.ceil(-math.log10(sigma))))
         self.id = re.sub("[^A-Za-z0-9]", "-", night.tag)
 
@@ -116,8 +116,9 @@ class Page:
             memory = f", {device['memory_gb']} GB" if device.get("memory_gb") else ""
             found.append(f"{one_line(str(device.get('name')))}{memory}")
             found += [f"dataset {like['dataset']}", f"{like['budget']:g} s a run"]
-        if n.df:
-            found.append(f"noise of a run ± {n.sigma:.5f}{n.set_off} ({n.df} degrees of freedom)")
+        if n.noise.df:
+            words = f"noise of a run ± {n.noise.bpb:.5f}{verdict.same_seed(n.noise)}"
+            found.append(f"{words} ({n.noise.df} degrees of freedom)")
         return found
 
     @property

@@ -91,9 +91,7 @@ def standing(blob, run):
     if apart := len(side.bpbs) - side.runs:
         words += f" ({verdict.runs(apart, 'disturbed ')} left out)"
     if noise.df:
-        seeds = verdict.set_off(noise)
-        beside = f" (± {seeds.sigma:.6f} beside its seed's share)" if seeds else ""
-        words += f"; noise of a run ± {noise.bpb:.6f}{beside}, {100 * noise.rate:.1f} % tok/s"
+        words += f"; noise of a run ± {noise.bpb:.6f}{verdict.same_seed(noise)}, {100 * noise.rate:.1f} % tok/s"
         words += f" ({noise.df} degrees of freedom)"
     return words
 

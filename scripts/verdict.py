@@ -28,13 +28,13 @@ REFERENCE_RUNS = 4  # a kept program was lucky more often than not, and many are
 # none, above the second there is one, between them it is run again. Found by simulation (tests/test_noise.py), which
 # moves the reference with every keep: its table is in docs/noise.md.
 LOOKS = ((0.5, 3.0), (0.8, 2.5), (1.5, 1.5))
-# The same where each seed's own share is set off, so that smaller gains come into question.
+# The same by runs of equal seeds.
 SEED_LOOKS = ((0.5, 3.0), (0.8, 2.5), (2.0, 2.0))
 # The same for pairs: each stands alone, where other candidates share one reference, so more of them are lucky.
 PAIR_LOOKS = ((1.0, math.inf), (1.6, 3.8), (3.0, 3.0))
 UNEVEN_PAIR = 0.10  # share of throughput by which the ends of a pair may differ, and one pair still ends it
 UNEVEN_LOAD = 2.0  # times the noise of a quiet machine: pairs that differ so much among themselves are judged by that
-SET_OFF = 0.85  # of a gain of 2.5 standard errors: as much smaller must one be that is seen without the seeds' shares
+SHARPER = 0.85  # of the gain that is seen otherwise: as small must one be that is seen by equal seeds, to go by these
 PAIRED_SIGMAS = 4.0  # of the difference at equal steps that asks for a second look
 TEACHES_LESS = 2.0  # standard errors of it, beyond which a step of the new program teaches less
 GAP_SIGMAS = 6.0  # of the difference between what validation and test gained: few rows, whose losses have long tails
@@ -97,14 +97,6 @@ class Side:
     def rate(self):
         return float(np.mean([self.rates[i] for i in self.used]))
 
-    def levels(self, noise):
-        """val_bpb of each run that is looked at, without its seed's own share where that is known well enough."""
-        effect = seeds.effect if (seeds := set_off(noise)) else {}
-        return [self.bpbs[i] - effect.get(self.seeds[i] if self.seeds else None, 0.0) for i in self.used]
-
-    def level(self, noise):
-        return float(np.mean(self.levels(noise)))
-
     @property
     def disturbed(self):
         return next((self.busy[i] for i in self.used if self.busy[i]), None)
@@ -140,32 +132,25 @@ def in_t(sigmas, df):
     return z + sum(term / df**power for power, term in enumerate(terms, 1))
 
 
-def set_off(noise):
-    """The seeds' shares of val_bpb, `record.Seeds`, where smaller differences are seen without them; else None."""
-    seeds = noise.seeds
-    if seeds and seeds.df and in_t(2.5, seeds.df) * seeds.sigma < SET_OFF * in_t(2.5, noise.df) * noise.bpb:
-        return seeds
-    return None
-
-
 def difference(new, old, noise):
-    """(how much lower val_bpb is, sigma of one run, its degrees of freedom, spread, whether seeds are set off).
+    """(how much lower val_bpb is, sigma of one run, its degrees of freedom, spread, whether by equal seeds).
 
-    sigma * spread is the standard error.
+    sigma * spread is the standard error. Where both ran with the same seeds and that leaves clearly less noise, only
+    these runs are compared.
     """
-    if seeds := set_off(noise):
-        used = [[side.seeds[i] for i in side.used] if side.seeds else [] for side in (new, old)]
-        spread = seeds.spread(*used)
-        if math.isfinite(spread):
-            return old.level(noise) - new.level(noise), seeds.sigma, seeds.df, spread, True
-    return old.bpb - new.bpb, noise.bpb, noise.df, math.sqrt(1 / new.runs + 1 / old.runs), False
+    spread, pairs = math.sqrt(1 / new.runs + 1 / old.runs), at_equal_seeds(new, old)
+    if pairs and noise.same_seed_df:
+        sharp = in_t(2.5, noise.same_seed_df) * noise.same_seed * math.sqrt(2 / len(pairs))
+        own = float(np.std(pairs, ddof=1)) / math.sqrt(2) if len(pairs) > 1 else 0.0
+        if sharp < SHARPER * in_t(2.5, noise.df) * noise.bpb * spread and own <= UNEVEN_LOAD * noise.same_seed:
+            return float(np.mean(pairs)), noise.same_seed, noise.same_seed_df, math.sqrt(2 / len(pairs)), True
+    return old.bpb - new.bpb, noise.bpb, noise.df, spread, False
 
 
 def at_equal_seeds(new, old):
-    """How much lower val_bpb is where both ran with the same seed, or 0."""
-    runs = [dict(zip(side.seeds or [], side.bpbs, strict=False)) for side in (new, old)]
-    found = [runs[1][seed] - runs[0][seed] for seed in runs[0].keys() & runs[1].keys()]
-    return float(np.mean(found)) if found else 0.0
+    """How much lower val_bpb is at each seed with which both ran undisturbed."""
+    runs = [{side.seeds[i]: side.bpbs[i] for i in side.quiet} if side.seeds else {} for side in (new, old)]
+    return [runs[1][seed] - runs[0][seed] for seed in sorted(runs[0].keys() & runs[1].keys())]
 
 
 def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
@@ -176,10 +161,14 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     sides are those that decided.
     """
     gain, sigma, df, spread, by_seeds = difference(new, old, noise)
-    result, looks, levels = Verdict("", "", new=new, old=old, gain=gain), new.runs, SEED_LOOKS if by_seeds else LOOKS
+    result, looks, levels = Verdict("", "", new=new, old=old, gain=gain), new.runs, LOOKS
     result.faster = new.rate / old.rate - 1 if old.rate else 0.0
     more, more_of_old = max(0, RUNS - new.runs), max(0, REFERENCE_RUNS - old.runs)
     again = "make run REFERENCE=1" if more_of_old else "make run AGAIN=1"
+    if by_seeds:
+        looks, levels, mine, theirs = len(at_equal_seeds(new, old)), SEED_LOOKS, {*new.seeds}, {*old.seeds}
+        more, more_of_old = max(0, RUNS - looks), 0
+        again = f"make run {'AGAIN' if theirs - mine else 'REFERENCE' if mine - theirs else 'PAIR'}=1"
     if new.busy[-1] or old.busy[-1]:
         again = "make run PAIR=1"
     explains = new.disturbed if result.gain <= 0 else old.disturbed
@@ -200,7 +189,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         more, more_of_old = 2 * max(0, RUNS - len(pairs)), 0
         result.notes.append(f"by {len(pairs)} pair{'s' * (len(pairs) > 1)}, run in turn")
     elif by_seeds:
-        words = f"each seed's own share is set off, which leaves ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
+        words = f"by {looks} equal seed{'s' * (looks > 1)}, which leave ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
         result.notes.append(words)
     # figures are told to six places: a limit is met where they meet it
     result.gain, result.faster = round(result.gain, 9), round(result.faster, 9)
@@ -222,7 +211,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
                 why = "at equal steps its training loss is clearly lower"
             elif by_pairs and abs(result.faster) > UNEVEN_PAIR:
                 why = "the ends of the pair were not equally fast: a load came or went between them"
-            elif noise.seeds and not noise.seeds.df and at_equal_seeds(new, old) > 0:
+            elif not noise.same_seed_df and sum(at_equal_seeds(new, old)) > 0:
                 why = "it is better at equal seeds, and what the seed makes is not known yet"
         if (why and more) or (not seen and more_of_old):
             result.word, result.next = "rerun", again
@@ -372,6 +361,11 @@ def change(verdict):
         bpb += f" ({-verdict.gain:+.6f}{error})"
         rate += f" ({100 * verdict.faster:+.1f} %)"
     return f"{bpb}, {rate}, {runs(new.runs)}" + (f" against {old.runs}" if old else "")
+
+
+def same_seed(noise):
+    """What is said beside the noise of a run where it is less between runs of equal seeds."""
+    return f", ± {noise.same_seed:.6f} between equal seeds" if noise.same_seed < noise.bpb else ""
 
 
 def typed(command, attempt):

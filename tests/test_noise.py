@@ -548,22 +548,22 @@ RUNS_OF = st.lists(st.tuples(st.integers(0, 4), st.integers(42, 46), st.floats(0
 
 @settings(max_examples=200, deadline=None)
 @given(RUNS_OF)
-def test_seeds_are_fitted_by_least_squares(runs):
+def test_what_is_left_beyond_seeds_is_that_of_least_squares(runs):
     programs, seeds, values = map(np.array, zip(*runs, strict=True))
     design = np.hstack([programs[:, None] == np.unique(programs), seeds[:, None] == np.unique(seeds)]).astype(float)
-    fitted = np.linalg.lstsq(design, values, rcond=1e-9)[0]
-    squares, df = ((values - design @ fitted) ** 2).sum(), len(runs) - np.linalg.matrix_rank(design)
-    found = record.Seeds.of(programs, seeds, values)
-    assert found.df == df
-    assert not df or found.sigma == pytest.approx(math.sqrt(squares / df), abs=1e-6)
-    one, other = (seeds[programs == p].tolist() for p in (programs[0], programs[-1]))
-    contrast = (np.unique(programs) == programs[0]) * 1.0 - (np.unique(programs) == programs[-1])
-    contrast = np.append(contrast, np.zeros(len(np.unique(seeds))))
-    gram = np.linalg.pinv(design.T @ design, rcond=1e-9, hermitian=True)
-    known = np.abs(gram @ (design.T @ design @ contrast) - contrast).max() < 1e-6
-    spread = math.sqrt(max(0.0, contrast @ gram @ contrast)) if known else math.inf
-    if programs[0] != programs[-1]:
-        assert found.spread(one, other) == pytest.approx(spread, abs=1e-6)
+    left = values - design @ np.linalg.lstsq(design, values, rcond=1e-9)[0]
+    sigma, df = record.beyond_seeds(programs, seeds, values)
+    assert df == len(runs) - np.linalg.matrix_rank(design)
+    assert not df or sigma == pytest.approx(math.sqrt((left**2).sum() / df), abs=1e-6)
+
+
+def test_noise_that_changed_during_the_night_is_told_by_the_newest_programs():
+    early = [run(1.9 + d, blob=b, seed=s) for b in "abc" for s, d in enumerate((0.06, -0.05, 0.03, -0.04))]
+    late = [run(1.4 + d, blob=b, seed=s) for b in "def" for s, d in enumerate((0.006, -0.005, 0.003, -0.004))]
+    with pytest.MonkeyPatch.context() as patch:
+        for made, about in ((early + late, 0.005), (late + early, 0.05), (early + early, 0.05)):
+            patch.setattr(record, "archived", lambda made=made: iter(made))
+            assert 0.8 * about < record.noise(early[0]).bpb < 1.4 * about
 
 
 UNLUCKY = {42: 0.08, 43: -0.05, 44: 0.03, 45: -0.06}
@@ -577,10 +577,10 @@ def lots(blob, bpb, seeds, wobble=0.001):
 def test_a_seed_that_is_unlucky_for_all_hides_no_gain(judged):
     old, tried = lots("old", 1.5, UNLUCKY), [*lots("one", 1.6, (42, 43, 44)), *lots("two", 1.55, (42, 43))]
     found = judged([*tried, *lots("new", 1.48, (42,))], old)
-    assert found.word == "keep" and found.gain == pytest.approx(0.02, abs=0.003)  # and beside 43 to 45 it looks worse
-    assert found.new.bpb > found.old.bpb and "seed's own share is set off" in found.notes[0]
+    assert found.word == "keep" and found.gain == pytest.approx(0.02, abs=0.003)  # beside 43 to 45 it looks worse
+    assert found.new.bpb > found.old.bpb and "by 1 equal seed," in found.notes[0]
     assert judged([*tried, *lots("new", 1.52, (43,))], old).word == "discard"  # and looks better
-    assert "set off" not in str(judged([*tried, run(1.48, blob="new", seed=7)], old).notes)  # a seed of its own
+    assert "equal seed" not in str(judged([*tried, run(1.48, blob="new", seed=7)], old).notes)
 
 
 def test_what_seeds_explain_is_learnt_where_equal_seeds_speak_for_a_change(judged):
