@@ -4,6 +4,7 @@ The table, the report, the brief and the screen all say what is said here. It re
 missing (an archive, git, the noise) leaves a gap that is named in `Night.missing`, and the rest is there.
 """
 
+import bisect
 import difflib
 import math
 import re
@@ -55,6 +56,11 @@ class Experiment:
     @property
     def rate(self):
         return self.side.rate if self.count else self.row.rate
+
+    @property
+    def spread(self):
+        """The standard deviation of its own runs; 0 where there is but one."""
+        return float(np.std([self.side.bpbs[i] for i in self.side.used], ddof=1)) if self.count > 1 else 0.0
 
     @property
     def own(self):
@@ -111,10 +117,14 @@ class Night:
     # --- building it ---
 
     def _runs(self):
-        programs = {}
+        programs, self._quiet, self._then = {}, [], {}  # quiet runs as (when, figures), noise by experiment
         for run in self.records.values() if self.like else ():
             if not record.differences(run, self.like):
                 programs.setdefault(run["train_blob"], []).append(run)
+                when = parsed(run.get("timestamp"))
+                if when and not verdict.busy(run):
+                    figures = run["train_blob"], run["seed"], record.bpb(run), record.tok_sec(run) or 1.0
+                    self._quiet.append((when, figures))
         for e in self.experiments:
             e.runs = programs.get(e.blob, []) if e.status != "crash" else []
             if e.runs:
@@ -143,7 +153,7 @@ class Night:
         for e in self.experiments:
             if e.before is None or e.status == "crash":
                 continue
-            e.gain, error, df = self.compare(e, e.before)
+            e.gain, error, df = self.compare(e, e.before, self._noise_then(e))
             if any(x.side and x.side.disturbed for x in (e, e.before)):  # of unlike loads; what decided were pairs
                 e.gain = e.event.get("gain") if isinstance(e.event.get("gain"), float) else e.gain
                 continue
@@ -158,13 +168,22 @@ class Night:
         for e, mean, spread in zip(compared, *prior.expected(gains, errors), strict=True):
             e.expected, e.uncertain = float(mean), float(spread)
         chain = self.chain
-        steps = [self.compare(e, e.before) for e in chain[1:]]
+        steps = [self.compare(e, e.before, self._noise_then(e)) for e in chain[1:]]
         means = chain[0].bpb - np.cumsum([0.0, *(gain for gain, _, _ in steps)])
         errors = [wide(error, df) / math.sqrt(2) for _, error, df in steps] or [wide(self.noise.bpb, self.noise.df)]
         means, spreads = prior.along(means, [*errors[:1], *errors] if steps else errors)
         for e, gain in zip(chain[1:], -np.diff(means), strict=True):
             e.expected = round(float(gain), 9) + 0.0  # no -0
         self.expected = round(float(means[0] - means[-1]), 9) + 0.0, math.hypot(spreads[0], spreads[-1])
+
+    def _noise_then(self, e):
+        """The noise as it was known when an experiment was logged: programs change during a night, and it with them."""
+        if e not in self._then:
+            end = bisect.bisect_right(self._quiet, e.time, key=lambda run: run[0]) if e.time else 0
+            runs = [figures for _, figures in self._quiet[:end]]
+            noise = record.Noise.of(*zip(*runs, strict=True)) if runs else self.noise
+            self._then[e] = noise if noise.df >= 3 else self.noise
+        return self._then[e]
 
     def _changes(self):
         self.touched = set()
@@ -191,24 +210,24 @@ class Night:
 
     # --- what it says ---
 
-    def compare(self, new, old):
+    def compare(self, new, old, noise):
         """(how much lower the first one's val_bpb is, its standard error, the degrees of freedom of that).
 
         The error is nan where the noise is unknown.
         """
         if new.side and old.side:
-            gain, sigma, df, spread, _ = verdict.difference(new.side, old.side, self.noise)
+            gain, sigma, df, spread, _ = verdict.difference(new.side, old.side, noise)
             return gain, sigma * spread, df
         spread = math.sqrt(sum(1 / max(1, e.count) for e in (new, old)))
-        return old.bpb - new.bpb, self.noise.bpb * spread, self.noise.df
+        return old.bpb - new.bpb, noise.bpb * spread, noise.df
 
     @property
     def gain(self):
         """(baseline less best, half of its 95 % interval), by all runs of each."""
         if self.best is self.first:
             return 0.0, math.nan
-        error = self.noise.bpb * math.sqrt(sum(1 / max(1, e.count) for e in (self.first, self.best)))
-        return self.first.bpb - self.best.bpb, wide(error, self.noise.df, SURE)
+        squares = (max(self.noise.bpb, e.spread) ** 2 / max(1, e.count) for e in (self.first, self.best))
+        return self.first.bpb - self.best.bpb, wide(math.sqrt(sum(squares)), self.noise.df, SURE)
 
     @property
     def chain(self):

@@ -29,7 +29,7 @@ def table(night):
           f" {'+/-':>8}  {'status':8}description")  # fmt: skip
     for e in night.experiments:
         gain = f"{e.gain:+.6f}" if e.before and e.status != "crash" else ""
-        spread = f"{np.std([e.side.bpbs[i] for i in e.side.used], ddof=1):.6f}" if e.count > 1 else ""
+        spread = f"{e.spread:.6f}" if e.count > 1 else ""
         steps = str(round(np.mean([r["training"]["total_steps"] for r in e.runs]))) if e.runs else ""
         changed = f"+{e.added}/-{e.removed}" if e.before and e.blob in night.texts else ""
         marks = "*" if e is night.best else " "
@@ -48,8 +48,8 @@ def standing(night):
     gain, half = night.gain
     words = f"standing: baseline {first.bpb:.6f}, best {best.bpb:.6f}, gain {gain:+.6f}"
     if night.noise.df and first is not best:
-        runs = f"{max(1, first.count)} and {max(1, best.count)} runs; noise of a run {night.noise.bpb:.6f}"
-        return f"{words} ± {half:.6f} (95 %; {runs})"
+        runs = f"{max(1, first.count)} and {max(1, best.count)} runs, 95 %; noise of a run {night.noise.bpb:.6f}"
+        return f"{words} ± {half:.6f} ({runs})"
     return words + ("" if first is best else " (noise is unknown: make run REFERENCE=1 N=4)")
 
 
