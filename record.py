@@ -168,6 +168,8 @@ def is_alive(pid):
         return False
     except (OSError, OverflowError):
         pass  # another user's
+    with suppress(OSError):  # one that has ended and was not collected yet
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     return True
 
 

@@ -15,9 +15,16 @@ own=$1 common=$2
 locks() {
   find "$own"/*.lock "$common"/*.lock "$common/refs/heads" "$common/refs/experiments" -name '*.lock' 2>/dev/null | sort -u || true
 }
+gits() { # the processes of git that run; one that has ended and was not collected yet (state Z) holds nothing
+  if [ -r /proc/self/stat ]; then
+    sed -nE 's,^([0-9]+) \(git\) [^ZX] .*,\1,p' /proc/[0-9]*/stat 2>/dev/null || true
+  else
+    ps -A -o pid= -o stat= -o comm= | sed -nE 's,^ *([0-9]+) +[^Z ][^ ]* +(.*/)?git$,\1,p'
+  fi
+}
 git_runs_here() {
   local pid folder
-  for pid in $(ps -A -o pid= -o comm= | sed -nE 's,^ *([0-9]+) (.*/)?git$,\1,p'); do
+  for pid in $(gits); do
     folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
     case $folder/ in "$PWD"/*) return 0 ;; esac
     [ -n "$folder" ] || ! kill -0 "$pid" 2>/dev/null || return 0 # it may be here

@@ -121,7 +121,9 @@ LOCKS = ["refs/experiments/t/002.lock", pytest.param("index.lock", marks=pytest.
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_of_a_git_that_was_killed_is_in_nobody_s_way(session, name):
     (session.path / ".git" / name).touch()
+    uncollected = subprocess.Popen(["git", "version"], cwd=session.path, stdout=subprocess.DEVNULL)  # ends, and stays
     done = session.script("run", AGAIN="1", check=0)
+    uncollected.wait()
     assert "git that was killed left its lock" in done.stderr and name in done.stderr
     session.experiment("prepare.finish(1.6)", "discard")
     assert session.refs("t")["002"] == session.git("rev-parse", "HEAD")
