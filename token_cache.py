@@ -23,7 +23,7 @@ import tiktoken
 import data_sources
 from data_sources import SPLITS, cache_dir
 from downloads import file_hash, printable, remove_leftovers
-from record import folder_to_disk, one_at_a_time, read_json, to_disk, what_failed, write_atomically
+from record import folder_to_disk, make_folder, one_at_a_time, read_json, to_disk, what_failed, write_atomically
 
 # --- tokenizer ---------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ def prepare(dataset):
     """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there and whole."""
     start, root = time.monotonic(), cache_dir(dataset)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         with one_at_a_time(root):  # who waits finds all ready
             meta = prepare_where_needed(dataset, root)
     except OSError as error:
@@ -391,6 +391,7 @@ def prepare_anew(dataset, root):
         if (root / "tokens").exists():
             (root / "tokens").rename(temporary / "old")
             folder_to_disk(root)
+        folder_to_disk(temporary / "tokens")
         (temporary / "tokenizer.json").replace(root / "tokenizer.json")
         folder_to_disk(root)
         (temporary / "tokens").rename(root / "tokens")

@@ -502,6 +502,16 @@ def test_pairs_are_found_and_those_that_a_load_split_are_not(judged):
     assert judged(new, [*old, *beside], [("0", (old[0], new[0]))]).word == "rerun"  # no pair: one was quiet
 
 
+def test_a_load_that_never_changes_is_part_of_the_machine(judged):
+    """Where all runs stood under it alike, their own noise counts, and no pair is asked for."""
+    old = [run(1.7 + d, seed=42 + i, **LOAD) for i, d in enumerate((0.004, -0.004, 0.004, -0.004))]
+    found = judged([run(1.6, blob="new", **LOAD)], old)
+    assert found.word == "keep" and "beside an even load" in str(found.notes)
+    assert judged([run(1.71, blob="new", seed=50, **LOAD)], old).word == "discard"
+    lighter = {"machine": {"other_cores": 0.7, "cores": 2}}
+    assert "the machine was shared" in judged([run(1.6, blob="new", **lighter), run(1.6, blob="new", **LOAD)], old).rule
+
+
 # --- what busy says --------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,8 @@ class Lab:
         shutil.rmtree(self.work / "disk", ignore_errors=True)
         (self.work / "disk").mkdir()
         subprocess.run(["cp", "-a", self.pristine, self.folder], check=True)
-        (self.work / "disk" / "tmp").mkdir()
+        for name in ("tmp", "cache"):
+            (self.work / "disk" / name).mkdir()
         for path in self.work.glob("log*"):
             path.unlink()
         if self.head is None:
