@@ -41,7 +41,7 @@ GAP_SIGMAS = 6.0  # of the difference between what validation and test gained: f
 
 # How much of the cores others may use, by backend: a GPU's host needs few of them.
 OTHERS = {"cpu": lambda cores: 0.05 * cores, "metal": lambda cores: 0.5 * cores, "cuda": lambda cores: cores - 2}
-EVEN = 0.1  # share of the cores by which the use of others may vary, and it is part of the machine
+EVEN = 0.05  # share of the cores by which the use of others may vary up and down, and it is part of the machine
 UNEVEN = 2.0  # times the median step: how long the slowest twentieth may take
 SWAPPED = 256  # MB, moved to disk during the budget
 
@@ -63,12 +63,15 @@ def busy(run):
     return None
 
 
-def even_load(runs):
-    """(least, most) cores that other processes used during all of these runs, where that hardly changed; else None."""
-    if not runs or not all((busy(r) or "").startswith("other processes") for r in runs):
+def even_load(new, old):
+    """(least, most) cores that others used beside most runs of both programs, where none was quiet; else None."""
+    runs = [*new, *old]
+    if not (new and old) or not all((busy(r) or "").startswith("other processes") for r in runs):
         return None
-    used = [r["machine"]["other_cores"] for r in runs]
-    return (min(used), max(used)) if max(used) - min(used) <= EVEN * runs[0]["machine"]["cores"] else None
+    middle, cores = float(np.median([r["machine"]["other_cores"] for r in runs])), runs[0]["machine"]["cores"]
+    band = middle - EVEN * cores, middle + EVEN * cores
+    inside = [[band[0] <= r["machine"]["other_cores"] <= band[1] for r in side] for side in (new, old)]
+    return band if all(map(any, inside)) and sum(map(sum, inside)) > 0.6 * len(runs) else None
 
 
 def alike(one, other):
@@ -320,12 +323,16 @@ def of_attempt(sitting, attempt, rows):
                 refusal.budget = known[-1]["budget"]
             raise refusal
         old = old if old_runs else Side([row.bpb], [row.rate], lines=old.lines)
-    noise, load = quiet_noise(run), even_load([*new_runs, *old_runs]) if old_runs else None
+    noise, load = quiet_noise(run), even_load(new_runs, old_runs)
     if load:  # all stood under it alike, so it is as if the machine were a smaller one
-        low, high = (end + sign * EVEN * run["machine"]["cores"] for sign, end in ((-1, load[0]), (1, load[1])))
-        noise = record.noise(run, lambda r: busy(r) and low <= (r["machine"].get("other_cores") or 0.0) <= high)
-        for end in (new, old):
-            end.busy, end.quiet = [None] * len(end.bpbs), [*end.used]
+
+        def within(r):
+            return load[0] <= (r["machine"].get("other_cores") or 0.0) <= load[1]
+
+        noise = record.noise(run, lambda r: busy(r) and within(r))
+        for end, made in ((new, new_runs), (old, old_runs)):
+            end.busy = [None if within(r) else why for r, why in zip(made, end.busy, strict=True)]
+            end.quiet = end.used = [i for i, why in enumerate(end.busy) if not why]
     if row.blob == run["train_blob"]:
         return Verdict("again", "the reference's own text: it measures noise", new=new, old=old), row, run, run
     text, kept = session.text_of(run["train_blob"]), session.text_of(row.blob)
@@ -349,7 +356,8 @@ def of_attempt(sitting, attempt, rows):
     shown = next(filter(None, (record.at_equal_steps(a, b) for a, b in twins)), None)
     verdict = decide(new, old, noise, pairs, equal, not_earned(run, other, shown))
     if load:
-        verdict.notes.append(f"beside an even load: others used {load[0]:.1f} to {load[1]:.1f} cores in each run")
+        words = f"beside an even load: others used {sum(load) / 2:.1f} cores; runs that had more or less count not"
+        verdict.notes.append(words)
     gap = other and record.held_out_gap(run, other)
     if gap and abs(gap[0]) > max(GAP_SIGMAS * gap[1], SAME):
         verdict.word, verdict.next = "discard", ""

@@ -509,7 +509,8 @@ def test_a_load_that_never_changes_is_part_of_the_machine(judged):
     assert found.word == "keep" and "beside an even load" in str(found.notes)
     assert judged([run(1.71, blob="new", seed=50, **LOAD)], old).word == "discard"
     lighter = {"machine": {"other_cores": 0.7, "cores": 2}}
-    assert "the machine was shared" in judged([run(1.6, blob="new", **lighter), run(1.6, blob="new", **LOAD)], old).rule
+    assert "the machine was shared" in judged([run(1.6, blob="new", **lighter)], old).rule
+    assert judged([run(1.6, blob="new", **LOAD)], [*old, run(1.5, seed=60, **lighter)]).word == "keep"  # counts not
 
 
 # --- what busy says --------------------------------------------------------------------------------------
