@@ -179,7 +179,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     again = "make run REFERENCE=1" if more_of_old else "make run AGAIN=1"
     if by_seeds:
         looks, levels, mine, theirs = len(at_equal_seeds(new, old)), SEED_LOOKS, {*new.seeds}, {*old.seeds}
-        more, more_of_old = max(0, RUNS - looks), 0
+        more, more_of_old = max(0, RUNS - max(looks, new.runs)), 0  # chosen seeds may never meet
         again = f"make run {'AGAIN' if theirs - mine else 'REFERENCE' if mine - theirs else 'PAIR'}=1"
     if new.busy[-1] or old.busy[-1]:
         again = "make run PAIR=1"
