@@ -559,11 +559,13 @@ class Noise:
 
 def noise(like, usable=lambda record: True):
     """`Noise` of all `usable` runs that may be compared with the record `like`."""
-    runs = [r for r in archived() if usable(r) and not differences(r, like)]
-    if not runs:
-        return Noise(math.nan, math.nan, 0)
+    return noise_of([r for r in archived() if usable(r) and not differences(r, like)])
+
+
+def noise_of(runs):
+    """`Noise` of these records, in the order in which they were made."""
     figures = [(r["train_blob"], r["seed"], bpb(r), tok_sec(r) or 1.0) for r in runs]
-    return Noise.of(*map(list, zip(*figures, strict=True)))
+    return Noise.of(*zip(*figures, strict=True)) if figures else Noise(math.nan, math.nan, 0)
 
 
 # --- pairs: two runs that saw the same text ------------------------------------------------------------

@@ -99,8 +99,8 @@ class Night:
         self.records = {r["run_id"]: r for r in record.archived()}
         self.like = newest_record(rows, self.records.values())
         self.experiments = [Experiment(row, matching(logged, row)) for row in rows]
-        self.noise = verdict.quiet_noise(self.like) if self.like else record.Noise(math.nan, math.nan, 0)
         self._runs()
+        self.noise = record.noise_of([run for _, run in self._quiet])
         self.kept = [e for e in self.experiments if e.status == "keep"]
         self.first = self.kept[0] if self.kept else None
         self.best = min(self.kept, key=lambda e: e.bpb) if self.kept else None
@@ -117,14 +117,12 @@ class Night:
     # --- building it ---
 
     def _runs(self):
-        programs, self._quiet, self._then = {}, [], {}  # quiet runs as (when, figures), noise by experiment
+        programs, self._quiet, self._then = {}, [], {}  # quiet runs as (when, record), noise by experiment
         for run in self.records.values() if self.like else ():
             if not record.differences(run, self.like):
                 programs.setdefault(run["train_blob"], []).append(run)
-                when = parsed(run.get("timestamp"))
-                if when and not verdict.busy(run):
-                    figures = run["train_blob"], run["seed"], record.bpb(run), record.tok_sec(run) or 1.0
-                    self._quiet.append((when, figures))
+                if (when := parsed(run.get("timestamp"))) and not verdict.busy(run):
+                    self._quiet.append((when, run))
         for e in self.experiments:
             e.runs = programs.get(e.blob, []) if e.status != "crash" else []
             if e.runs:
@@ -180,8 +178,7 @@ class Night:
         """The noise as it was known when an experiment was logged: programs change during a night, and it with them."""
         if e not in self._then:
             end = bisect.bisect_right(self._quiet, e.time, key=lambda run: run[0]) if e.time else 0
-            runs = [figures for _, figures in self._quiet[:end]]
-            noise = record.Noise.of(*zip(*runs, strict=True)) if runs else self.noise
+            noise = record.noise_of([run for _, run in self._quiet[:end]])
             self._then[e] = noise if noise.df >= 3 else self.noise
         return self._then[e]
 

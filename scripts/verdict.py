@@ -291,10 +291,11 @@ class Incomparable(Refused):
     budget = None
 
 
-def side(blob, like):
+def side(blob, like, disturbed=busy):
+    """(all runs of a program that may be compared with the record `like` as a `Side`, their records)."""
     runs = record.runs_of(blob, like)
     code = session.essence(session.text_of(blob) or "")
-    return Side([record.bpb(r) for r in runs], [record.tok_sec(r) for r in runs], [busy(r) for r in runs],
+    return Side([record.bpb(r) for r in runs], [record.tok_sec(r) for r in runs], [disturbed(r) for r in runs],
                 len(code.splitlines()) if code else 0, [r["seed"] for r in runs]), runs  # fmt: skip
 
 
@@ -326,13 +327,11 @@ def of_attempt(sitting, attempt, rows):
     noise, load = quiet_noise(run), even_load(new_runs, old_runs)
     if load:  # all stood under it alike, so it is as if the machine were a smaller one
 
-        def within(r):
-            return load[0] <= (r["machine"].get("other_cores") or 0.0) <= load[1]
+        def disturbed(r):
+            return None if load[0] <= (r["machine"].get("other_cores") or 0.0) <= load[1] else busy(r)
 
-        noise = record.noise(run, lambda r: busy(r) and within(r))
-        for end, made in ((new, new_runs), (old, old_runs)):
-            end.busy = [None if within(r) else why for r, why in zip(made, end.busy, strict=True)]
-            end.quiet = end.used = [i for i, why in enumerate(end.busy) if not why]
+        noise = record.noise(run, lambda r: busy(r) and not disturbed(r))
+        new, old = (side(blob, run, disturbed)[0] for blob in (run["train_blob"], row.blob))
     if row.blob == run["train_blob"]:
         return Verdict("again", "the reference's own text: it measures noise", new=new, old=old), row, run, run
     text, kept = session.text_of(run["train_blob"]), session.text_of(row.blob)
