@@ -67,8 +67,10 @@ if [ ! -e "$folder/.complete" ]; then
   # shellcheck disable=SC2016  # apt's own format
   mirror=${MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | head -n 1)}
   echo "building Debian $suite for $arch in $folder" >&2
+  scripts=/usr/share/debootstrap/scripts script=$suite
+  [ -e "$scripts/$suite" ] || script=sid # younger than debootstrap
   debootstrap --variant=minbase --arch="$arch" --include=git,make,python3,python3-venv,ca-certificates \
-    "$suite" "$folder" "$mirror" >"$folder.log" 2>&1 || die "debootstrap failed: $(tail -n 3 "$folder.log")"
+    "$suite" "$folder" "$mirror" "$scripts/$script" >"$folder.log" 2>&1 || die "debootstrap failed: $(tail -n 3 "$folder.log")"
   rm -rf "$folder.log" "$folder"/var/cache/apt/archives/*.deb
   chroot "$folder" useradd --create-home worker
   touch "$folder/.complete"
