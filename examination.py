@@ -89,6 +89,7 @@ AGAIN = 3  # rows in which those are asked about again
 SHOWN = 0.1**2  # by which they must move in each
 SEEN = 0.3  # nats that a true token loses by an exchange, where it is asked about again in the same row
 SUSPECTS = 6  # so many at most
+ROUNDS = 4  # of questions about a suspect, all of which it must fail: rounding flips a choice by chance, a leak never
 STEADY = 64  # batches of the same rows that must agree before anything else than that is named
 
 
@@ -324,9 +325,14 @@ class Examination:
         self._look(nats)
 
     def _refuse(self, text, number=None):
-        """Refuse the model; but one that answers otherwise now and then is refused for that, whatever it looks like.
+        """Refuse the model; but one that answers otherwise now and then is refused for that, whatever it looks like."""
+        self._steady(number)
+        raise Refused(text)
 
-        number: of the row that shows it, which then is asked about between others that begin as it does.
+    def _steady(self, number=None):
+        """Refuse where the same rows do not score the same in STEADY batches.
+
+        number: of the row that is suspect, which then is asked about between others that begin as it does.
         """
         first, once = self.once
         if number is not None:
@@ -336,7 +342,6 @@ class Examination:
             once, _ = np.split(self.score(np.concatenate([first, other]), self.size), 2)
         for again in np.split(self.score(np.resize(first, (STEADY * self.size, first.shape[1])), self.size), STEADY):
             self._same(once, again, STATELESS)
-        raise Refused(text)
 
     def _same(self, old, new, text):
         """old, new: nats (b, T) of the same targets."""
@@ -492,15 +497,21 @@ class Examination:
         """Refuse where what `position` loses is bound to the tokens from `cut` on: it does whatever they are, and not
         where the first of them stays, or where the row's last token alone is another. What rounding flips is not bound.
         """
-        last = self.rows.shape[1] - 2
+        last, least = self.rows.shape[1] - 2, math.inf
         spots = [(row, at, kind) for at, count in ((cut, 8), (cut + 1, 4), (last, 4)) for kind in range(count)]
-        loses = np.array([x[position] for x in self._loses(nats, spots)])
-        away, first_stays, last_alone = abs(loses[:8]), abs(loses[8:12]), abs(loses[12:])
-        if away.min() > SEEN and (first_stays.max() < SEEN / 3 or (last_alone.max() < SEEN / 3 and cut < last)):
-            self._refuse_causality(
-                f"the true token's loss there changes by {away.min():.1f} nats or more, whatever comes instead",
-                row, cut, position,
-            )  # fmt: skip
+        for asked in range(ROUNDS):
+            loses = np.array([x[position] for x in self._loses(nats, spots)])
+            away, first_stays, last_alone = np.split(abs(loses), [8, 12])
+            least = min(least, away.min())
+            bound = first_stays.max() < SEEN / 3 or (last_alone.max() < SEEN / 3 and cut < last)
+            if least <= SEEN or not bound:
+                return
+            if asked == 0:
+                self._steady(row)
+        self._refuse_causality(
+            f"the true token's loss there changes by {least:.1f} nats or more, whatever comes instead",
+            row, cut, position,
+        )  # fmt: skip
 
     def _refuse_causality(self, reason, row, cut, position):
         self._refuse(

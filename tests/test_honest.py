@@ -169,3 +169,21 @@ def test_experts_whose_choice_rounding_flips_pass(tokenizer, seed):
     mixes = [gallery.PaddedSpectrum, gallery.Experts] * 3
     model = Network(V, mixes, width=64, dtype=mx.bfloat16, logit_scale=6.0, seed=seed)
     prepare.evaluate_bpb(model, tokenizer, 8)
+
+
+def test_a_loss_that_rounding_flips_at_random_is_not_bound_to_what_was_exchanged():
+    """The less is exchanged, the less often it flips; no few draws may tell that from a leak. 1,000 such places."""
+    rng, length, here = np.random.default_rng(7), 64, 20
+    rows = rng.integers(0, V, (16, length + 1), dtype=np.uint16)
+
+    def flips(batches, _):
+        for ids in batches:
+            changed = (ids != rows[0, :-1]).sum(axis=1, keepdims=True)
+            nats = np.zeros(ids.shape)
+            nats[:, here, None] = 1.4 * (rng.random(changed.shape) < np.where(changed > 1, 0.8, 0.3))
+            yield nats
+
+    questions = examination.Examination(lambda ids: None, rows, 8, V, 3.0, ask=flips, score=None)
+    questions._steady = lambda row: None
+    for _ in range(1000):
+        questions._confirm(np.zeros((16, length)), 0, here + 1, here)
