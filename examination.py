@@ -159,16 +159,14 @@ def cut_points(length, count, rng):
 
 
 def exchanged(row, cut, other, vocab_size, kind, rng):
-    """`row` with its tokens from `cut` on exchanged; the first of them is surely another one.
+    """`row` with its tokens from `cut` on exchanged, each for another one.
 
     By turns another row's text; random tokens; one token throughout, which moves what averages
     over time far more than random ones do.
     """
     size, new = len(row) - cut, row.copy()
     new[cut:] = (other[cut:], rng.integers(0, vocab_size, size), rng.integers(0, vocab_size))[kind % 3]
-    if new[cut] == row[cut]:
-        new[cut] = (row[cut] + 1) % vocab_size
-    return new
+    return np.where((new == row) & (np.arange(len(row)) >= cut), (row + 1) % vocab_size, new)
 
 
 def log_probabilities(logits):

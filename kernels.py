@@ -428,7 +428,7 @@ def heads(qkv, gate, table, tokens, rope_base):
     @forward.vjp
     def backward(primals, cotangents, outputs):
         (qkv, gate, table), (q, k, _, scales), (gq, gk, gv, _) = primals, outputs, cotangents
-        inputs = {"q": q, "k": k, "scales": scales, "gq": gq, "gk": gk, "gv": gv, "tokens": tokens}
+        inputs = {"q": q, "k": k, "scales": scales, "gq": gq, "gk": gk, "gv": gv}
         outputs = {"gqkv": (qkv.shape, qkv.dtype)}
         (gqkv,) = launch("heads_vjp", HEADS_VJP, 32 * B * T, inputs, outputs, constants)
         if not embedded:

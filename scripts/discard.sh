@@ -11,7 +11,7 @@ set -euo pipefail
 
 read_git
 refuse_detached
-[ -n "$START" ] || die "discard works in a session, on a branch autoresearch/TAG: make setup TAG=name opens one"
+[ -n "$START" ] || die "discard works in a session, on a branch $SESSIONS/TAG: make setup TAG=name opens one"
 need_python
 commits=$(helper log_result --tag="$TAG" --kept="$HEAD") || exit 1
 
@@ -40,4 +40,4 @@ if [ -z "$(git for-each-ref --contains HEAD "refs/experiments/$TAG/")" ]; then #
 fi
 put_train "$kept" # file, index, branch: after each of them the same command goes on
 git update-ref -m "discard" "refs/heads/$BRANCH" "$kept" "$HEAD"
-echo "train.py and autoresearch/$TAG are back on $(short "$kept")"
+echo "train.py and $SESSIONS/$TAG are back on $(short "$kept")"

@@ -3,7 +3,7 @@
 #
 # usage: scripts/git-locks.sh GIT_DIR GIT_COMMON_DIR
 #
-# What stays where no git is at work is nobody's. While one is, it is waited for, ten seconds long.
+# What stays where no git is at work is nobody's. While one is, it is waited for (PATIENCE).
 # exit: 0 there is none any more · 1 a git is at work, or was cut off
 set -euo pipefail
 
@@ -12,6 +12,7 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   exit 0
 fi
 own=$1 common=$2
+PATIENCE=10 # seconds
 locks() {
   find "$own"/*.lock "$common"/*.lock "$common/refs/heads" "$common/refs/experiments" -name '*.lock' 2>/dev/null | sort -u || true
 }
@@ -33,7 +34,7 @@ git_runs_here() {
 }
 
 [ -n "$(locks)" ] || exit 0
-for _ in 1 2 3 4 5 6 7 8 9 10; do
+for ((second = 0; second < PATIENCE; second++)); do
   sleep 1
   git_runs_here || break
 done

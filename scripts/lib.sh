@@ -141,6 +141,8 @@ locked() { # COMMAND …
 
 # --- git -----------------------------------------------------------------------------------------
 
+SESSIONS=autoresearch # a session is the branch autoresearch/TAG
+
 # What nobody changes during a session. Words without blanks, so it may stand unquoted.
 FROZEN="Makefile kernels.py prepare.py batches.py group.py examination.py model_state.py downloads.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 
@@ -155,7 +157,7 @@ read_git() {
   HEAD=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
   BRANCH=$(git symbolic-ref -q HEAD) || BRANCH='' # not --short: that name depends on which tags exist
   BRANCH=${BRANCH#refs/heads/}
-  TAG=${BRANCH#autoresearch/}
+  TAG=${BRANCH#"$SESSIONS"/}
   TAG=${TAG:-detached}
   if [ "$BRANCH" != "$TAG" ]; then
     START=$(git rev-parse -q --verify "refs/experiments/$TAG/start^{commit}") || START=''
@@ -168,7 +170,7 @@ refuse_detached() {
   local session
   session=$(git for-each-ref --merged=HEAD --format='%(refname)' 'refs/experiments/*/start' | head -n 1)
   session=${session#refs/experiments/}
-  [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout autoresearch/${session%/start}"
+  [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout $SESSIONS/${session%/start}"
 }
 
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment; git writes it in place.

@@ -35,6 +35,8 @@ from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, record, run_com
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 ROOM = 2**20  # bytes that are free on a disk that is not full
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
+# How Python, C++, MLX, Metal and CUDA say that memory is short.
+NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 stopped_by = []  # signals that came
 
 
@@ -303,6 +305,9 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
     return {**attempt, **ended, "row": None}
 
 
+# --- how it ended, and the words for it -------------------------------------------------------------
+
+
 def outcome(attempt, pid, code, late, wall, found, before):
     """(status, why, record or None) of a run that has ended. late: the limit that it ran past, else None."""
     if stopped_by:
@@ -325,7 +330,7 @@ def outcome(attempt, pid, code, late, wall, found, before):
     if code and shutil.disk_usage(ROOT).free < ROOM:
         return "paused", f"the disk is full, and train.py ended with exit {code}: free some space", None
     if code:
-        return "crash", summary.how_it_died(code, wall), None
+        return "crash", how_it_died(code, wall), None
     if stale:
         return "stale", f"train.py ended without a record of its own: {stale}", None
     if found["status"] != "valid":
@@ -336,6 +341,18 @@ def outcome(attempt, pid, code, late, wall, found, before):
             f"{wall - told:.0f} s of {wall:.0f} passed that the run does not account for. Look for work above "
             "`import prepare`, for work after run.finish(); or its clock stood still."), found  # fmt: skip
     return "valid", None, found
+
+
+def how_it_died(code, wall):
+    if code == -signal.SIGKILL:
+        return (
+            f"train.py was killed (signal 9) after {wall:.0f} s, as when memory is short: halve DEVICE_BATCH_SIZE, "
+            "or see what else takes memory"
+        )
+    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit {code}"
+    last = summary.what_was_raised(ROOT / "run.log")
+    said = f"train.py ended with {how} after {wall:.0f} s" + (f": {last}" if last else "")
+    return said + (". Out of memory: halve DEVICE_BATCH_SIZE, or EVAL_BATCH_SIZE" if NO_MEMORY.search(last) else "")
 
 
 # --- which runs --------------------------------------------------------------------------------------

@@ -23,18 +23,18 @@ if [ -z "$HEAD" ]; then
     "move the folder out of it, then git init && git add -A && git commit -m start"
   die "a session needs a git repository with a commit: git init && git add -A && git commit -m start"
 fi
-if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]] || ! git check-ref-format "refs/heads/autoresearch/$tag"; then
-  die "TAG=$tag cannot name a branch autoresearch/TAG: letters, digits, '.', '_' and '-', please"
+if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]] || ! git check-ref-format "refs/heads/$SESSIONS/$tag"; then
+  die "TAG=$tag cannot name a branch $SESSIONS/TAG: letters, digits, '.', '_' and '-', please"
 fi
 # A session in which nothing was done yet: this command was cut short, or is typed twice.
 start=$(git rev-parse -q --verify "refs/experiments/$tag/start^{commit}") || start=''
-branch=refs/heads/autoresearch/$tag
+branch=refs/heads/$SESSIONS/$tag
 if [ -n "$start" ]; then
   from=$(git rev-parse -q --verify "$start^") || from=''
   at=$(git rev-parse -q --verify "$branch") || at=$start
   known=$(git for-each-ref --format=x "refs/experiments/$tag/")
   elsewhere=$(git worktree list --porcelain | grep -xF "branch $branch") || true
-  [ "$BRANCH" != "autoresearch/$tag" ] || elsewhere=''
+  [ "$BRANCH" != "$SESSIONS/$tag" ] || elsewhere=''
   case $HEAD in "$start" | "$from") ;; *) start='' ;; esac
   [ "$known$at$elsewhere" = "x$start" ] || start=''
 fi
@@ -44,12 +44,12 @@ low=$(printf '%s/' "$tag" | lower) line=$'\n'
 refs=$line$(git for-each-ref --format='%(refname)/' refs/heads refs/experiments | lower)$line
 [ -z "$start" ] || refs=''
 case $refs in
-  *"${line}refs/heads/autoresearch/$low"* | *"${line}refs/experiments/$low"*)
-    known=$(git for-each-ref --format='%(refname:lstrip=3)' refs/heads/autoresearch | grep -ixF -e "$tag" | head -n 1) || known=$tag
-    die "TAG=$tag is taken: choose another one, or go on with it: git checkout autoresearch/$known"
+  *"${line}refs/heads/$SESSIONS/$low"* | *"${line}refs/experiments/$low"*)
+    known=$(git for-each-ref --format='%(refname:lstrip=3)' "refs/heads/$SESSIONS" | grep -ixF -e "$tag" | head -n 1) || known=$tag
+    die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/$known"
     ;;
-  *"${line}refs/heads/autoresearch/$line"*)
-    die "a branch called 'autoresearch' is in the way of autoresearch/$tag: git branch -m autoresearch NAME"
+  *"${line}refs/heads/$SESSIONS/$line"*)
+    die "a branch called '$SESSIONS' is in the way of $SESSIONS/$tag: git branch -m $SESSIONS NAME"
     ;;
   *"${line}refs/heads/$low$line"*) # runs outside a session go by the branch's name
     die "TAG=$tag is the name of a branch, and their results would be mixed: choose another one"
@@ -91,7 +91,7 @@ if [ -z "$start" ]; then
     start=$(git commit-tree "$tree" -p HEAD -m "Session $tag: train on $name")
   fi
 elif [ "$(git cat-file blob "$start:train.py" | "$PYTHON" -c 'import record; print(record.dataset_of_train("/dev/stdin"))')" != "$name" ]; then
-  die "TAG=$tag is taken: choose another one, or go on with it: git checkout autoresearch/$tag"
+  die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/$tag"
 fi
 # In this order: a branch that is there is a session with a start, and HEAD comes last.
 helper log_result --tag="$tag" --open-table || fail
@@ -114,7 +114,7 @@ if [ -n "$tune" ] && [ "$prepared" = True ]; then
   fi
 fi
 
-echo "session  autoresearch/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
+echo "session  $SESSIONS/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
 budget=${BUDGET:+ BUDGET=$BUDGET}
 next="make baseline$budget"
 if [ "$prepared" != True ]; then # of files nobody but the caller knows the folder, and a download takes its time

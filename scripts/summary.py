@@ -1,15 +1,12 @@
 """What the agent is told when a run has ended: at most 15 lines, the last of them what to type next."""
 
 import re
-import signal
 
 import session
 import verdict
 from session import ROOT, Refused, one_line, record
 
 FRAMES = 4  # of train.py, that a crash shows
-# How Python, C++, MLX, Metal and CUDA say that memory is short.
-NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 SHOWN = 8  # last lines of run.log where there is no traceback
 
 
@@ -96,7 +93,7 @@ def standing(blob, run):
     return words
 
 
-# --- how it went wrong ---------------------------------------------------------------------------------
+# --- a run that failed ---------------------------------------------------------------------------------
 
 
 def failure(attempt, commit, status, again=None):
@@ -111,18 +108,6 @@ def failure(attempt, commit, status, again=None):
     if again:
         return [*found, f"next     mend it and commit, then {again}: ideas are compared with it"]
     return [*found, 'next     mend it and commit, or: make log-result STATUS=crash DESC="…"']
-
-
-def how_it_died(code, wall):
-    if code == -signal.SIGKILL:
-        return (
-            f"train.py was killed (signal 9) after {wall:.0f} s, as when memory is short: halve DEVICE_BATCH_SIZE, "
-            "or see what else takes memory"
-        )
-    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit {code}"
-    last = what_was_raised(ROOT / "run.log")
-    said = f"train.py ended with {how} after {wall:.0f} s" + (f": {last}" if last else "")
-    return said + (". Out of memory: halve DEVICE_BATCH_SIZE, or EVAL_BATCH_SIZE" if NO_MEMORY.search(last) else "")
 
 
 def printed(path):

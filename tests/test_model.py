@@ -367,6 +367,32 @@ def test_the_preset_serves_every_dataset(monkeypatch, name):
 # --- kernels ---------------------------------------------------------------------------------------
 
 
+def test_a_step_hands_the_kernels_what_their_sources_name(monkeypatch):
+    """Where there is no CUDA: a launch that computes nothing, in a step that takes every one of them."""
+    launched, config = set(), train.GPTConfig(vocab_size=64, sequence_length=32, depth=2, aspect_ratio=64, head_dim=64)
+
+    def launch(name, body, threads, inputs, outputs, constants, block=256, init_value=None):
+        types = [*(x.dtype for x in inputs.values()), *(kind for _, kind in outputs.values())]
+        assert threads > 0 and {*types} <= {*kernels.NAMES}
+        assert not [word for word in (*inputs, *outputs) if not re.search(rf"\b{word}\b", body)]
+        launched.add(name)
+        return [mx.full(shape, 0.01, kind) for shape, kind in outputs.values()]
+
+    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(kernels, "CUDA", True)
+    monkeypatch.setattr(train, "rows_of", partial(kernels.rows_of, dtype=mx.bfloat16))
+    monkeypatch.setattr(train, "mix", kernels.mix)
+    monkeypatch.setattr(train, "heads", partial(kernels.heads, rope_base=train.ROPE_BASE))
+    monkeypatch.setattr(train, "chunk_loss_and_gradients", partial(kernels.chunk_loss_and_gradients, cap=train.SOFTCAP))
+    model = train.GPT(config)
+    loss, gradients = nn.value_and_grad(model, train.loss_fn)(model, mx.random.randint(0, 64, (4, 33)))
+    mx.eval(loss, gradients)
+    shapes = [{path: array.shape for path, array in tree_flatten(t)} for t in (gradients, model.trainable_parameters())]
+    assert shapes[0] == shapes[1]
+    backward = {"rows_vjp", "mix_vjp", "heads_vjp", "embedding_vjp", "relu_squared_vjp"}
+    assert launched == {"rows", "mix", "heads", "relu_squared", "loss"} | backward
+
+
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="kernels for CUDA")
 @pytest.mark.parametrize("dtype, limit", [(mx.float32, 1e-4), (mx.bfloat16, 0.03)])
 @pytest.mark.parametrize("B, length, H, D", [(2, 256, 4, 128), (1, 200, 3, 64), (3, 37, 5, 64)])
