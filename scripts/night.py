@@ -117,17 +117,19 @@ class Night:
     # --- building it ---
 
     def _runs(self):
-        programs, self._quiet, self._then = {}, [], {}  # quiet runs as (when, record), noise by experiment
-        for run in self.records.values() if self.like else ():
-            if not record.differences(run, self.like):
-                programs.setdefault(run["train_blob"], []).append(run)
-                if (when := parsed(run.get("timestamp"))) and not verdict.busy(run):
-                    self._quiet.append((when, run))
+        programs, self._then = {}, {}  # noise by experiment
+        alike = [r for r in self.records.values() if self.like and not record.differences(r, self.like)]
+        for run in alike:
+            programs.setdefault(run["train_blob"], []).append(run)
+        self.load = verdict.even_load(alike, alike)
+        disturbed = verdict.beside(self.load)
+        timed = [(parsed(run.get("timestamp")), run) for run in alike if not disturbed(run)]
+        self._quiet = [(when, run) for when, run in timed if when]
         for e in self.experiments:
             e.runs = programs.get(e.blob, []) if e.status != "crash" else []
             if e.runs:
                 e.side = verdict.Side([record.bpb(r) for r in e.runs], [record.tok_sec(r) for r in e.runs],
-                                      [verdict.busy(r) for r in e.runs], seeds=[r["seed"] for r in e.runs])  # fmt: skip
+                                      [disturbed(r) for r in e.runs], seeds=[r["seed"] for r in e.runs])  # fmt: skip
 
     def _references(self):
         last, by_commit = None, {}
@@ -202,6 +204,8 @@ class Night:
             yield f"git does not know the program of {numbers(unread)}: no diff"
         if self.experiments and not self.noise.df:
             yield "nothing was run twice on a quiet machine, so noise is unknown: make run REFERENCE=1 N=4 measures it"
+        if self.load:
+            yield f"no run was quiet: noise and gains are those beside an even load of {sum(self.load) / 2:.1f} cores"
         if self.best is not self.first and not self.look:
             yield "the gain was not measured on held-out text: make holdout does that"
 

@@ -6,6 +6,7 @@ usage: results.py --tag TAG [--all]
 import argparse
 
 import numpy as np
+import verdict
 from night import Night
 from session import Session, run_command, say, tags
 
@@ -33,7 +34,7 @@ def table(night):
         steps = str(round(np.mean([r["training"]["total_steps"] for r in e.runs]))) if e.runs else ""
         changed = f"+{e.added}/-{e.removed}" if e.before and e.blob in night.texts else ""
         marks = "*" if e is night.best else " "
-        marks += ("!" if e.overruled else " ") + ("b" if e.side and e.side.disturbed else " ")
+        marks += ("!" if e.overruled else " ") + ("b" if e.runs and all(map(verdict.busy, e.runs)) else " ")
         figures = f"{e.bpb:>9.6f} {gain:>9} {e.count or '':>4} {spread:>8} {e.memory:>5} {e.row.rate:>9}"
         print(f"{e.number:3}{marks:3}{e.commit:8}{figures} {steps:>6} {changed:>8}  {e.status:8}{e.description}")
     if night.best:

@@ -74,6 +74,16 @@ def even_load(new, old):
     return band if all(map(any, inside)) and sum(map(sum, inside)) > 0.6 * len(runs) else None
 
 
+def beside(load):
+    """`busy`, to which an even load (see `even_load`) is part of the machine."""
+
+    def disturbed(run):
+        inside = load and load[0] <= (run["machine"].get("other_cores") or 0.0) <= load[1]
+        return None if inside else busy(run)
+
+    return disturbed
+
+
 def alike(one, other):
     """Whether two runs made in turn are a pair, from what `busy` says of each: the load neither came nor went."""
     return bool(one) == bool(other)
@@ -326,10 +336,7 @@ def of_attempt(sitting, attempt, rows):
         old = old if old_runs else Side([row.bpb], [row.rate], lines=old.lines)
     noise, load = quiet_noise(run), even_load(new_runs, old_runs)
     if load:  # all stood under it alike, so it is as if the machine were a smaller one
-
-        def disturbed(r):
-            return None if load[0] <= (r["machine"].get("other_cores") or 0.0) <= load[1] else busy(r)
-
+        disturbed = beside(load)
         noise = record.noise(run, lambda r: busy(r) and not disturbed(r))
         new, old = (side(blob, run, disturbed)[0] for blob in (run["train_blob"], row.blob))
     if row.blob == run["train_blob"]:

@@ -17,6 +17,8 @@ import nights
 import pytest
 from conftest import ROOT, STANDIN, Checkout, clean_environment, new_checkout
 
+import record
+
 COUNT = 24  # experiments of the night that most tests read
 HOSTILE = [
     "<script>document.title='taken'</script>", '"><img src=x onerror="document.title=\'taken\'">',
@@ -199,6 +201,19 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
         assert "on held-out text the gain is +0.0123, by one pair" in text and "measured on held-out" not in text
         brief = night.run(night.env["PYTHON"], "scripts/brief.py", "--tag=t", check=0).stdout
         assert len(brief.splitlines()) <= 60 and "held out +0.0123" in brief
+
+
+def test_a_night_beside_an_even_load_knows_its_noise(night):
+    for path in (night.path / "data").glob("run_*.json"):
+        run = json.loads(path.read_text())
+        run["machine"] = {"cores": 2, "other_cores": 1.5}
+        run["seal"] = record.seal(run)
+        path.write_text(json.dumps(run))
+    told = night.make("results", check=0).stdout
+    assert re.search(r"standing: .* ± 0\.\d+ .*noise of a run 0\.00", told)
+    assert re.search(r"(?m)^ *\d+\* b", told)
+    night.make("report", check=0)
+    assert "beside an even load of 1.5 cores" in Words(page(night)).text
 
 
 def test_a_night_that_has_hardly_begun_has_a_page(session):
