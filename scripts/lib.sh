@@ -109,8 +109,7 @@ need_python() {
     wrong=$("$PYTHON" -c "$probe_given" 2>/dev/null) || wrong="does not run"
     [ -z "$wrong" ] || die "PYTHON=$PYTHON $wrong: unset PYTHON, and the project builds its own environment"
   fi
-  folder=$(command -v "$PYTHON")
-  folder=$(dirname "$folder")
+  folder=$(dirname "$(command -v "$PYTHON")")
   LAUNCH=(env "PYTHONUNBUFFERED=1")
   for library in "$ROOT/.venv/lib/libopenblas.so" "$folder/../lib/libopenblas.so"; do
     [ -f "$library" ] || continue
@@ -142,7 +141,6 @@ locked() { # COMMAND …
 # --- git -----------------------------------------------------------------------------------------
 
 SESSIONS=autoresearch # a session is the branch autoresearch/TAG
-
 # What nobody changes during a session. Words without blanks, so it may stand unquoted.
 FROZEN="Makefile kernels.py prepare.py batches.py group.py examination.py model_state.py downloads.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 

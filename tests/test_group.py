@@ -131,6 +131,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(group_of_two, fault):
     wait_for(lambda: not any(map(alive, pids)), "ranks gone")
 
 
+@pytest.mark.slow
 def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path):
     os.mkdir(tmp_path / "tmp")
     group_of_two.env["TMPDIR"] = str(tmp_path / "tmp")
@@ -171,6 +172,21 @@ def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
 # --- refused before training ------------------------------------------------------------------------
 
 
+SSH = """#!/bin/sh
+[ "$1" != -G ] || { echo "hostname $2"; exit; }
+for command; do :; done
+%s
+exec sh -c "$command"
+"""
+
+
+def path_with_ssh(checkout, folder, before=""):
+    """A PATH with a stand-in for ssh that calls this machine; before: what is said there ahead of the command."""
+    (folder / "ssh").write_text(SSH % before)
+    (folder / "ssh").chmod(0o755)
+    return f"{folder}:{checkout.env['PATH']}"
+
+
 @pytest.mark.parametrize(
     ("hosts", "why"),
     [
@@ -179,18 +195,12 @@ def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
         ("hosts.json", "Hostfile hosts.json doesn't exist"),
     ],
 )
-def test_hosts_that_cannot_serve_are_refused(group_of_two, hosts, why):
+def test_hosts_that_cannot_serve_are_refused(group_of_two, tmp_path, hosts, why):
     group_of_two.write_train("prepare.finish(1.4)")
-    done = group_of_two.script("run", HOSTS=hosts, check=1)
+    done = group_of_two.script("run", HOSTS=hosts, PATH=path_with_ssh(group_of_two, tmp_path), check=1)
     assert done.stderr.startswith("error: ") and why in done.stderr and done.stdout == ""
 
 
-SSH = """#!/bin/sh
-[ "$1" != -G ] || { echo "hostname $2"; exit; }
-for command; do :; done
-%s
-exec sh -c "$command"
-"""
 OTHER_MLX = "import mlx.core\nmlx.core.__version__ = '0.1'\n"
 UNLIKE = {  # what ssh does before it runs the command, here: what is said
     "echo no route >&2; exit 255": "192.0.2.1 cannot be reached by ssh: no route",
@@ -205,9 +215,7 @@ UNLIKE = {  # what ssh does before it runs the command, here: what is said
 @pytest.mark.parametrize("before", UNLIKE)
 def test_another_host_that_differs_is_named_before_training(lab, tmp_path, before):
     (tmp_path / "sitecustomize.py").write_text(OTHER_MLX)
-    (tmp_path / "ssh").write_text(SSH % before.replace("{tmp}", str(tmp_path)))
-    (tmp_path / "ssh").chmod(0o755)
-    path = f"{tmp_path}:{lab.env['PATH']}"
+    path = path_with_ssh(lab, tmp_path, before.replace("{tmp}", str(tmp_path)))
     done = lab.script("run", HOSTS="127.0.0.1,192.0.2.1", AGAIN="1", PATH=path, BUDGET="1.5", check=1)
     assert done.stderr.startswith("error: HOSTS: ") and UNLIKE[before] in done.stderr
 
@@ -235,6 +243,7 @@ def two_gpus(session, tmp_path):
     return session
 
 
+@pytest.mark.slow
 def test_each_gpu_has_a_run_of_its_own(two_gpus, tmp_path):
     first, (_, device) = started(two_gpus)
     assert device == 0

@@ -225,6 +225,7 @@ def test_log_result_that_was_killed_half_way_is_completed(ran):
 # --- the baseline and the table --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_baseline_with_another_budget_begins_a_new_table(checkout):
     checkout.make("baseline", "BUDGET=30", check=0)
     old = table(checkout)

@@ -191,6 +191,7 @@ def test_gains_are_kept(sigmas, least):
     assert kept(nights(sigmas, NIGHTS), 1) >= least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alike", "least"), [(0.5, 0.8), (0.9, 0.95)])
 def test_what_seeds_explain_sharpens_the_rule(alike, least):
     """Seeds that are lucky for one program are so for those like it: smaller gains are seen, and sooner."""

@@ -230,6 +230,7 @@ def test_an_unknown_session_is_refused(night):
     assert night.script("report", TAG="nov99", check=1).stderr.startswith("error: there is no session 'nov99'")
 
 
+@pytest.mark.slow
 def test_several_sessions_stand_side_by_side(night):
     another_night_beside(night)
     night.make("report", "TAG=t other", check=0)
@@ -321,6 +322,7 @@ def test_a_command_of_the_users_gets_the_summary(session, tmp_path):
     assert told.read_text() == done.stdout
 
 
+@pytest.mark.slow
 def test_its_failure_or_slowness_never_touches_the_run(session):
     """A run is over when all ends of its pipes are closed: so nothing of the command holds one, nor the lock."""
     session.write_train("prepare.finish(1.4)")

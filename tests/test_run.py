@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
+import record
+
 HANG = "import time\nwhile True: time.sleep(0.05)"
 
 
@@ -31,6 +33,8 @@ def wait_for(condition, what, seconds=20):
 
 def alive(pid):
     """Whether a process runs; one that has ended and was not yet collected does not."""
+    if os.path.exists("/proc/self/stat"):
+        return record.is_alive(pid)
     shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return bool(shown) and not shown.startswith("Z")
 
@@ -132,6 +136,7 @@ def test_a_run_that_never_ends_is_killed_with_its_children(session):
     assert len(pids) == 3 and not any(map(alive, pids))
 
 
+@pytest.mark.slow
 def test_a_run_that_ignores_polite_signals_is_killed_too(session):
     session.write_train("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)" + FAMILY)
     session.script("run", TIMEOUT="1", check=124)
@@ -400,6 +405,7 @@ def test_the_baseline_does_not_ask_to_be_logged(checkout):
     assert "verdict" in done.stdout and "next" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_baseline_that_fails_is_to_be_made_again(checkout):
     """An idea that ran in its stead would be what all others are compared with."""
     checkout.write_train("raise SystemExit(1)")

@@ -147,6 +147,7 @@ def test_the_reference_is_run_again_without_touching_branch_or_tree(session):
     assert seeds == [42, 43, 44]
 
 
+@pytest.mark.slow
 def test_a_pair_runs_both_with_one_seed_and_turns_round(session):
     session.write_train("prepare.finish(1.4)")
     session.script("run", check=0)
@@ -319,6 +320,7 @@ def test_discard_says_how_to_log_what_is_not_logged(session, body, word):
     session.script("discard", check=0)
 
 
+@pytest.mark.slow
 def test_discard_before_anything_was_kept_goes_to_the_start(checkout):
     checkout.make("setup", "TAG=t", check=0)
     start = checkout.git("rev-parse", "HEAD")
@@ -327,6 +329,7 @@ def test_discard_before_anything_was_kept_goes_to_the_start(checkout):
     assert checkout.git("rev-parse", "HEAD") == start
 
 
+@pytest.mark.slow
 def test_a_repeat_of_what_was_discarded_is_put_back_without_another_row(session):
     """log-result sends it to discard, and discard does not send it back."""
     session.experiment("prepare.finish(1.6)", "discard")

@@ -10,6 +10,7 @@ def refused(done):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_tag_of_git_named_like_the_branch_changes_nothing(session):
     """`git symbolic-ref --short` would answer heads/autoresearch/t, and the session go unseen."""
     for name in ("autoresearch/t", "main", "heads/autoresearch/t"):
