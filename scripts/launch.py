@@ -168,10 +168,8 @@ class Rank:
         text = SIGN.sub(self._sign, self.held[where] + chunk)
         if where == 1 and not self.begun and b"\n" in text.lstrip():
             self.begun, text = True, text.lstrip().partition(b"\n")[2]
-        # What is not whole waits: a sign; of the other ranks, which go by lines, a line.
-        whole = len(text) if self.number == 0 and self.begun else text.rfind(b"\n") + 1
-        if MARK in text[-16:]:
-            whole = min(whole, text.rindex(MARK))
+        # A line that is not whole waits, and a sign in it; of one that rank 0 overwrites, the newest state.
+        whole = max(text.rfind(b"\n") + 1, text.rfind(b"\r") if self.number == 0 and self.begun else 0)
         whole = len(text) if not chunk else whole
         self.held[where] = text[whole:]
         if self.number == 0 and whole:

@@ -154,10 +154,12 @@ def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path
 
 
 def test_a_group_that_ends_well_leaves_one_record(group_of_two):
-    done = group_of_two.experiment("import group\nif not group.RANK: prepare.finish(1.4)\nprint('said')")
+    said = "print('half', end=' ', flush=True), time.sleep(1), print('a line')"
+    said = f"import group, time\nif group.RANK: time.sleep(0.5)\nelse: {said}\nprint('said')"
+    done = group_of_two.experiment(f"{said}\nif not group.RANK: prepare.finish(1.4)")
     assert done.returncode == 0 and "val_bpb             1.400000" in done.stdout
     log = (group_of_two.path / "run.log").read_text().splitlines()
-    assert {"said", "rank 1: said"} <= set(log) and "\x1e" not in "".join(log)
+    assert {"half a line", "said", "rank 1: said"} <= set(log) and "\x1e" not in "".join(log)
 
 
 def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
