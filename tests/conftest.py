@@ -26,6 +26,11 @@ HARNESS = sorted(ROOT.glob("*.py"))  # the real one, train.py and bench.py with 
 STANDIN = Path(__file__).parent / "standin" / "prepare.py"
 
 
+def sampled(values):
+    """Parameters of a test, of which `make test` leaves every third to ALL=1."""
+    return [pytest.param(value, marks=pytest.mark.slow if n % 3 == 1 else ()) for n, value in enumerate(values)]
+
+
 def clean_environment(home, **more):
     """What a fresh login has, so that nothing of the test run leaks in."""
     identity = {f"GIT_{who}_{what}": f"tester{'@example.org' * (what == 'EMAIL')}"

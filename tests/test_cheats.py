@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import HARNESS
+from conftest import HARNESS, sampled
 from gallery import WIDTH, Mix, Network, later
 
 import batches
@@ -218,7 +218,7 @@ SEES_LATER = {
 }
 
 
-@pytest.mark.parametrize("name", SEES_LATER)
+@pytest.mark.parametrize("name", sampled(SEES_LATER))
 def test_what_sees_later_tokens_is_refused(tokenizer, name):
     text = refused("causality", Network(V, SEES_LATER[name]), tokenizer)
     assert "Look for" in text and "validation row" in text and "\n" not in text
@@ -366,7 +366,7 @@ def at_positions(ids, chosen):
     return mx.broadcast_to(chosen[: ids.shape[1]], ids.shape)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("where", [after_tokens, in_rows_that_begin_with, at_positions])
 def test_a_rare_leak_of_a_hundredth_of_a_bit_is_refused(tokenizer, where, seed):
     model, rng = gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V), np.random.default_rng(seed)

@@ -96,6 +96,7 @@ def syncs_of_git(checkout, *words):
     return sum(int(e.get("value") or e.get("count")) for e in found)
 
 
+@pytest.mark.slow
 def test_commits_and_refs_of_a_session_are_on_the_disk(session):
     if tuple(map(int, session.git("--version").split()[2].split(".")[:2])) < (2, 36):
         pytest.skip("this git knows no core.fsync")

@@ -133,6 +133,7 @@ NO_MEMORY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_memory_that_is_short_is_named_with_what_helps(session):
     for body in NO_MEMORY.values():
         done = session.experiment(body)

@@ -30,7 +30,8 @@ def last_run(checkout):
     return json.loads((checkout.path / "data" / "last_run.json").read_text())
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_as_one_device_does(lab, ranks):
     one = last_run(lab)
     before = len(list((lab.path / "data").glob("run_*.json")))
@@ -63,6 +64,7 @@ if group.RANK == 0:
 """
 
 
+@pytest.mark.slow
 def test_the_figure_and_the_rows_are_those_of_one_device(lab):
     (lab.path / "program.py").write_text(PROGRAM)
     found = []

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from conftest import sampled
 from gallery import HONEST, Network
 
 import examination
@@ -104,7 +105,7 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", sampled(NAMED))
 def test_an_honest_model_passes(tokenizer, name):
     evaluation = prepare.evaluate_bpb(NAMED[name](tokenizer), tokenizer, 8)
     assert np.isfinite(evaluation.bpb) and evaluation.stderr > 0

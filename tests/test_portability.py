@@ -141,6 +141,7 @@ def test_a_session_on_stock_tools(stock):
         stock.make(verb, check=0)
 
 
+@pytest.mark.slow
 def test_the_machine_is_kept_awake_for_as_long_as_train_py_runs(session, tmp_path):
     """A stand-in for caffeinate notes how it was called: -i -w PID, and it is macOS that ends it then."""
     folder = tmp_path / "bin"

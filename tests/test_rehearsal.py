@@ -64,6 +64,7 @@ def test_so_is_what_is_no_distribution(tokenizer, name):
         rehearse(model, tokenizer)
 
 
+@pytest.mark.slow  # the same models pass more questions in test_honest.py
 @pytest.mark.parametrize("name", test_honest.NAMED)
 def test_an_honest_model_passes(tokenizer, name):
     rehearse(test_honest.NAMED[name](tokenizer), tokenizer)

@@ -216,6 +216,7 @@ def test_a_night_beside_an_even_load_knows_its_noise(night):
     assert "beside an even load of 1.5 cores" in Words(page(night)).text
 
 
+@pytest.mark.slow
 def test_a_night_that_has_hardly_begun_has_a_page(session):
     """A real session: its baseline, then an idea that was worse."""
     for tried in (0, 1):

@@ -114,6 +114,7 @@ def outcomes(session, *figures):
             "prepare.finish(float(lines[0]))")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_reference_run_again_is_no_idea(session):
     """Whatever it comes back with, it measures noise and can become no row."""
     session.write_train(outcomes(session, 1.5, 1.3, 1.7))
