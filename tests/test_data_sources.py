@@ -560,6 +560,7 @@ def test_who_asks_for_held_out_text_is_heard_and_who_asks_for_training_text_is_n
     assert done.stdout == "files train\nfiles test\n val\n"
 
 
+@pytest.mark.slow
 def test_stdlib_is_split_by_file_and_always_the_same(cache):
     fetch(STDLIB)
     groups = list(data_sources.stdlib_documents())

@@ -42,6 +42,7 @@ def mean(program):
 KINDS = {"nothing works": (0.0, 0.0), "a few gains": (0.06, 0.03), "many gains": (0.2, 0.1), "small gains": (0.2, 0.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nothing works", "a few gains", "many gains"])
 def test_the_expected_gain_is_nearer_to_the_truth_than_the_measured_one(kind):
     seen, worth, truth = np.mean([gains(seed, 40, KINDS[kind]) for seed in range(30)], axis=0)

@@ -155,6 +155,7 @@ def test_a_night(laboratory):
     ]
 
 
+@pytest.mark.slow
 def test_on_a_linux_cpu_the_launcher_brings_openblas(laboratory):
     library = Path(laboratory.env["PYTHON"]).parent.parent / "lib" / "libopenblas.so"
     if not library.exists():

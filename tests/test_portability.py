@@ -155,6 +155,7 @@ def test_the_machine_is_kept_awake_for_as_long_as_train_py_runs(session, tmp_pat
     assert (tmp_path / "awake").read_text() == f"-i -w {pid}\n"
 
 
+@pytest.mark.slow
 def test_a_clone_with_autocrlf_runs(checkout, tmp_path):
     """.gitattributes: without it git would hand out CR LF, and no script would start."""
     clone = tmp_path / "clone"
