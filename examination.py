@@ -176,6 +176,11 @@ def log_probabilities(logits):
     return mx.maximum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), -50)
 
 
+def each(batch):
+    """The rows of an array. Slices, since an index is a gather, for which CUDA compiles seconds on a bare machine."""
+    return [row.reshape(row.shape[1:]) for row in mx.split(batch, len(batch))]
+
+
 def compare(base, logits, ids, changed, cuts):
     """How the answers to `changed` differ from that to `ids`: (3, b, T), moved, information, gain;
     and (b, 3), see `aimed`.
@@ -187,13 +192,14 @@ def compare(base, logits, ids, changed, cuts):
     base = log_probabilities(base)
     probability, spread = mx.exp(base), mx.var(base, axis=-1) + 1e-10
     targets, columns, sides = mx.array(np.append(ids[1:], 0)), [], []
-    for row, new, cut in zip(logits, changed, cuts.tolist(), strict=True):
+    for row, new, cut in zip(each(logits), changed, cuts.tolist(), strict=True):
         answer = log_probabilities(row)
         difference = base - answer
         gain = mx.fast.cross_entropy(answer, targets) - mx.fast.cross_entropy(base, targets)
-        here = difference[cut - 1]
-        here = here - mx.sort(here)[len(here) // 2]  # what most of the vocabulary does is no favour
-        favoured = mx.stack([here[int(ids[cut])], -here[int(new[cut])]])
+        at, old, other = (cut - 1) % len(ids), int(ids[cut]), int(new[cut])
+        here, middle = difference[at : at + 1].reshape(-1), base.shape[1] // 2
+        here = here - mx.sort(here)[middle : middle + 1]  # what most of the vocabulary does is no favour
+        favoured = mx.concatenate([here[old : old + 1], -here[other : other + 1]])
         sides.append(mx.concatenate([favoured, (mx.abs(here) > mx.array(LEVELS[:, None] / LOUDER)).mean(axis=1)]))
         gain = mx.where(mx.arange(len(ids)) == cut - 1, favoured.mean(), gain)
         moved, information = mx.var(difference, axis=-1) / spread, (probability * difference).sum(axis=-1)
@@ -378,9 +384,9 @@ class Examination:
 
         def difference(logits, i):  # the largest (b, T) in units of NOTHING, and what it was taken from
             nonlocal base
-            base = logits[0] if i % parts == 0 else base
+            base = each(logits)[0] if i % parts == 0 else base
             unit = mx.minimum(NOTHING[0], NOTHING[1] * mx.std(log_probabilities(base), axis=-1)) + 1e-10
-            largest = [mx.where(x == base, 0, mx.abs(x - base)).max(axis=-1) / unit for x in logits]
+            largest = [mx.where(x == base, 0, mx.abs(x - base)).max(axis=-1) / unit for x in each(logits)]
             return mx.stack(largest), logits, base
 
         for i, (largest, logits, first) in enumerate(self.ask(batches, difference)):
@@ -482,7 +488,7 @@ class Examination:
         targets = rows[np.resize([row for row, *_ in spots], batches.shape[:2]), 1:].astype(np.int32)
 
         def new_nats(logits, i):  # one row after the other, since float32 logits of a batch are large
-            picked = zip(logits, mx.array(targets[i]), strict=True)
+            picked = zip(each(logits), map(mx.array, targets[i]), strict=True)
             return mx.stack([mx.fast.cross_entropy(log_probabilities(x), t) for x, t in picked])
 
         found = np.concatenate([np.array(x) for x in self.ask(batches, new_nats)])

@@ -40,10 +40,20 @@ def mean_in_chunks(loss_and_gradients_of, hidden, weight, targets, rows):
 
     @loss_and_gradients.vjp
     def loss_vjp(primals, cotangents, outputs):
-        scale = cotangents[0] / n
-        return (scale * outputs[1]).astype(outputs[1].dtype), scale * outputs[2]
+        return tuple(scaled(x, cotangents[0], 1 / n) for x in outputs[1:])
 
     return loss_and_gradients(hidden, weight)[0]
+
+
+def scaled(x, a, b):
+    """a * b * x in the type of x, for an array a of one number and a number b.
+
+    A kernel of its own, since each chain of operations that mx.compile fuses costs CUDA 2 to 4 s on a bare machine.
+    """
+    if not CUDA:
+        return (a * b * x).astype(x.dtype)
+    constants, outputs = {"N": x.size, "T": x.dtype, "B": f"{b}f"}, {"out": (x.shape, x.dtype)}
+    return launch("scaled", SCALED, x.size, {"x": x, "a": a}, outputs, constants)[0]
 
 
 @mx.custom_function
@@ -212,6 +222,12 @@ def rows_of(table, tokens, dtype):
     return forward(table)
 
 
+SCALED = """
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (i < N) out[i] = (T)(a[0] * B * (float)x[i]);
+"""
+
+
 # A warp R tokens, one after the other: each lane holds P neighbouring channels of every 32 * P, and `before`, where
 # tokens are shifted, the norm of the token before.
 MIX = """
@@ -249,10 +265,12 @@ MIX = """
 
 # The gradient of the stream, g, is that of its sum and that of its norm, which the next token shares. Those of a, b
 # and the shift are sums over tokens of g . (x + y), g . x0 and norm * the next token's; x + y is had back from the
-# result.
+# result. That of x0 is added to what its later uses gave, gafter.
 MIX_VJP = """
+    __shared__ float sums[SHIFTED ? C : 1];
+    for (int i = threadIdx.x; SHIFTED && i < C; i += blockDim.x) sums[i] = 0;
+    __syncthreads();
     const int first = WARP * R;
-    if (first >= N) return;
     float along_sum = 0, along_first = 0, along_next[C / 32] = {};
     for (int t = first; t < first + R && t < N; ++t) {
         const size_t row = (size_t)t * C + P * LANE;
@@ -275,14 +293,14 @@ MIX_VJP = """
         #pragma unroll
         for (int j = 0; j < C / 32; j += P) {
             auto gs = load<P>(g + row + 32 * j), zero = gs, gzero = gs;
-            if (MIXED) zero = load<P>(x0 + row + 32 * j);
+            if (MIXED) zero = load<P>(x0 + row + 32 * j), gzero = load<P>(gafter + row + 32 * j);
             for (int k = 0; k < P; ++k) {
                 float whole = (float)gs.x[k] + scale * n[j + k] - pull * z[j + k];
                 along_next[j + k] += scale * z[j + k] * next[j + k];
                 if (MIXED) {
                     along_sum += whole * (z[j + k] - b[0] * (float)zero.x[k]) / a[0];
                     along_first += whole * (float)zero.x[k];
-                    gzero.x[k] = (T)(b[0] * whole);
+                    gzero.x[k] = (T)((float)gzero.x[k] + b[0] * whole);
                     whole *= a[0];
                 }
                 gs.x[k] = (T)whole;
@@ -294,10 +312,11 @@ MIX_VJP = """
     if (MIXED) {
         along_sum = sum_over(along_sum, 32);
         along_first = sum_over(along_first, 32);
-        if (LANE == 0) { gab[2 * WARP] = along_sum; gab[2 * WARP + 1] = along_first; }
+        if (LANE == 0 && first < N) { gab[2 * WARP] = along_sum; gab[2 * WARP + 1] = along_first; }
     }
-    for (int i = 0; SHIFTED && i < C / 32; ++i)
-        gshift[WARP * C + P * LANE + i / P * P * 32 + i % P] = along_next[i];
+    for (int i = 0; SHIFTED && i < C / 32; ++i) atomicAdd(sums + P * LANE + i / P * P * 32 + i % P, along_next[i]);
+    __syncthreads();
+    for (int i = threadIdx.x; SHIFTED && i < C; i += blockDim.x) gshift[blockIdx.x * C + i] = sums[i];
 """
 
 
@@ -305,7 +324,7 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
     """train.mix in one pass, and in another backward."""
     (B, T, C), none, one = x.shape, mx.zeros(1, x.dtype), mx.ones(1)
     mixed, shifted = x0 is not None, shift is not None
-    R = 8 if shifted else 1
+    R, block = 16 if shifted else 1, 256
     warps = -(-B * T // R)
     constants = {"N": B * T, "LENGTH": T, "T": x.dtype, "C": C, "P": 4 if C % 128 == 0 else 2}
     constants |= {"R": R, "MIXED": int(mixed), "SHIFTED": int(shifted)}
@@ -314,19 +333,20 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
     def forward(x, y, x0, a, b, shift):
         inputs = {"x": x, "y": y, "x0": x0, "a": a, "b": b, "shift": shift}
         outputs = {"out": (x.shape, x.dtype), "normed": (x.shape, x.dtype)}
-        return launch("mix", MIX, 32 * warps, inputs, outputs, constants)
+        return *launch("mix", MIX, 32 * warps, inputs, outputs, constants), x0
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
         _, _, x0, a, b, shift = primals
-        inputs = {"out": outputs[0], "g": cotangents[0], "gn": cotangents[1], "x0": x0, "a": a, "b": b, "shift": shift}
+        inputs = dict(zip(("g", "gn", "gafter"), cotangents, strict=True), out=outputs[0], x0=x0, a=a, b=b, shift=shift)
         outputs = {"gx": (x.shape, x.dtype), "gx0": (x0.shape, x0.dtype)}
         outputs["gab"] = (warps if mixed else 1, 2), mx.float32
-        outputs["gshift"] = (warps if shifted else 1, len(shift)), mx.float32
-        gx, gx0, gab, gshift = launch("mix_vjp", MIX_VJP, 32 * warps, inputs, outputs, constants)
+        outputs["gshift"] = (-(-32 * warps // block) if shifted else 1, len(shift)), mx.float32
+        gx, gx0, gab, gshift = launch("mix_vjp", MIX_VJP, 32 * warps, inputs, outputs, constants, block)
         return gx, gx, gx0, *mx.split(gab.sum(axis=0), 2), gshift.sum(axis=0)
 
-    return forward(x, y, *((x0, a, b) if mixed else (none, one, one)), shift if shifted else one)
+    found = forward(x, y, *((x0, a, b) if mixed else (none, one, one)), shift if shifted else one)
+    return found if mixed else found[:2]
 
 
 # A warp a token: each lane holds channels LANE + 32 j of the first half of a head and, turned with them, of the second.

@@ -137,7 +137,7 @@ def rope(x):
 
 
 def mix(x, y, x0=None, a=None, b=None, shift=None):
-    """The stream x with y added to it, scaled and mixed with the first embedding x0; and its norm.
+    """The stream x with y added to it, scaled and mixed with the first embedding x0; its norm; x0 as it was, if any.
 
     To the norm comes a share of that of the token before, channel by channel (token shift, arXiv:2305.13048).
     x, y, x0: (B, T, n_embd); a, b: (1,), float32; shift: (n_embd,), float32.
@@ -148,7 +148,7 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
     h = norm(x)
     if shift is not None:
         h = h + shift.astype(h.dtype) * mx.pad(h[:, :-1], [(0, 0), (1, 0), (0, 0)])
-    return x, h
+    return (x, h) if x0 is None else (x, h, x0)
 
 
 def heads(qkv, gate, table, tokens):
@@ -236,7 +236,7 @@ class GPT(nn.Module):
         y = mx.zeros_like(x)
         lambdas = (mx.split(scalars, len(self.blocks)) for scalars in (self.resid_lambdas, self.x0_lambdas))
         for block, a, b in zip(self.blocks, *lambdas, strict=True):
-            x, h = mix(x, y, x0, a, b, block.attention.shift)
+            x, h, x0 = mix(x, y, x0, a, b, block.attention.shift)
             y = block.attention(h, tokens)
             x, h = mix(x, y, shift=block.mlp.shift)
             y = block.mlp(h)
