@@ -41,9 +41,9 @@ def read_clocks():
     return [clock() for clock in CLOCKS]
 
 
-def clock(seconds, started):
-    """The run's clock went on. seconds: of training, by it. started: `read_clocks()` at its start."""
-    for now, then in zip(read_clocks(), started, strict=True):
+def clock(seconds, started, ended):
+    """The run's clock went on. seconds: of training, by it. started, ended: `read_clocks()` then."""
+    for now, then in zip(ended, started, strict=True):
         if abs(now - then - seconds) > 0.5 + 0.001 * seconds:
             raise Refused(
                 f"clock: training took {seconds:.1f} s by the run's clock, {now - then:.1f} s by another one. Look for "

@@ -449,7 +449,7 @@ class Run:
         mx.eval(parameters, list(model_state.arrays_of(model)[0].values()))
         mx.synchronize()
         group.at_step(-1)
-        seconds, step_ends = self.elapsed(), [end for end, *_ in self._curve]
+        seconds, clocks, step_ends = self.elapsed(), checks.read_clocks(), [end for end, *_ in self._curve]
         seen = self._watch.stop(step_ends[:-1])
         train_peak = mx.get_peak_memory()
         startup_seconds, startup_peak, taken = self._startup
@@ -464,7 +464,7 @@ class Run:
         try:
             with group.agreement(checks.Refused):
                 checks.paused(seen["paused_seconds"], self.budget)
-                checks.clock(seconds, self._clocks)
+                checks.clock(seconds, self._clocks, clocks)
                 startup = startup_seconds - self.warm_up_seconds - self.rehearsal_seconds
                 checks.start_up(startup, taken * steps / max(tokens, 1))
                 checks.budget(self.budget, seconds, step_ends)

@@ -33,7 +33,7 @@ CUDA = GPU and mx.cuda.is_available()
 DATASET = "stdlib"  # one of data_sources.DATASETS
 SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
 DEPTH = 8 if CUDA else 4 if GPU else 2  # layers; more learn more a token and see fewer tokens
-TOTAL_BATCH_SIZE = 2**17 if CUDA else 2**14 if GPU else 2**12  # tokens an optimizer step; fewer buy more steps
+TOTAL_BATCH_SIZE = 2**16 if CUDA else 2**14 if GPU else 2**12  # tokens an optimizer step; fewer buy more steps
 DEVICE_BATCH_SIZE = max(1, (2**16 if CUDA else 2**14 if GPU else 2**12) // SEQUENCE_LENGTH)  # rows at once: memory
 EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 4 if CUDA else DEVICE_BATCH_SIZE // 2)  # rows whose logits stand whole
 
@@ -54,7 +54,6 @@ HEAD_LR = 0.008  # Adam, output head, value gates and shifts
 X0_LR = 0.5  # Adam, x0_lambdas
 RESID_LR = 0.005  # Adam, resid_lambdas
 ADAM_BETAS = (0.8, 0.95)  # Adam; the second is Muon's second moment too
-X0_BETAS = (0.96, 0.95)  # Adam, x0_lambdas
 MOMENTUM = (0.85, 0.95, 300)  # Muon: from, to, over so many steps
 WEIGHT_DECAY = 0.1  # Muon; falls linearly to 0 over the budget
 WARMUP = 0.0  # first share of the budget, in which learning rates rise linearly
@@ -331,10 +330,10 @@ class Muon(optim.Optimizer):
         # 2. every direction equally far
         update = orthogonalize(update)
         # 3. every column equally far, by its running second moment, as far as before in all (NorMuon, arXiv:2510.05491)
-        mean_square = mx.square(update).mean(axis=1, keepdims=True)
-        state["second_moment"] = ADAM_BETAS[1] * state["second_moment"] + (1 - ADAM_BETAS[1]) * mean_square
+        square = mx.square(update).sum(axis=1, keepdims=True)
+        state["second_moment"] = ADAM_BETAS[1] * state["second_moment"] + (1 - ADAM_BETAS[1]) * square
         second_moment = mx.maximum(state["second_moment"], 1e-10)
-        before, after = (mx.sqrt(m.sum(axis=(1, 2), keepdims=True)) for m in (mean_square, mean_square / second_moment))
+        before, after = (mx.sqrt(m.sum(axis=(1, 2), keepdims=True)) for m in (square, square / second_moment))
         update = update * mx.rsqrt(second_moment) * (before / mx.maximum(after, 1e-10))
         # 4. cautious decay: only where it pulls the way of the update (arXiv:2510.12402)
         decay = self.state["decay"] * weight * (update * weight >= 0)
@@ -377,7 +376,7 @@ class GPTOptimizer:
             "matrices": Muon(MATRIX_LR, streams),
             "embeddings": adam(EMBEDDING_LR * width, betas=ADAM_BETAS),
             "head": adam(HEAD_LR * width, betas=ADAM_BETAS),
-            "x0": adam(X0_LR, betas=X0_BETAS),
+            "x0": adam(X0_LR, betas=ADAM_BETAS),
             "resid": adam(RESID_LR, betas=ADAM_BETAS),
         }
         self.rates = {name: optimizer.learning_rate.item() for name, optimizer in self.groups.items()}
@@ -489,20 +488,20 @@ class Trainer:
     def __init__(self, model, optimizer, streams, compiled=GPU):
         self.model, self.optimizer, self.streams, self.compiled = model, optimizer, streams, compiled
         self.state = [model.state, optimizer.state]
-        self.zeros = (mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters()))
-        mx.eval(self.state, self.zeros)
+        mx.eval(self.state)
         self.accumulate, self.update = self._accumulate, self._update
         if compiled:
             self.accumulate = mx.compile(self._accumulate, inputs=model.state, outputs=model.state)
             self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
-    def _accumulate(self, tokens, share, total):
-        """Add the loss and the gradients of tokens (B, T + 1), times `share`, to `total`."""
+    def _accumulate(self, tokens, share, *total):
+        """The loss and the gradients of tokens (B, T + 1), times `share`, added to `total` where there is one."""
 
         def loss(model, tokens):
             return share * loss_fn(model, tokens)
 
-        return tree_map(mx.add, total, nn.value_and_grad(self.model, loss)(self.model, tokens))
+        found = nn.value_and_grad(self.model, loss)(self.model, tokens)
+        return tree_map(mx.add, *total, found) if total else found
 
     def _update(self, totals):
         """Apply the sum of the streams' gradients; returns that of their losses."""
@@ -516,14 +515,14 @@ class Trainer:
 
     def gradients(self, micro_batches):
         """For each stream, its part of the mean loss of all micro-batches, and of the gradients."""
-        totals = [self.zeros for _ in self.split(micro_batches[0])]
+        totals = [[] for _ in self.split(micro_batches[0])]
         share = mx.array(1 / (len(totals) * len(micro_batches)))
         for tokens in micro_batches:
             for i, part in enumerate(self.split(tokens)):
                 with mx.stream(self.streams[i]):
-                    totals[i] = self.accumulate(part, share, totals[i])
+                    totals[i] = [self.accumulate(part, share, *totals[i])]
             mx.async_eval(totals)
-        return totals
+        return [total for (total,) in totals]
 
     def step(self, micro_batches):
         loss = self.update(self.gradients(micro_batches))

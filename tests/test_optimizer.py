@@ -87,7 +87,7 @@ def reference_of(path, weight, n_embd):
     if path == "head.weight" or "value_gate" in path or "shift" in path:
         return AdamReference(weight, train.HEAD_LR * width, 0.8, 0.95)
     if path == "x0_lambdas":
-        return AdamReference(weight, train.X0_LR, 0.96, 0.95)
+        return AdamReference(weight, train.X0_LR, 0.8, 0.95)
     if path == "resid_lambdas":
         return AdamReference(weight, train.RESID_LR, 0.8, 0.95)
     if weight.ndim == 3:
@@ -267,7 +267,7 @@ def test_the_schedules_are_what_the_constants_say(monkeypatch, warmup):
     width = math.sqrt(768 / 32)
     start = {"matrices": train.MATRIX_LR, "embeddings": train.EMBEDDING_LR * width, "head": train.HEAD_LR * width,
              "x0": train.X0_LR, "resid": train.RESID_LR}  # fmt: skip
-    betas = {"embeddings": (0.8, 0.95), "head": (0.8, 0.95), "x0": (0.96, 0.95), "resid": (0.8, 0.95)}
+    betas = {"embeddings": (0.8, 0.95), "head": (0.8, 0.95), "x0": (0.8, 0.95), "resid": (0.8, 0.95)}
     for step, progress in [(0, 0.0), (10, 0.1), (10, 0.3), (30, 0.5), (100, 0.6), (299, 0.75), (300, 0.9), (999, 1.0)]:
         optimizer.schedule(step, progress)
         factor, momentum, decay = scheduled(step, progress)
