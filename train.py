@@ -10,18 +10,18 @@ Read it from the top: constants, model, optimizer, schedules; what only serves m
 import math
 import os
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import partial
 
 import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-import group
 import kernels
 from batches import cut_step
+from trainer import Trainer
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
@@ -478,63 +478,11 @@ if not GPU:
 # --- training ------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """One optimizer step over several micro-batches: a compiled gradient and a compiled update.
-
-    The rows of a micro-batch are spread over `streams` (see prepare.compute_streams). On a CPU nothing is
-    compiled: it gains nothing there and would need a C++ compiler.
-    """
-
-    def __init__(self, model, optimizer, streams, compiled=GPU):
-        self.model, self.optimizer, self.streams, self.compiled = model, optimizer, streams, compiled
-        self.state = [model.state, optimizer.state]
-        mx.eval(self.state)
-        self.accumulate, self.update = self._accumulate, self._update
-        if compiled:
-            self.accumulate = mx.compile(self._accumulate, inputs=model.state, outputs=model.state)
-            self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
-
-    def _accumulate(self, tokens, share, *total):
-        """The loss and the gradients of tokens (B, T + 1), times `share`, added to `total` where there is one."""
-
-        def loss(model, tokens):
-            return share * loss_fn(model, tokens)
-
-        found = nn.value_and_grad(self.model, loss)(self.model, tokens)
-        return tree_map(mx.add, *total, found) if total else found
-
-    def _update(self, totals):
-        """Apply the sum of the streams' gradients; returns that of their losses."""
-        loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
-        self.optimizer.update(self.model, group.averaged(gradients))
-        return loss
-
-    def split(self, tokens):
-        """The rows of `tokens` in equal parts, one for each stream that gets any."""
-        return mx.split(tokens, math.gcd(len(tokens), len(self.streams)))
-
-    def gradients(self, micro_batches):
-        """For each stream, its part of the mean loss of all micro-batches, and of the gradients."""
-        totals = [[] for _ in self.split(micro_batches[0])]
-        share = mx.array(1 / (len(totals) * len(micro_batches)))
-        for tokens in micro_batches:
-            for i, part in enumerate(self.split(tokens)):
-                with mx.stream(self.streams[i]):
-                    totals[i] = [self.accumulate(part, share, *totals[i])]
-            mx.async_eval(totals)
-        return [total for (total,) in totals]
-
-    def step(self, micro_batches):
-        loss = self.update(self.gradients(micro_batches))
-        mx.async_eval(loss, self.state)
-        return loss
-
-
 def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
     """What is trained and what trains it, all new: (GPTConfig, Trainer). bench.py uses it too."""
     config = GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length, depth=depth)
     model, streams = GPT(config), prepare.compute_streams()
-    return config, Trainer(model, GPTOptimizer(model, config.n_embd, streams), streams, compiled)
+    return config, Trainer(model, GPTOptimizer(model, config.n_embd, streams), loss_fn, streams, compiled)
 
 
 def main():

@@ -34,6 +34,7 @@ START = 30  # seconds until the first
 STEP = 20.0  # seconds that a step may take at least, and three times as long as the longest before it
 PATIENCE = 3.0  # seconds that the others have to end by themselves; and again, once they were asked to
 FIRST_PORT = 32323
+BLOCK = 64  # ports of one launch: one that the launcher holds, and the ranks'
 SIGN = re.compile(MARK + rb"(-?\d+)\r?\n")
 
 
@@ -104,11 +105,22 @@ def hostfile():
     return found
 
 
-def free_port(hosts):
-    """A port, from which on this machine's ranks find theirs free."""
-    for first in range(FIRST_PORT, FIRST_PORT + 4000, len(hosts) + 1):
-        if all(can_bind(h["ips"][0], first + i) for i, h in enumerate(hosts) if h["ssh"] == "127.0.0.1"):
-            return first
+def reserve_ports(hosts):
+    """(socket, port): from `port` on this machine's ranks find theirs free, and no other launch takes them meanwhile.
+
+    Not before the socket is closed: two launches at once would otherwise find the same ports, and a rank of one
+    would train with a rank of the other.
+    """
+    if len(hosts) >= BLOCK:
+        raise Refused(f"{len(hosts)} ranks: at most {BLOCK - 1} can be launched")
+    for first in range(FIRST_PORT, FIRST_PORT + 64 * BLOCK, BLOCK):
+        held = socket.socket()
+        with suppress(OSError):
+            held.bind(("127.0.0.1", first))
+            held.listen()
+            if all(can_bind(h["ips"][0], first + 1 + i) for i, h in enumerate(hosts) if h["ssh"] == "127.0.0.1"):
+                return held, first + 1
+        held.close()
     raise Refused(f"no free ports from {FIRST_PORT} on")
 
 
@@ -281,7 +293,7 @@ def main(words):
         return
     check, words = words[0] == "--check", words[words[0] == "--check" :]
     group = hostfile()
-    port = free_port(group["hosts"])
+    held, port = reserve_ports(group["hosts"])
     look_at(group["hosts"], port, Path(words[0]).read_text())
     if check:
         return
@@ -292,7 +304,8 @@ def main(words):
     elsewhere = ["-u", "TMPDIR"] if before is None else [f"TMPDIR={before}"]
     launch._launch_with_io = partial(supervise, elsewhere=elsewhere)
     # mlx.launch leaves files behind; run.py takes the folder away where we could not
-    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+    prefix = f"{TEMPORARY}{os.getpid()}-"
+    with held, tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         os.environ["TMPDIR"] = folder
         Path(folder, "hosts.json").write_text(json.dumps(group))
         ports = [f"--starting-port={port}", f"--nccl-port={port}"]

@@ -142,7 +142,7 @@ locked() { # COMMAND …
 
 SESSIONS=autoresearch # a session is the branch autoresearch/TAG
 # What nobody changes during a session. Words without blanks, so it may stand unquoted.
-FROZEN="Makefile kernels.py prepare.py batches.py group.py examination.py model_state.py downloads.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
+FROZEN="Makefile kernels.py trainer.py prepare.py batches.py group.py examination.py model_state.py downloads.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 
 # Sets HEAD (empty without git, a repository of our own or a commit), BRANCH (empty where detached),
 # TAG (the session's, else the branch) and START (the commit where the session began, else empty).

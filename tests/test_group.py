@@ -1,7 +1,9 @@
 """Several devices: ranks that train one model together, and runs side by side, one on each device."""
 
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,7 +213,7 @@ UNLIKE = {  # what ssh does before it runs the command, here: what is said
     'command="cd /nowhere && $command"': "on 192.0.2.1 no checkout answers in ",
     "export PYTHONPATH={tmp}": "on 192.0.2.1 the version of MLX is 0.1, here ",
     "command=$(echo \"$command\" | sed 's#_CACHE=[^ ]*#_CACHE=/nowhere#')": "the token cache is None, here ",
-    "": "on 192.0.2.1 port 32324 is taken",  # an address of nobody's
+    "": r"on 192.0.2.1 port \d+ is taken",  # an address of nobody's
 }
 
 
@@ -221,7 +223,20 @@ def test_another_host_that_differs_is_named_before_training(lab, tmp_path, befor
     (tmp_path / "sitecustomize.py").write_text(OTHER_MLX)
     path = path_with_ssh(lab, tmp_path, before.replace("{tmp}", str(tmp_path)))
     done = lab.script("run", HOSTS="127.0.0.1,192.0.2.1", AGAIN="1", PATH=path, BUDGET="1.5", check=1)
-    assert done.stderr.startswith("error: HOSTS: ") and UNLIKE[before] in done.stderr
+    assert done.stderr.startswith("error: HOSTS: ") and re.search(UNLIKE[before], done.stderr)
+
+
+def test_launches_at_once_have_ports_of_their_own(monkeypatch):
+    """Between the look at a port and its use by a rank there is a second, in which another launch may look."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    launch, hosts = importlib.import_module("launch"), 2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]
+    (first, port), (second, other) = launch.reserve_ports(hosts), launch.reserve_ports(hosts)
+    with first, second:
+        assert not {port, port + 1} & {other, other + 1}
+    with launch.reserve_ports(hosts)[0] as again:
+        assert again.getsockname()[1] == port - 1  # given back
+    with pytest.raises(launch.Refused, match="64 ranks"):
+        launch.reserve_ports(32 * hosts)
 
 
 # --- side by side -----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def tiny(pattern="SL", sequence_length=T, depth=2, seed=0, **config):
 
 def step_of(model, streams=1, compiled=False):
     lanes = [mx.default_stream(mx.cpu)] if streams == 1 else [mx.new_stream(mx.cpu) for _ in range(streams)]
-    return train.Trainer(model, train.GPTOptimizer(model, 32, lanes), lanes, compiled=compiled)
+    return train.Trainer(model, train.GPTOptimizer(model, 32, lanes), train.loss_fn, lanes, compiled)
 
 
 def tokens_of(rows, columns=T + 1, seed=0):
