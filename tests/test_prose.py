@@ -86,7 +86,7 @@ def resolve(scripts, fields):
 
     import data_sources
 
-    train, harness = names_in("train.py"), names_in("prepare.py")
+    train, harness = names_in("train.py") | names_in("trainer.py"), names_in("prepare.py")
     run = method_names("prepare.py", "Run")
     columns = set(scripts.session.HEADER.split("\t"))
     statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.session.ROW.pattern).group(1).split("|"))
