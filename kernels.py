@@ -222,12 +222,6 @@ def rows_of(table, tokens, dtype):
     return forward(table)
 
 
-SCALED = """
-    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    if (i < N) out[i] = (T)(a[0] * B * (float)x[i]);
-"""
-
-
 # A warp R tokens, one after the other: each lane holds P neighbouring channels of every 32 * P, and `before`, where
 # tokens are shifted, the norm of the token before.
 MIX = """
@@ -525,4 +519,8 @@ RELU_SQUARED_VJP = """
     auto gs = load<P>(g + i), outs = load<P>(out + i);
     for (int k = 0; k < P; ++k) gs.x[k] = (T)(2 * sqrtf(outs.x[k]) * (float)gs.x[k]);
     store(gx + i, gs);
+"""
+SCALED = """
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (i < N) out[i] = (T)(a[0] * B * (float)x[i]);
 """
