@@ -26,7 +26,7 @@ def table(night):
     if not night.experiments:
         print("no results yet: make baseline")
         return
-    print(f"{'':5} {'commit':8}{'val_bpb':>9} {'gain':>9} {'runs':>4} {'± run':>8} {'GB':>5} {'tok/s':>9} {'steps':>6}"
+    print(f"{'':6} {'commit':8}{'val_bpb':>9} {'gain':>9} {'runs':>4} {'± run':>8} {'GB':>5} {'tok/s':>9} {'steps':>6}"
           f" {'+/-':>8}  {'status':8}description")  # fmt: skip
     for e in night.experiments:
         gain = f"{e.gain:+.6f}" if e.before and e.status != "crash" else ""
@@ -35,8 +35,8 @@ def table(night):
         changed = f"+{e.added}/-{e.removed}" if e.before and e.blob in night.texts else ""
         marks = "*" if e is night.best else " "
         marks += ("!" if e.overruled else " ") + ("b" if e.runs and all(map(verdict.busy, e.runs)) else " ")
-        figures = f"{e.bpb:>9.6f} {gain:>9} {e.count or '':>4} {spread:>8} {e.memory:>5} {e.row.rate:>9}"
-        print(f"{e.number:3}{marks:3}{e.commit:8}{figures} {steps:>6} {changed:>8}  {e.status:8}{e.description}")
+        figures = f"{e.bpb:>9.6f} {gain:>9} {e.count or '':>4} {spread:>8} {e.memory:>5} {e.rate:>9.0f}"
+        print(f"{e.number:3}{marks:4}{e.commit:8}{figures} {steps:>6} {changed:>8}  {e.status:8}{e.description}")
     if night.best:
         tried = len(night.experiments)
         print(f"* best of {len(night.kept)} kept, {tried} tried; ! the verdict was overruled; b the machine was shared")

@@ -56,15 +56,15 @@ def alone(attempt, run):
 
 
 def figures(run, decision, old):
-    """Five figures, the first and the third as means over all runs, with their change against the reference."""
+    """Five figures with their change against the reference; val_bpb, throughput and steps as means over all runs."""
     new = {key: run["training"][key] for key in ("peak_memory_mb", "avg_tok_sec", "total_steps", "eval_seconds")}
     change = {key: f"{new[key] - old['training'][key]:+.1f}" if old else "" for key in new}
     bpb, gain = record.bpb(run), ""
     if decision and decision.old:
         bpb, gain = decision.new.bpb, f"{-decision.gain:+.6f}"
         new["avg_tok_sec"], change["avg_tok_sec"] = decision.new.rate, f"{100 * decision.faster:+.1f} %"
-    if old:
-        change["total_steps"] = f"{new['total_steps'] - old['training']['total_steps']:+d}"
+        new["total_steps"] = steps(decision.new, run)
+        change["total_steps"] = f"{new['total_steps'] - steps(decision.old, old):+d}" if old else ""
     return [
         f"val_bpb        {bpb:>13.6f}  {gain}".rstrip(),
         f"peak_memory_mb {new['peak_memory_mb']:>13.1f}  {change['peak_memory_mb']}".rstrip(),
@@ -72,6 +72,11 @@ def figures(run, decision, old):
         f"total_steps    {new['total_steps']:>13d}  {change['total_steps']}".rstrip(),
         f"eval_seconds   {new['eval_seconds']:>13.1f}  {change['eval_seconds']}".rstrip(),
     ]
+
+
+def steps(side, run):
+    """As many as one of its runs took, had it been as fast as all of them were in the mean."""
+    return round(run["training"]["total_steps"] * side.rate / record.tok_sec(run))
 
 
 def brief(attempt):

@@ -238,7 +238,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         if (why and more) or (not seen and more_of_old):
             result.word, result.next = "rerun", again
             needed = runs(more_of_old + (more if why else 0), "more ") + (" of the reference" if not why else "")
-            result.rule = f"{why or told}; {needed} to settle it"
+            result.rule = f"{why or told}; at most {needed} to settle it"
             return result
     elif any((*new.busy, *old.busy)):
         result.word, result.next, result.rule = "rerun", again, "the machine was shared, and noise is unknown"
