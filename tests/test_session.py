@@ -1,5 +1,7 @@
 """Setup, verdict, discard: the branch, and what git keeps of an experiment."""
 
+import re
+
 import pytest
 
 
@@ -125,6 +127,17 @@ def test_the_reference_run_again_is_no_idea(session):
         for status in ("keep", "discard"):
             assert "add no row" in session.script("log-result", STATUS=status, DESC="luck", check=1).stderr
     assert len(session.rows) == 2
+
+
+def test_throughput_is_shown_as_a_mean_where_val_bpb_is_one(session):
+    (session.path / "rates").write_text("1000 1200")
+    rates = "left = open('rates').read().split()\nopen('rates', 'w').write(left[-1])\n"
+    session.write_train(rates + "prepare.finish(1.4, float(left[0]))")
+    session.script("run", check=0)
+    session.make("log-result", "STATUS=keep", "DESC=x", check=0)
+    session.script("run", AGAIN="1", check=0)
+    row = re.search(r".* 1\.400000 .*", session.script("results", check=0).stdout)[0].split()
+    assert "1100" in row and "1000" not in row
 
 
 def test_only_a_seed_is_no_idea(session):
