@@ -230,6 +230,7 @@ def test_launches_at_once_have_ports_of_their_own(monkeypatch):
     """Between the look at a port and its use by a rank there is a second, in which another launch may look."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     launch, hosts = importlib.import_module("launch"), 2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]
+    monkeypatch.setattr(launch, "FIRST_PORT", 23232)  # where no other test looks
     (first, port), (second, other) = launch.reserve_ports(hosts), launch.reserve_ports(hosts)
     with first, second:
         assert not {port, port + 1} & {other, other + 1}
