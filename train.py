@@ -48,7 +48,7 @@ MATRIX_INIT = 0.4  # standard deviation of matrices and value embeddings at the 
 HEAD_INIT = 0.001  # standard deviation of the head at the start: it begins by knowing nothing
 X0_INIT = 0.1  # share of the first embedding that each layer begins by adding
 
-MATRIX_LR = 0.03  # Muon, all matrices of the blocks
+MATRIX_LR = 0.02 if CUDA else 0.03  # Muon, all matrices of the blocks
 EMBEDDING_LR = 0.3  # Adam, token and value embeddings (scaled with width^-0.5, as the next)
 HEAD_LR = 0.008  # Adam, output head, value gates and shifts
 X0_LR = 0.5  # Adam, x0_lambdas
