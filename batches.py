@@ -153,11 +153,8 @@ def evaluation_rows(cache, dataset, split="val"):
     tokens, offsets = cache.tokens(split), cache.offsets(split)
     corpus = sum(cache.meta[s]["tokens"] for s in SPLITS)
     wanted = max(1, int(min(dataset.eval_tokens, dataset.eval_fraction * corpus)) // dataset.sequence_length)
-    rows = []
-    for row in packed_rows(tokens, offsets, range(len(offsets) - 1), dataset.sequence_length + 1):
-        rows.append(row)
-        if len(rows) == wanted:
-            break
+    rows = packed_rows(tokens, offsets, range(len(offsets) - 1), dataset.sequence_length + 1)
+    rows = list(itertools.islice(rows, wanted))
     if not rows:
         sys.exit(f"error: split '{split}' of '{dataset.name}' does not fill a row of {dataset.sequence_length} tokens")
     return np.stack(rows)

@@ -14,7 +14,7 @@ import types
 import mlx.core
 import numpy as np
 
-from model_state import CHANGED, Refused, arrays_of
+from model_state import CHANGED, Refused, arrays_of, same
 
 # Bound here, so that whoever replaces one of them later does not reach this.
 CLOCK = time.monotonic
@@ -534,10 +534,10 @@ class Examination:
             new = now.get(path)
             if new is None and path not in self.parameters:
                 continue
-            same = new is not None and old.shape == new.shape and mx.array_equal(old, new, equal_nan=True)
-            if not same and path in self.parameters:
-                raise Refused(CHANGED.format(path))
             total += old.size
-            changed |= {} if same else {path: old.size}
+            if not same(old, new):
+                changed[path] = old.size
+                if path in self.parameters:
+                    raise Refused(CHANGED.format(path))
         if 2 * sum(changed.values()) > total:
             raise Refused(CHANGED.format(max(changed, key=changed.get)))

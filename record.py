@@ -353,21 +353,19 @@ def binned(curve, points=256):
     """A run's curve as means over bins of 2^k steps, so that any two runs can be laid upon each other.
 
     curve: a (seconds at its end, loss, tokens so far, memory in MB) for each step. k is the least for which `points`
-    bins suffice; the steps of a last bin that is not full are left out, unless it is the only one.
+    bins suffice; the steps of a last bin that is not full are left out.
     """
     size = 1
     while len(curve) > points * size:
         size *= 2
-    full = curve[: len(curve) // size * size] or curve
-    seconds, loss, tokens, memory = np.array(full, np.float64).reshape(-1, 4).T
-    ends = np.arange(size, len(full) + 1, size) - 1 if len(full) >= size else np.array([len(full) - 1])[: len(full)]
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(int)
-    took, trained = (np.diff(x[ends], prepend=0.0) for x in (seconds, tokens))
+    bins = np.array(curve[: len(curve) // size * size], np.float64).reshape(-1, size, 4)
+    seconds, _, tokens, memory = bins[:, -1].T
+    took, trained = (np.diff(x, prepend=0.0) for x in (seconds, tokens))
     columns = {
-        "seconds": np.round(seconds[ends], 3),
-        "loss": np.round(np.add.reduceat(loss, starts) / (ends - starts + 1), 5) if len(full) else loss,
+        "seconds": np.round(seconds, 3),
+        "loss": np.round(bins[:, :, 1].mean(axis=1), 5),
         "tok_sec": np.round(trained / np.maximum(took, 1e-9)),
-        "memory_mb": np.round(memory[ends]),
+        "memory_mb": np.round(memory),
     }
     return {"steps_per_bin": size, **{name: column.tolist() for name, column in columns.items()}}
 
@@ -534,12 +532,10 @@ class Noise:
         Programs change during a night, and their noise with them: where the newest ones, which have RECENT degrees of
         freedom, are UNLIKE times as noisy as those before, or as quiet, they alone count.
         """
-        names, p, count = np.unique(programs, return_inverse=True, return_counts=True)
-        first = np.full(len(names), len(p))
-        np.minimum.at(first, p, np.arange(len(p)))
-        beyond = np.array([bpbs, np.divide(rates, (np.bincount(p, rates) / count)[p])]).T
-        squares = np.zeros((len(names), 2))
-        np.add.at(squares, p, (beyond - np.array([np.bincount(p, column) / count for column in beyond.T]).T[p]) ** 2)
+        _, first, p, count = np.unique(programs, return_index=True, return_inverse=True, return_counts=True)
+        bpb, rate = (np.bincount(p, values) / count for values in (bpbs, rates))
+        apart = np.subtract(bpbs, bpb[p]), np.divide(rates, rate[p]) - 1
+        squares = np.stack([np.bincount(p, x**2) for x in apart], axis=1)
         order = np.argsort(-first)
         known = np.cumsum(count[order] - 1)
         recent = order[: 1 + int(np.searchsorted(known, RECENT))]

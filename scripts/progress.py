@@ -151,8 +151,8 @@ def one_night(axis, night, limits, labels):
     for found, marker, area, colour, fixed in kinds:
         if found:
             y = [fixed or e.bpb for e in found]
-            edge = {} if marker == "x" else {"edgecolors": LIGHT["paper"], "linewidths": 0.8}
-            dots = axis.scatter([at[e] for e in found], y, area, LIGHT[colour], marker, zorder=4, clip_on=False, **edge)
+            look = {"marker": marker} | ({} if marker == "x" else {"edgecolors": LIGHT["paper"], "linewidths": 0.8})
+            dots = axis.scatter([at[e] for e in found], y, area, LIGHT[colour], zorder=4, clip_on=False, **look)
             if labels:
                 dots.set_urls([f"#{place(night, e)}" for e in found])
     words = label_words(night) if labels else {e: str(e.number) for e in night.kept}

@@ -63,14 +63,18 @@ def descendants(root):
     return found
 
 
-def kill_tree(pid):
-    """End a process group and all that came from it: asked first, killed after PATIENCE seconds."""
+def kill_tree(pid, reap=lambda: None):
+    """End a process group and all that came from it: asked first, killed after PATIENCE seconds.
+
+    reap: waits for its leader where that is our child, which would stay in its group as a zombie.
+    """
     everyone = descendants(pid)
     with suppress(OSError):
         os.killpg(pid, signal.SIGTERM)
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end and group_lives(pid):
         time.sleep(0.1)
+        reap()
     for victim in everyone | descendants(pid):
         with suppress(OSError):
             os.kill(victim, signal.SIGKILL)
@@ -79,15 +83,10 @@ def kill_tree(pid):
 
 
 def group_lives(group):
-    with suppress(ChildProcessError):
-        os.waitid(os.P_PID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    try:
+    with suppress(OSError):  # on macOS also where it holds zombies alone
         os.killpg(group, 0)
         return True
-    except PermissionError:  # macOS says so of zombies
-        return False
-    except OSError:
-        return False
+    return False
 
 
 def adopt_orphans():
@@ -132,13 +131,11 @@ def guarded(pid):
 def keep_awake(pid):
     """The machine does not go to sleep while `pid` lives, where it has a word for that."""
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    if shutil.which("caffeinate"):
-        return [subprocess.Popen(["caffeinate", "-i", "-w", str(pid)], **quiet)]
     inhibit = ["systemd-inhibit", "--what=sleep:idle", "--who=autoresearch", "--why=an experiment runs"]
-    if shutil.which(inhibit[0]) and subprocess.run([*inhibit, "true"], **quiet).returncode == 0:
-        wait = f"while kill -0 {pid} 2>/dev/null; do sleep 2; done"
-        return [subprocess.Popen([*inhibit, "sh", "-c", wait], **quiet)]
-    return []
+    wait = f"while kill -0 {pid} 2>/dev/null; do sleep 2; done"
+    for command in (["caffeinate", "-i", "-w", str(pid)], [*inhibit, "sh", "-c", wait]):
+        with suppress(OSError):
+            return subprocess.Popen(command, **quiet)
 
 
 class Output:
@@ -203,7 +200,8 @@ def watch(folder, log, timeout, *options):
         [*words_of_group(), "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
         stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks(),
     )  # fmt: skip
-    helpers, late = keep_awake(child.pid), False
+    late = False
+    keep_awake(child.pid)
     with guarded(child.pid):
         end = time.monotonic() + timeout
         while child.poll() is None:
@@ -215,11 +213,8 @@ def watch(folder, log, timeout, *options):
                     child.wait(min(0.5, max(0.01, end - time.monotonic())))
             else:
                 output.pump(0.2)
-        kill_tree(child.pid)  # also what train.py left behind
+        kill_tree(child.pid, child.poll)  # also what train.py left behind
         child.wait()
-    for other in helpers:
-        other.kill()
-        other.wait()
     for folder in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}{child.pid}-*"):  # of a launcher that was killed
         shutil.rmtree(folder, ignore_errors=True)
     for orphan in descendants(os.getpid()):

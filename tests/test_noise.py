@@ -744,7 +744,7 @@ def test_bins_hold_means_of_whole_bins(steps, points, seed):
     size = found.pop("steps_per_bin")
     assert size & (size - 1) == 0 and steps <= points * size and (size == 1 or steps > points * size // 2)
     assert set(found) == {"seconds", "loss", "tok_sec", "memory_mb"}
-    bins = [(a, a + size) for a in range(0, steps - size + 1, size)] or [(0, steps)] * (steps > 0)
+    bins = [(a, a + size) for a in range(0, steps - size + 1, size)]
     assert {len(column) for column in found.values()} == {len(bins)}
     for i, (a, b) in enumerate(bins):
         assert found["loss"][i] == pytest.approx(losses[a:b].mean(), abs=1e-5)

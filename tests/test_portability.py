@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, STANDIN
 
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 
@@ -100,7 +100,7 @@ mktemp mv printf ps pwd rm rmdir sed sh sleep sort tail tee test touch tr true u
 
 @pytest.fixture
 def stock(session, tmp_path):
-    """The session under a PATH of those commands alone."""
+    """The session under a PATH of those commands alone, and a Python without what only Linux has."""
     folder = tmp_path / "stock"
     folder.mkdir()
     busybox = shutil.which("busybox")
@@ -111,8 +111,10 @@ def stock(session, tmp_path):
     elif busybox:
         for name in MACOS:
             (folder / name).symlink_to(busybox)
-        for name in ("bash", "git", "make"):
+        for name in ("bash", "git", "make", "ps"):  # busybox's ps has neither -A nor -p
+            (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(shutil.which(name))
+        session.env["PYTHONPATH"] = str(STANDIN.parent / "macos")
     else:
         pytest.skip("neither macOS nor busybox, so there is no other userland to try")
     session.env["PATH"] = str(folder)
