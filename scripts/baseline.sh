@@ -6,8 +6,6 @@
 # Where results.tsv holds runs that cannot be compared with this one (another budget, dataset, machine),
 # it is archived in data/ and a new table begins.
 # exit: as `make run`
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 need_python

@@ -4,8 +4,6 @@
 # usage: make bench [WAIT=1]
 #
 # exit: 0 done · 1 refused or failed, and why
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 export_settings

@@ -2,8 +2,6 @@
 # Tell in at most 60 lines where the session stands: for whoever comes back to it.
 #
 # usage: make brief
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 read_git

@@ -5,8 +5,6 @@
 # usage: make check [WAIT=1]
 #
 # exit: 0 passed · 1 refused or failed, and why · 2 the model is not valid, and why
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 export_settings

@@ -4,8 +4,6 @@
 # usage: make clean
 #
 # results.tsv, data/, internal/, run.log and the prepared datasets are never touched.
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -5,25 +5,14 @@
 #
 # The discarded commits stay reachable under refs/experiments/TAG/.
 # exit: 0 back · 1 refused, and why; nothing was changed
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 read_git
 refuse_detached
 [ -n "$START" ] || die "discard works in a session, on a branch $SESSIONS/TAG: make setup TAG=name opens one"
 need_python
-commits=$(helper log_result --tag="$TAG" --kept="$HEAD") || exit 1
-
-kept=$START # while nothing was kept, where the session began
-for commit in $commits; do
-  full=$(git rev-parse -q --verify "$commit^{commit}") || continue
-  # after a rewind it is the last one kept before the place rewound to
-  if git merge-base --is-ancestor "$full" HEAD; then
-    kept=$full
-    break
-  fi
-done
+kept=$(helper log_result --tag="$TAG" --kept="$HEAD") || exit 1
+kept=$(git rev-parse -q --verify "${kept:-$START}^{commit}") # while nothing was kept, where the session began
 
 others=$(git diff --name-only "$kept" HEAD -- . ':(exclude)train.py' | tr '\n' ' ')
 [ -z "$others" ] || die "discard would also change ${others% }, committed since $(short "$kept"). Put back first:" \

@@ -6,8 +6,6 @@
 # Takes uv where it is on the PATH, else the first working Python 3.11 to 3.14 and its pip. On Linux MLX comes
 # with CUDA where an NVIDIA GPU answers; BACKEND chooses it, and that choice stays until `make clean`.
 # exit: 0 ready · 1 not built, or it does not work here, and why
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 PYTHON='' # whoever is given one needs no environment

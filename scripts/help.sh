@@ -2,8 +2,6 @@
 # List what make can do, read from the Makefile itself.
 #
 # usage: make help
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 echo "usage: make TARGET [NAME=value …]"

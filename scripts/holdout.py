@@ -16,6 +16,7 @@ import run
 import session
 import summary
 import verdict
+from night import Night
 from notify import notify
 from session import Refused, Session, record, run_command, tell
 
@@ -28,33 +29,21 @@ def interval(differences):
     return float(np.mean(differences)), verdict.in_t(1.96, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
 
 
-def ends_of(rows, like):
-    """The first kept row, and the one whose program has the lowest mean."""
-    kept = [row for row in rows if row.status == "keep"]
-    if not kept:
-        raise Refused("nothing was kept yet: make baseline")
-
-    def mean(row):
-        side = verdict.side(row.blob, like)[0] if like else None
-        return side.bpb if side and side.runs else row.bpb
-
-    return kept[0], min(kept, key=mean), mean
-
-
 def main(args):
     sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     sitting.link()
     run.clear_up(sitting)
     if not args.head:
         raise Refused("holdout needs git: it runs commits in worktrees of their own")
-    like = run.like_this(sitting)
-    first, best, mean = ends_of(sitting.rows()[0], like)
+    night = Night(args.tag)
+    first, best, (seen, _) = night.first, night.best, night.gain
+    if not best:
+        raise Refused("nothing was kept yet: make baseline")
     if first is best:
         raise Refused("the baseline is the best kept program: there is no gain to measure")
     run.take_charge()
     used, looks = [*run.seeds_of(sitting, first.blob), *run.seeds_of(sitting, best.blob)], []
     before = sum(event["event"] == "holdout" for event in sitting.events())
-    night = mean(first) - mean(best)
     for number in range(args.runs or 3):
         seed, found = run.unused(used), {}
         used.append(seed)
@@ -69,9 +58,9 @@ def main(args):
         tell(f"pair {number + 1}  seed {seed}: {words}")
     fresh, test = (interval(column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
-    sitting.note("holdout", **pair, night=night, fresh=fresh, test=test)
+    sitting.note("holdout", **pair, night=seen, fresh=fresh, test=test)
     told = [f"baseline {first.commit} against best {best.commit}, bits per byte, 95 % intervals:",
-            f"  as the night saw it, on validation  {night:+.6f}"]  # fmt: skip
+            f"  as the night saw it, on validation  {seen:+.6f}"]  # fmt: skip
     for where, (gain, half) in (("fresh runs, on validation", fresh), ("fresh runs, on test", test)):
         width = "(one pair: no interval)" if math.isnan(half) else f"± {half:.6f}"
         told.append(f"  {where:34}  {gain:+.6f} {width}")

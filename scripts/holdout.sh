@@ -6,8 +6,6 @@
 # N pairs of runs with fresh, equal seeds, scored on the validation and on the test split, which no other
 # command reads. N=1 shows a direction, and no interval. Every look at the test split is counted.
 # exit: 0 measured · 1 refused, and why · otherwise as `make run`
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 positive TIMEOUT "${TIMEOUT:-600}"

@@ -4,8 +4,6 @@
 # usage: make lint
 #
 # exit: 0 clean · 1 not clean, or a tool is missing
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 need_python

@@ -6,8 +6,6 @@
 # Every figure comes from the run's own record. A run is logged once; what was cut short is completed
 # by the same command.
 # exit: 0 logged · 1 refused, and why; nothing is lost
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 read_git

@@ -205,7 +205,7 @@ def open_table(args):
 
 
 def kept(args):
-    """Print the kept commits, the newest first; refused while the run of the commit is not logged (discard.sh)."""
+    """Print the last kept commit that this one descends from; refused while its run is not logged (discard.sh)."""
     sitting = Session(args.tag)
     sitting.link()
     complete_begun(sitting)
@@ -217,9 +217,8 @@ def kept(args):
         if status not in ("valid", "interrupted", "paused") or summary.can_be_a_row(sitting, attempts[-1], rows):
             word = "discard" if status == "valid" else "crash"
             raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
-    for row in reversed(rows):
-        if row.status == "keep":
-            print(row.commit)
+    row = sitting.reference(rows, args.kept)
+    print(row.commit if row else "")
 
 
 if __name__ == "__main__":
@@ -227,7 +226,7 @@ if __name__ == "__main__":
     parser.add_argument("--tag", default="none")
     parser.add_argument("--new-table", action="store_true", help="archive rows that cannot be compared")
     parser.add_argument("--open-table", action="store_true", help="only begin the session's table (setup.sh)")
-    parser.add_argument("--kept", metavar="COMMIT", help="only list the kept commits (discard.sh)")
+    parser.add_argument("--kept", metavar="COMMIT", help="only print what was kept before it (discard.sh)")
     for option in ("status", "description", "found", "open"):
         parser.add_argument(f"--{option}", default="")
     args = parser.parse_args()

@@ -6,8 +6,6 @@
 # Without DATASET it is the one that train.py names. FILES is the folder of text for DATASET=files.
 # COLUMN is the parquet column, or the field of a JSON line, that holds the text of files (text).
 # exit: 0 ready · 1 not prepared, and why
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 export_settings

@@ -17,8 +17,6 @@ from session import one_line, record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 # Each is a variable of the page's style sheet too, so no two are the same.
@@ -48,27 +46,18 @@ def progress(nights, size=(12, 6.75), labels=True):
         if labels:
             figure.text(left, 0.95, headline(nights), fontsize=16, fontweight="bold", va="center")
             figure.text(left, 0.905, subtitle(nights), fontsize=10.5, color=LIGHT["quiet"], va="center")
-            legend(figure, nights)
+            legend(figure)
         return figure
 
 
-def legend(figure, nights):
-    """What the marks mean, of those that are there."""
-    rows = [e for n in nights for e in n.experiments]
-    spot = {"color": "none", "markeredgecolor": LIGHT["paper"]}
-    marks = [
-        (True, Line2D([], [], marker="o", markersize=8, markerfacecolor=LIGHT["good"], **spot), "kept"),
-        (any(e.status == "discard" for e in rows),
-         Line2D([], [], marker="o", markersize=5, markerfacecolor=LIGHT["dot"], **spot), "discarded"),
-        (any(e.status == "crash" for e in rows),
-         Line2D([], [], marker="x", markersize=6, color="none", markeredgecolor=LIGHT["bad"]), "crashed"),
-        (any(n.noise.df for n in nights), Patch(color=LIGHT["band"]), "95 % of the noise"),
-        (any(map(busy_stretches, nights)), Patch(color=LIGHT["busy"]), "machine shared"),
-    ]  # fmt: skip
-    shown = [(mark, words) for there, mark, words in marks if there]
+def legend(figure):
+    """What the marks mean, of those that are there: each kind once, as it is drawn last."""
+    shown = {}
+    for axis in figure.axes:
+        shown |= {words: mark for mark, words in zip(*axis.get_legend_handles_labels(), strict=True)}
     look = {"frameon": False, "fontsize": 9.5, "labelcolor": LIGHT["quiet"], "handletextpad": 0.3, "columnspacing": 1.2}
-    where = {"loc": "upper right", "bbox_to_anchor": (0.985, 0.985), "ncols": len(shown)}
-    figure.legend(*zip(*shown, strict=True), **where, **look)
+    where = {"loc": "upper right", "bbox_to_anchor": (0.985, 0.985), "ncols": max(1, len(shown))}
+    figure.legend([*shown.values()][::-1], [*shown][::-1], **where, **look)
 
 
 def headline(nights):
@@ -125,13 +114,14 @@ def one_night(axis, night, limits, labels):
     axis.set_xlim(-0.015 * whole, whole * 1.02)
     axis.xaxis.set_major_locator(MaxNLocator(8 if labels else 5))
     for begin, end in busy_stretches(night):
-        axis.axvspan(when(begin), when(end), color=LIGHT["busy"], linewidth=0, zorder=0)
+        axis.axvspan(when(begin), when(end), color=LIGHT["busy"], linewidth=0, zorder=0, label="machine shared")
     at = {e: when(e.time, e.number) for e in night.experiments}
     chain, sigma = night.chain, night.noise.bpb if night.noise.df else 0.0
     steps = [(at[e], nxt, e) for e, nxt in zip(chain, [*(at[e] for e in chain[1:]), whole], strict=True)]
     for begin, end, e in steps:
         half = 1.96 * sigma / math.sqrt(max(1, e.count))
-        axis.fill_between([begin, end], e.bpb - half, e.bpb + half, color=LIGHT["band"], linewidth=0, zorder=1)
+        look = {"color": LIGHT["band"], "linewidth": 0, "label": "95 % of the noise" if sigma else None}
+        axis.fill_between([begin, end], e.bpb - half, e.bpb + half, zorder=1, **look)
     if chain:
         x = [at[chain[0]], *(v for e in chain[1:] for v in (at[e], at[e])), whole]
         y = [v for e in chain for v in (e.bpb, e.bpb)]
@@ -143,16 +133,17 @@ def one_night(axis, night, limits, labels):
             colour = LIGHT["good" if e.status == "keep" else "dot"]
             axis.vlines(at[e], min(runs), max(runs), color=colour, linewidth=1, zorder=2)
     kinds = (
-        ([e for e in night.experiments if e.status == "discard" and e.bpb <= high], "o", 16, "dot", None),
-        ([e for e in night.experiments if e.status == "discard" and e.bpb > high], "^", 22, "dot", high),
-        ([e for e in night.experiments if e.status == "crash"], "x", 24, "bad", rail),
-        (night.kept, "o", 46, "good", None),
+        ("discarded", [e for e in night.experiments if e.status == "discard" and e.bpb > high], "^", 22, "dot", high),
+        ("discarded", [e for e in night.experiments if e.status == "discard" and e.bpb <= high], "o", 16, "dot", None),
+        ("crashed", [e for e in night.experiments if e.status == "crash"], "x", 24, "bad", rail),
+        ("kept", night.kept, "o", 46, "good", None),
     )
-    for found, marker, area, colour, fixed in kinds:
+    for words, found, marker, area, colour, fixed in kinds:
         if found:
             y = [fixed or e.bpb for e in found]
-            look = {"marker": marker} | ({} if marker == "x" else {"edgecolors": LIGHT["paper"], "linewidths": 0.8})
-            dots = axis.scatter([at[e] for e in found], y, area, LIGHT[colour], zorder=4, clip_on=False, **look)
+            edge = {} if marker == "x" else {"edgecolors": LIGHT["paper"], "linewidths": 0.8}
+            look = {"marker": marker, "label": words, "clip_on": False, **edge}
+            dots = axis.scatter([at[e] for e in found], y, area, LIGHT[colour], zorder=4, **look)
             if labels:
                 dots.set_urls([f"#{place(night, e)}" for e in found])
     words = label_words(night) if labels else {e: str(e.number) for e in night.kept}

@@ -5,8 +5,6 @@
 #
 # Without TAG it is about the session at hand. Open the page in a browser; it needs no network and no server.
 # exit: 0 written · 1 refused, and why
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 tags=${TAG:-}

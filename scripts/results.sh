@@ -4,8 +4,6 @@
 # usage: make results [ALL=1]
 #
 # ALL=1 shows the tables of every session of this clone.
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 read_git

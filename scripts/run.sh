@@ -13,8 +13,6 @@
 # exit: 0 a valid result · 1 refused, and why · 2 it crashed, or a check found it invalid · 3 it ended,
 #       but data/last_run.json is missing, stale or not of this run · 124 it ran past TIMEOUT and was
 #       killed · 128 + n a signal (Ctrl-C: 130) interrupted it
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 positive TIMEOUT "${TIMEOUT:-600}"

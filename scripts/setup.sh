@@ -8,8 +8,6 @@
 # Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the
 # dataset is prepared, and if not, the command that prepares it. What was cut short is completed by the same command.
 # exit: 0 the session is open · 1 refused, and why; nothing was changed
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 tag=${TAG:-} name=${DATASET:-}

@@ -5,8 +5,6 @@
 #        scripts/test.sh [pytest's arguments]
 #
 # exit: pytest's
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 need_python

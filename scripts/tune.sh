@@ -7,8 +7,6 @@
 # DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Commits nothing. Outside a session commit it yourself.
 # --known, for make setup: writes what was found before for this machine, dataset and budget, where it was.
 # exit: 0 written · 1 refused or failed, and why · 2 the machine is busy; nothing was written
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 export_settings

@@ -5,8 +5,6 @@
 #
 # It changes nothing. `rerun` says which run would settle it; `again` is the reference's own text.
 # exit: 0 a verdict · 1 none, and why
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 read_git

@@ -4,8 +4,6 @@
 # usage: make watch
 #
 # Where the output is no terminal, it prints once.
-set -euo pipefail
-# shellcheck source=scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
 read_git
