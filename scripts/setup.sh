@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Open a session: branch autoresearch/TAG, the dataset in train.py, a fresh results.tsv.
 #
-# usage: make setup TAG=nov24 [DATASET=climbmix] [TUNE=0]
+# usage: make setup TAG=nov24 [DATASET=climbmix] [BUDGET=300] [TUNE=0]
 #
 # Where the dataset is prepared, train.py is fitted to this machine (make tune), and that is the session's first
 # commit; what was found before for the same machine, dataset and budget is taken over. TUNE=0 leaves it out.
