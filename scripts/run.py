@@ -15,6 +15,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -265,6 +266,15 @@ def checked_out(commit):
             session.git("worktree", "remove", "--force", str(folder))
 
 
+def given(budget):
+    """What was typed behind `make run`, budget and devices, so that it can be typed again."""
+    usual = {"TIMEOUT": "600", "NPROC": "1", "HOSTS": "", "DEVICE": ""}
+    found = {name: os.environ.get(name) or default for name, default in usual.items()}
+    words = [f"BUDGET={budget:g}"] * (budget != record.BUDGET)
+    words += [f"{name}={shlex.quote(value)}" for name, value in found.items() if value != usual[name]]
+    return "".join(" " + word for word in words)
+
+
 def run_once(sitting, role, commit, head, seed, timeout, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
@@ -277,7 +287,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
             "train_blob": record.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
-            "launcher": os.getpid(), "lock": session.LOCK,
+            "given": given(budget), "launcher": os.getpid(), "lock": session.LOCK,
             "waited": float(os.environ.pop("AUTORESEARCH_WAITED", 0)),
         }  # fmt: skip
         before = (record.read_json(last) or {}).get("run_id")

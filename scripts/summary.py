@@ -14,7 +14,7 @@ def lines(sitting, attempt, baseline=False):
     """The summary of a run (see run.py) in the session `sitting`."""
     commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
     if status != "valid":
-        return failure(attempt, commit, status, "make baseline" if baseline else None)
+        return failure(attempt, commit, status, verdict.typed("make baseline", attempt) if baseline else None)
     run = session.record_of(attempt)
     disturbed = [f"busy     {words}{alone(attempt, run)}" for words in [verdict.busy(run)] if words]
     if attempt["role"] == "reference" and not attempt["pair"]:

@@ -399,9 +399,8 @@ def same_seed(noise):
 
 
 def typed(command, attempt):
-    """A command as it is to be typed: with the budget of the run, where that is not the default one."""
-    budget = attempt["budget"]
-    return command + f" BUDGET={budget:g}" * (budget != record.BUDGET and command.startswith("make run"))
+    """A command as it is to be typed: with what was given for the run, else the two would not compare."""
+    return command + attempt.get("given", "") * command.startswith(("make run", "make baseline"))
 
 
 def runs(count, word=""):

@@ -132,6 +132,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(group_of_two, fault):
     process, pids = started(group_of_two, stdout=subprocess.PIPE, text=True)
     process.send_signal(signal.SIGTERM)  # and the lock is free, and a signal ends all ranks of the next one
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.stdout.read().endswith("next     make run NPROC=2\n")
     wait_for(lambda: not any(map(alive, pids)), "ranks gone")
 
 

@@ -75,10 +75,10 @@ class Agent:
         """Verdict, log, and back where it was not kept. Returns what was decided."""
         for _ in range(9):  # `next` says what settles it; beside other load that is a pair
             done = self.checkout.make("verdict")
-            asked = re.search(r"^next +make (run \w+=1 BUDGET=0.5)$", done.stdout, re.MULTILINE)
+            asked = re.search(r"^next +make (run \w+=1 BUDGET=0.5 TIMEOUT=20)$", done.stdout, re.MULTILINE)
             if not asked:
                 break
-            self.checkout.make(*asked.group(1).split(), "TIMEOUT=20", check=0)
+            self.checkout.make(*asked.group(1).split(), check=0)
         verdict = done.stdout.split("\n")[0] if done.returncode == 0 else "crash"
         status = "keep" if verdict == "judge" else verdict  # its only judgement: a large win is worth slower steps
         self.checkout.make("log-result", f"STATUS={status}", f"DESC={why}", f"FOUND={verdict}", check=0)

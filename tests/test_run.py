@@ -409,8 +409,9 @@ def test_the_baseline_does_not_ask_to_be_logged(checkout):
 def test_a_baseline_that_fails_is_to_be_made_again(checkout):
     """An idea that ran in its stead would be what all others are compared with."""
     checkout.write_train("raise SystemExit(1)")
-    assert "next     mend it and commit, then make baseline" in checkout.make("baseline", check=2).stdout
-    assert "make baseline AGAIN=1" in checkout.make("baseline", check=2).stderr
+    told = checkout.make("baseline", "BUDGET=9", check=2).stdout
+    assert "next     mend it and commit, then make baseline BUDGET=9: ideas" in told
+    assert "make baseline AGAIN=1" in checkout.make("baseline", "BUDGET=9", check=2).stderr
     checkout.make("baseline", "AGAIN=1", check=2)
     checkout.write_train("prepare.finish(1.5)")
     checkout.make("baseline", check=0)
