@@ -93,11 +93,13 @@ def refuse_untruthful(status, attempt):
     """What the row would say must be what happened, and be said once."""
     outcome = attempt["status"]
     if attempt.get("logged"):
-        raise Refused(f"this run is logged already, as row {attempt['row']}: change train.py and make run")
+        words = f"this run is logged already, as row {attempt['row']}: change train.py and make run"
+        raise Refused(verdict.typed(words, attempt))
     if outcome == "running":
         raise Refused("the run has not ended yet")
     if outcome in ("interrupted", "paused"):
-        raise Refused(f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run")
+        words = f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run"
+        raise Refused(verdict.typed(words, attempt))
     if status == "crash" and outcome == "valid":
         raise Refused("the run was valid, so it is no crash: STATUS=keep or STATUS=discard")
     if status != "crash" and outcome != "valid":

@@ -203,11 +203,16 @@ class Night:
         if unread:
             yield f"git does not know the program of {numbers(unread)}: no diff"
         if self.experiments and not self.noise.df:
-            yield "nothing was run twice on a quiet machine, so noise is unknown: make run REFERENCE=1 N=4 measures it"
+            measure = self.typed("make run REFERENCE=1 N=4")
+            yield f"nothing was run twice on a quiet machine, so noise is unknown: {measure} measures it"
         if self.load:
             yield f"no run was quiet: noise and gains are those beside an even load of {sum(self.load) / 2:.1f} cores"
         if self.best is not self.first and not self.look:
             yield "the gain was not measured on held-out text: make holdout does that"
+
+    def typed(self, command):
+        """A command as it is to be typed in this session, see `verdict.typed`."""
+        return verdict.typed(command, self.attempts[-1] if self.attempts else {})
 
     # --- what it says ---
 

@@ -94,7 +94,7 @@ class Page:
         compared = sum(not math.isnan(e.expected) for e in n.experiments)
         why = f"after the winner's curse: shrunk by the noise and by {compared} comparisons; 95 % interval"
         if best and math.isnan(worth):
-            why = "needs the noise: make run REFERENCE=1 N=4"
+            why = n.typed("needs the noise: make run REFERENCE=1 N=4")
         return [
             ("measured gain", self.signed(gain, half), runs),
             ("held-out gain", *held),

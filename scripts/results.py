@@ -51,7 +51,7 @@ def standing(night):
     if night.noise.df and first is not best:
         runs = f"{max(1, first.count)} and {max(1, best.count)} runs, 95 %; noise of a run {night.noise.bpb:.6f}"
         return f"{words} ± {half:.6f} ({runs})"
-    return words + ("" if first is best else " (noise is unknown: make run REFERENCE=1 N=4)")
+    return words + ("" if first is best else night.typed(" (noise is unknown: make run REFERENCE=1 N=4)"))
 
 
 if __name__ == "__main__":

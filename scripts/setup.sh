@@ -113,11 +113,12 @@ if [ -n "$tune" ] && [ "$prepared" = True ]; then
 fi
 
 echo "session  $SESSIONS/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
-budget=${BUDGET:+ BUDGET=$BUDGET}
-next="make baseline$budget"
+given=''
+for setting in BUDGET TIMEOUT NPROC HOSTS DEVICE; do given=$given${!setting:+ $setting=${!setting}}; done
+next="make baseline$given"
 if [ "$prepared" != True ]; then # of files nobody but the caller knows the folder, and a download takes its time
   [ "$name" != files ] || name="files FILES=dir"
-  [ -z "$tune" ] || next="make tune$budget && git commit -q -m 'sizes fitted to this machine' train.py; $next"
+  [ -z "$tune" ] || next="make tune${BUDGET:+ BUDGET=$BUDGET} && git commit -q -m 'sizes fitted to this machine' train.py; $next"
   next="make prepare DATASET=$name && $next"
   [ -z "$tune" ] || echo "tune     not yet: there is no text to time a step with"
 fi

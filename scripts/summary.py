@@ -34,13 +34,14 @@ def lines(sitting, attempt, baseline=False):
         return [*told, standing(attempt["train_blob"], run), "next     change train.py"]
     found += figures(run, decision, old)
     if refused:
-        mend = f"make run BUDGET={refused.budget:g}" if refused.budget else "make baseline AGAIN=1"
+        again = verdict.typed("make baseline AGAIN=1", attempt)
+        mend = f"make run BUDGET={refused.budget:g}" if refused.budget else again
         return [*found, *disturbed, f"verdict  none: {refused}", f"next     make discard, or {mend}"]
     if row:
         found.append(f"against  {row.commit}  {row.description[:60]}")
     if row and (decision.new.runs, decision.old.runs) != (1, 1):
         found.append(f"decided  by {verdict.change(decision)}")
-    found += [f"note     {note}" for note in decision.notes] + disturbed
+    found += [f"note     {verdict.typed(note, attempt)}" for note in decision.notes] + disturbed
     found.append(f"verdict  {decision.word}: {decision.rule}")
     if baseline:  # baseline.sh does the next step itself
         return found

@@ -6,6 +6,7 @@ measured noise can explain is `rerun` until both sides have runs enough, and the
 
 import argparse
 import math
+import re
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -318,7 +319,8 @@ def of_attempt(sitting, attempt, rows):
     """The `Verdict` on a run of the session `sitting`, its reference's row and its record. rows: those before it."""
     run = session.record_of(attempt)
     if run is None:
-        raise Refused("the record of the newest run is gone from data/, or was changed: make run AGAIN=1")
+        words = "the record of the newest run is gone from data/, or was changed: make run AGAIN=1"
+        raise Refused(typed(words, attempt))
     row = sitting.reference(rows, attempt["commit"])
     if row is None:
         words = "nothing was kept before: it becomes what all is compared with"
@@ -398,9 +400,9 @@ def same_seed(noise):
     return f", ± {noise.same_seed:.6f} between equal seeds" if noise.same_seed < noise.bpb else ""
 
 
-def typed(command, attempt):
-    """A command as it is to be typed: with what was given for the run, else the two would not compare."""
-    return command + attempt.get("given", "") * command.startswith(("make run", "make baseline"))
+def typed(text, attempt):
+    """A text in which commands that start a run have what was given for this one, else the two would not compare."""
+    return re.sub(r"make (run|baseline)( [A-Z]+=\w+)*", lambda command: command[0] + attempt.get("given", ""), text)
 
 
 def runs(count, word=""):
@@ -415,7 +417,7 @@ def show(args):
     if status == "running":
         raise Refused("the run has not ended yet")
     if status in ("interrupted", "paused"):
-        raise Refused(f"the newest run has no result ({attempt['reason']}): make run")
+        raise Refused(typed(f"the newest run has no result ({attempt['reason']}): make run", attempt))
     if status != "valid":
         raise Refused(f"the newest run has no valid result ({status}): make log-result STATUS=crash DESC=…")
     rows, problems = sitting.rows()
@@ -427,7 +429,7 @@ def show(args):
         print(f"against  {row.commit}  val_bpb {verdict.old.bpb:.6f}, {verdict.old.rate:.0f} tok/s: {row.description}")
     logged = [f"logged, as row {attempt['row']}"] if attempt.get("logged") else []
     for note in [*logged, *verdict.notes, *problems]:
-        print(f"note     {note}")
+        print(f"note     {typed(note, attempt)}")
     if verdict.next:
         print(f"next     {typed(verdict.next, attempt)}")
 

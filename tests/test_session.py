@@ -316,6 +316,19 @@ def test_a_commit_that_never_ran_stays_reachable(session):
     assert head in session.refs("t").values()
 
 
+def test_what_is_to_be_typed_holds_what_was_given(checkout):
+    """An agent types it as it stands: a run of another budget, or on other devices, would compare nothing."""
+    done = checkout.make("setup", "TAG=t", "DATASET=stdlib", "TUNE=0", "BUDGET=9", "TIMEOUT=50", check=0)
+    assert done.stdout.endswith("make baseline BUDGET=9 TIMEOUT=50\n")
+    checkout.make("prepare", "DATASET=stdlib", check=0)
+    checkout.make("baseline", "BUDGET=9", "TIMEOUT=50", check=0)
+    checkout.write_train("prepare.finish(1.1)")
+    done = checkout.make("run", "BUDGET=9", "TIMEOUT=50", check=0)
+    assert "make run REFERENCE=1 N=4 BUDGET=9 TIMEOUT=50 measures it" in done.stdout
+    checkout.make("log-result", "STATUS=keep", "DESC=x", check=0)
+    assert "make run REFERENCE=1 N=4 BUDGET=9 TIMEOUT=50)" in checkout.script("results", check=0).stdout
+
+
 def test_a_short_try_is_put_back_without_a_row(session):
     base = session.git("rev-parse", "HEAD")
     session.write_train("prepare.finish(1.9)")
