@@ -43,9 +43,10 @@ def tokens_needed(parameters):
     """Tokens that a model must see to be worth its size. parameters: those that take part in products.
 
     A power law that keeps what was measured: 5 M parameters (depth 4) are ahead of fewer from 8 M tokens on, 29 M
-    (depth 8) level with 14 M (depth 6) at 107 M tokens, 54 M (depth 10) ahead of them at 252 M, not at 65 M.
+    (depth 8) level with 14 M (depth 6) at 107 M tokens, 54 M (depth 10) ahead of them at 252 M, not at 65 M, and
+    just ahead of 91 M (depth 12) at 163 M.
     """
-    return 85e6 * (parameters / 29.4e6) ** 1.45
+    return 66e6 * (parameters / 29.4e6) ** 1.3
 
 
 def step_size(tokens, sequence_length):
