@@ -9,16 +9,12 @@ import itertools
 import math
 import re
 import time
-import types
 
-import mlx.core
 import numpy as np
 
-from model_state import CHANGED, Refused, arrays_of, same
+from model_state import CHANGED, Refused, arrays_of, copies_of, mx, same
 
-# Bound here, so that whoever replaces one of them later does not reach this.
-CLOCK = time.monotonic
-mx = types.SimpleNamespace(**vars(mlx.core))
+CLOCK = time.monotonic  # bound here, so that whoever replaces it later does not reach this
 
 OUT_OF_MEMORY = re.compile(r"memory|alloc|buffer size", re.IGNORECASE)
 
@@ -266,9 +262,7 @@ class Examination:
         self.nats_per_bit = math.log(2) * bytes_per_token
         self.rng = np.random.default_rng()  # from the system: nobody can train for the draw
         self.model, (held, self.parameters) = model, arrays_of(model)
-        # Arrays of their own on the same memory: an update leaves these as they are.
-        self.held = {path: mx.stop_gradient(array) for path, array in held.items()}
-        mx.eval(self.held)
+        self.held = copies_of(held)
         self.group = -(-max(GROUP, batch_size) // batch_size) * batch_size
         self.numbers = itertools.cycle(self.rng.permutation(len(rows)))  # of the rows that are asked about
         self.found = []  # what `_ask` returned so far

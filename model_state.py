@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-mx = types.SimpleNamespace(**vars(mlx.core))  # bound here, see examination.py
+mx = types.SimpleNamespace(**vars(mlx.core))  # the harness's own: its functions as they are now, whoever replaces one
 
 
 class Refused(Exception):
@@ -76,6 +76,13 @@ def same(old, new):
     return alike and mx.array_equal(old, new, equal_nan=True).item()
 
 
+def copies_of(tree):
+    """The tree with arrays of its own, on the same memory: a change of the tree's arrays leaves these as they are."""
+    copies = tree_map(lambda value: mx.stop_gradient(value) if isinstance(value, mx.array) else value, tree)
+    mx.eval(copies)
+    return copies
+
+
 @contextmanager
 def put_back(model):
     """Within it weights may be shaken: afterwards all that the model holds is as before, bit for bit.
@@ -85,9 +92,7 @@ def put_back(model):
     """
     held, parameters = arrays_of(model)
     key = mx.random.state[0].tolist()
-    # Arrays of their own on the same memory: a change of the array leaves these as they are.
-    copies = {path: mx.stop_gradient(array) for path, array in held.items()}
-    mx.eval(copies)
+    copies = copies_of(held)
     wanted = parameters if isinstance(model, nn.Module) else held
     chosen = {id(held[path]): (held[path], copies[path]) for path in wanted}
     try:
@@ -104,8 +109,7 @@ def put_back(model):
 @contextmanager
 def kept(tree):
     """Within it the arrays of a tree of dictionaries and lists may be replaced: afterwards all are as before."""
-    before = tree_map(lambda array: mx.stop_gradient(array) if isinstance(array, mx.array) else array, tree)
-    mx.eval(before)
+    before = copies_of(tree)
     try:
         yield
     finally:

@@ -22,12 +22,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 PROCESS_START = time.monotonic()
 
-import mlx.core  # noqa: E402  (loading it takes time, and that counts as start-up)
-import mlx.nn as nn  # noqa: E402
+import mlx.nn as nn  # noqa: E402  (loading it takes time, and that counts as start-up)
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
@@ -42,10 +40,10 @@ import record  # noqa: E402
 import token_cache  # noqa: E402
 from batches import Batches, evaluation_rows, sealed_rows  # noqa: E402
 from data_sources import get_dataset  # noqa: E402
+from model_state import mx  # noqa: E402
 from record import dataset_of_train  # noqa: E402
 from token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare  # noqa: E402
 
-mx = SimpleNamespace(**vars(mlx.core))  # its functions as they are now, whoever replaces one later
 HARNESS_MODULES = (  # what is measured, and how
     sys.modules[__name__], batches, group, token_cache, checks, examination, model_state,
     data_sources,
