@@ -238,8 +238,7 @@ ORDER = (
 
 def draw(weight, count, rng):
     """`count` numbers into weight.reshape(-1), by weight."""
-    total = np.cumsum(weight.reshape(-1), dtype=np.float64)
-    return np.minimum(np.searchsorted(total, rng.random(count) * total[-1], "right"), total.size - 1)
+    return rng.choice(weight.size, count, p=weight.reshape(-1) / weight.sum())
 
 
 class Examination:
@@ -322,15 +321,12 @@ class Examination:
         self._most_moved()
         self._look(nats)
 
-    def _refuse(self, text, number=None):
-        """Refuse the model; but one that answers otherwise now and then is refused for that, whatever it looks like."""
-        self._steady(number)
-        raise Refused(text)
-
     def _steady(self, number=None):
         """Refuse where the same rows do not score the same in STEADY batches.
 
-        number: of the row that is suspect, which then is asked about between others that begin as it does.
+        Asked before a model is refused for anything else: one that answers otherwise now and then is refused for that,
+        whatever it looks like. number: of the row that is suspect, which then is asked about between others that begin
+        as it does.
         """
         first, once = self.once
         if number is not None:
@@ -348,9 +344,9 @@ class Examination:
         moved, information = change**2 / (old.var() + 1e-10), change**2 / 2
         if reason := judge(moved, information, gain, self.nats_per_bit, reach=old.shape[1]):
             text = f"{text} (Log-probabilities of the targets: {reason}.)"
-            if text.startswith("stateless"):
-                raise Refused(text)
-            self._refuse(text)
+            if not text.startswith("stateless"):
+                self._steady()
+            raise Refused(text)
 
     def _draw_group(self, cuts):
         """A row's number; cuts (group,); the row as it is (cut 0) and its exchanges, int32 (group, T).
@@ -470,8 +466,6 @@ class Examination:
         spots: (row, cut, kind of exchange).
         """
         rows, length, loses = self.rows, self.rows.shape[1] - 1, []
-        if not spots:
-            return loses
         others = self.rng.integers(0, len(rows), len(spots))
         ids = [
             exchanged(rows[row, :-1].astype(np.int32), cut, rows[other, :-1], self.vocab_size, kind, self.rng)
@@ -512,13 +506,13 @@ class Examination:
         )  # fmt: skip
 
     def _refuse_causality(self, reason, row, cut, position):
-        self._refuse(
+        self._steady(row)
+        raise Refused(
             f"causality: logits depend on later tokens; when those are exchanged, {reason}. It shows best in "
             f"{self.split} row {row}, at position {position} with the tokens from {cut} on exchanged. "
             "Look for attention without a causal mask (mask=None is none), means or normalisation over time or "
             "over blocks, a recurrent state that covers a whole chunk, a convolution padded on both sides, an FFT "
-            "without padding, tokens shifted the wrong way (mx.roll wraps round), routing, sorting, a top-k of a row.",
-            row,
+            "without padding, tokens shifted the wrong way (mx.roll wraps round), routing, sorting, a top-k of a row."
         )
 
     def _unchanged(self):
