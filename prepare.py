@@ -100,7 +100,6 @@ def evaluate_bpb(model, tokenizer, batch_size):
     start = time.monotonic()
     with checks.harness_reads():
         rows = evaluation_rows(TokenCache.load(tokenizer.dataset), tokenizer.dataset)
-    counted = tokenizer.token_bytes[rows[:, 1:]]  # (n, T)
     questions = examine(model, rows, tokenizer, batch_size)
     with evaluation_mode(model):
         with group.agreement(checks.Refused):
@@ -110,12 +109,11 @@ def evaluate_bpb(model, tokenizer, batch_size):
         resumed = time.monotonic()
         with group.agreement(checks.Refused):
             questions.after(nats)
-    size = counted.sum(axis=1, dtype=np.int64)
-    row_bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
+    row_bits, size = bits_and_bytes(nats, rows, tokenizer)
     bpb, stderr = bits_per_byte(row_bits, size)
     end = time.monotonic()
     return Evaluation(
-        bpb, stderr, counted.size, int(size.sum()), row_bits, end - start, checked + end - resumed, questions.asked
+        bpb, stderr, nats.size, int(size.sum()), row_bits, end - start, checked + end - resumed, questions.asked
     )
 
 
@@ -239,6 +237,13 @@ def score_together(model, rows, tokenizer, batch_size):
         if mine.any():
             nats[mine] = score_rows(model, rows[mine], tokenizer, batch_size)
     return group.summed(nats)
+
+
+def bits_and_bytes(nats, rows, tokenizer):
+    """Bits float (n,) and bytes int (n,) of each of rows (n, T + 1), special tokens in neither. nats: (n, T)."""
+    counted = tokenizer.token_bytes[rows[:, 1:]]
+    bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
+    return bits, counted.sum(axis=1, dtype=np.int64)
 
 
 def bits_per_byte(bits, size):
@@ -479,7 +484,7 @@ class Run:
             mask = np.random.default_rng(int(self.cache.hash[:16], 16)).uniform(0, 2**12, len(bits))
             sealed = bits + mask, size  # differences of two runs are as they were, and no figure can be read off
         except checks.Refused as refused:
-            reason = str(refused)
+            evaluation, reason = None, str(refused)
         if group.told("holdout" * HOLDOUT)[0] and not reason:
             with checks.harness_reads():
                 rows = evaluation_rows(self.cache, self.dataset, "test")
@@ -488,7 +493,7 @@ class Run:
                 record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
         self._end(
             reason,
-            evaluation=None if reason else evaluation,
+            evaluation=evaluation,
             model={
                 **config,
                 "dmodel_scale": (config["n_embd"] / 768) ** -0.5,
@@ -505,16 +510,14 @@ class Run:
                 "startup_seconds": startup_seconds,
             },
             machine=seen,
-            sealed=None if reason else sealed,
+            sealed=sealed,
         )
 
     def _score_test(self, model, batch_size, rows):
-        """Bits float (n,) and bytes int (n,) of rows of the test split, for the sealed sample and for holdout.py."""
-        counted = self.tokenizer.token_bytes[rows[:, 1:]]
+        """`bits_and_bytes` of rows of the test split, for the sealed sample and for holdout.py."""
         with evaluation_mode(model):
             nats = score_rows(model, rows, self.tokenizer, batch_size)
-        bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
-        return bits, counted.sum(axis=1, dtype=np.int64)
+        return bits_and_bytes(nats, rows, self.tokenizer)
 
     def _end(self, reason, evaluation, model, training, machine, sealed=None):
         """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run."""
