@@ -29,16 +29,9 @@ def describe():
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "mlx": mx.__version__,
-        "backend": backend(),
+        "backend": "cpu" if mx.default_device().type != mx.gpu else "metal" if mx.metal.is_available() else "cuda",
         "blas": blas_library(),
     }
-
-
-def backend():
-    """`metal`, `cuda` or `cpu`."""
-    if mx.default_device().type != mx.gpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def blas_library():
@@ -82,11 +75,6 @@ class Watch:
             if now - last > GAP and work - worked < 0.5 * (now - last):
                 self._paused += now - last - TICK
             last, worked = now, work
-
-    @property
-    def paused(self):
-        """Seconds for which the process stood still so far."""
-        return self._paused
 
     def stop(self, step_ends):
         """What was seen, for the record. step_ends: seconds at which each step ended."""
