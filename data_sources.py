@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,10 +75,8 @@ def cache_dir(dataset):
 def fetch(dataset):
     """Make the dataset's source complete on disk; does nothing where it is."""
     if dataset.name == "climbmix":
-        names = [shard_name(i) for i in range(dataset.train_shards)]
-        names += [shard_name(CLIMBMIX_VAL), shard_name(CLIMBMIX_TEST)]
         url = f"{hub_endpoint()}/datasets/{dataset.repo}/resolve/main"
-        download_all([(f"{url}/{name}", shard_dir(dataset) / name) for name in names])
+        download_all([(f"{url}/{path.name}", path) for path in chain(*shard_paths(dataset).values())])
     elif dataset.name == "tinystories":
         fetch_tinystories(dataset)
     elif dataset.name == "files":
@@ -101,11 +100,7 @@ def located(dataset, split):
         return split_by_content(groups, split, share=0.05)
     if dataset.name == "files":
         return files_documents(dataset, split)
-    n = dataset.train_shards
-    numbers = {"train": range(n), "val": [n], "test": [n + 1]}
-    if dataset.name == "climbmix":
-        numbers |= {"val": [CLIMBMIX_VAL], "test": [CLIMBMIX_TEST]}
-    paths = (shard_dir(dataset) / shard_name(i) for i in numbers[split])
+    paths = shard_paths(dataset)[split]
     return (((path, row), text) for path in paths for row, text in parquet_rows(path, dataset.column) if text)
 
 
@@ -123,6 +118,11 @@ def fingerprint(dataset):
 # --- splits and passages -----------------------------------------------------------------------
 
 
+def text_hash(text):
+    """16 bytes that stand for a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
 def split_by_content(groups, split, share):
     """The texts of `split` from (key, [text, …]) groups, an iterator; a group is never divided.
 
@@ -136,8 +136,7 @@ def split_by_content(groups, split, share):
 def by_hash(groups, split, share):
     """`split_by_content`, for those who look at held-out text only to find the training split."""
     for key, texts in groups:
-        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-        where = int.from_bytes(digest[:8], "big") / 2**64
+        where = int.from_bytes(text_hash(key)[:8], "big") / 2**64
         if split == ("val" if where < share else "test" if where < 2 * share else "train"):
             yield from texts
 
@@ -185,9 +184,9 @@ def stdlib_documents():
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError):
             continue  # the test suite holds files that are broken on purpose
-        digest = hashlib.sha256(text.encode()).digest()
-        if text.strip() and digest not in seen:
-            seen.add(digest)
+        name = text_hash(text)
+        if text.strip() and name not in seen:
+            seen.add(name)
             yield path.relative_to(root).as_posix(), passages(text, limit=800)
 
 
@@ -415,11 +414,6 @@ def tell_files(dataset):
         sys.exit(f"error: FILES={printable(folder)} has too little text: none in column or field '{printable(column)}'")
 
 
-def text_hash(text):
-    """16 bytes that stand for a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
-
-
 def files_documents(dataset, split):
     """((path, row), text) of one split, each text once. The text's own hash decides, so copies stay together.
 
@@ -474,15 +468,17 @@ def once(located_texts):
 
 # --- climbmix and tinystories, from the hub ------------------------------------------------------
 
-CLIMBMIX_VAL, CLIMBMIX_TEST = 6542, 6541
-
-
-def shard_name(i):
-    return f"shard_{i:05d}.parquet"
-
 
 def shard_dir(dataset):
     return cache_dir(dataset) / "shards"
+
+
+def shard_paths(dataset):
+    """{split: [path of each of its shards, …]}."""
+    n = dataset.train_shards
+    val, test = (6542, 6541) if dataset.name == "climbmix" else (n, n + 1)  # climbmix: the hub's last two
+    numbers = {"train": range(n), "val": [val], "test": [test]}
+    return {split: [shard_dir(dataset) / f"shard_{i:05d}.parquet" for i in some] for split, some in numbers.items()}
 
 
 def shards(dataset):
@@ -493,7 +489,7 @@ def shards(dataset):
 def fetch_tinystories(dataset):
     """Download what the hub lists, shuffle with a fixed seed, write 20 + 1 + 1 shards."""
     shards = shard_dir(dataset)
-    targets = [shards / shard_name(i) for i in range(dataset.train_shards + 2)]
+    targets = [*chain(*shard_paths(dataset).values())]
     if not all(is_parquet(path) for path in targets):
         urls = hub_listing(dataset.repo)
         sources = [shards / f"source_{i:05d}.parquet" for i in range(len(urls))]
