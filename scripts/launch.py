@@ -160,11 +160,10 @@ def look_at(hosts, port, program):
 
 
 class Rank:
-    """A process of the group: what it says, and what is known of it."""
+    """A process of the group: what it says, and what is known of it. kind: mlx.launch's class, which starts it."""
 
-    def __init__(self, number, host, kind, arguments):
-        self.number, self.host, self.started = number, host, kind(*arguments)
-        self.process = self.started.process
+    def __init__(self, kind, number, host, *rest):
+        self.number, self.host, self.process = number, host, kind(number, host, *rest).process
         self.silent, self.steps, self.since, self.longest = SILENCE - START, -1, time.monotonic(), 0.0
         self.held = {1: b"", 2: b""}  # what was read and is not passed on yet
         self.begun = False  # the first line is mlx.launch's own: where it noted the process
@@ -202,18 +201,15 @@ class Rank:
     def stalled(self):
         return self.steps >= 0 and time.monotonic() - self.since > max(STEP, 3 * self.longest)
 
-    def how_it_ended(self):
-        code = self.process.returncode
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit {code}"
-
 
 def fault(ranks):
     """(the rank that is to blame, why), or None."""
     # One that was killed comes first: the others end because of it, perhaps before we look.
     for rank in sorted(ranks, key=lambda rank: (rank.process.returncode or 0) >= 0):
-        if rank.process.returncode:
-            return rank, rank.how_it_ended()
-        if rank.process.returncode is None and rank.silent > SILENCE:
+        code = rank.process.returncode
+        if code:
+            return rank, f"was killed by signal {-code}" if code < 0 else f"ended with exit {code}"
+        if code is None and rank.silent > SILENCE:
             return rank, f"gave no sign of life for {SILENCE} s: it was stopped, or the way to its machine is cut"
     if all(rank.stalled() for rank in ranks):
         last = min(ranks, key=lambda rank: rank.steps)
@@ -234,7 +230,7 @@ def supervise(kind, arguments, verbose=False, elsewhere=()):
         if host == "127.0.0.1":
             env = [*env, f"CUDA_VISIBLE_DEVICES={devices[number]}"] if number < len(devices) and devices[0] else env
             command = ["env", *elsewhere, *command]
-            ranks.append(Rank(rank, host, kind, (rank, host, python, os.getcwd(), files, env, command)))
+            ranks.append(Rank(kind, rank, host, python, os.getcwd(), files, env, command))
             if cores:
                 part = cores[number * len(cores) // here : (number + 1) * len(cores) // here]
                 os.sched_setaffinity(ranks[-1].process.pid, part or [cores[number % len(cores)]])
@@ -242,7 +238,7 @@ def supervise(kind, arguments, verbose=False, elsewhere=()):
         else:
             env = [*env, *carried(), f"PYTHONPATH={ROOT}"]
             command = [command[0], "scripts/lock.py", "--", command[0], "data/group/program.py", *command[2:]]
-            ranks.append(Rank(rank, host, kind, (rank, host, python, str(ROOT), files, env, command)))
+            ranks.append(Rank(kind, rank, host, python, str(ROOT), files, env, command))
     sys.exit(to_the_end(ranks))
 
 
