@@ -469,9 +469,8 @@ class Examination:
         others = self.rng.integers(0, len(rows), len(spots))
         ids = [
             exchanged(rows[row, :-1].astype(np.int32), cut, rows[other, :-1], self.vocab_size, kind, self.rng)
-            if cut < length else rows[row, :-1].astype(np.int32)
             for (row, cut, kind), other in zip(spots, others, strict=True)
-        ]  # fmt: skip
+        ]
         batches = np.resize(ids, (-(-len(ids) // self.size) * self.size, length)).reshape(-1, self.size, length)
         targets = rows[np.resize([row for row, *_ in spots], batches.shape[:2]), 1:].astype(np.int32)
 
