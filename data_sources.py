@@ -341,7 +341,7 @@ def files_texts(folder, column):
                 yield (path, row), text
 
 
-def jsonl_rows(path, column, codec="utf-8-sig"):
+def jsonl_rows(path, column, codec):
     with path.open(encoding=codec, errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -301,7 +301,7 @@ def write_split(tokenizer, texts, folder, split, held_out):
                     lengths.append(len(document))
                     hashes.append(name)
                     numbers.append(number)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
     tokens = np.memmap(raw, np.uint16, "r") if lengths else np.empty(0, np.uint16)
     arrays = {"tokens": tokens, "offsets": offsets}
     arrays |= {"hashes": np.array(hashes, np.uint64), "pieces": np.array(numbers, np.int32)}
