@@ -346,18 +346,7 @@ class Run:
             print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
             sys.exit(0)
         if reason:
-            self._end(
-                reason,
-                evaluation=None,
-                model={"depth": 0, "dmodel_scale": 0.0, "num_params": 0},
-                training={
-                    **dict.fromkeys(["seconds", "avg_tok_sec", "training_peak_mb"], 0.0),
-                    **dict.fromkeys(["total_steps", "total_tokens", "tokens_per_step"], 0),
-                    "peak_memory_mb": mx.get_peak_memory() / 2**20,
-                    "startup_seconds": time.monotonic() - PROCESS_START,
-                },
-                machine={},
-            )
+            self._end(reason, model={"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, machine={})
 
     def start_clock(self):
         """Begin the budget. Everything before was start-up: loading, building, compiling."""
@@ -455,7 +444,6 @@ class Run:
         seconds, clocks, step_ends = self.elapsed(), checks.read_clocks(), [end for end, *_ in self._curve]
         seen = self._watch.stop(step_ends[:-1])
         train_peak = mx.get_peak_memory()
-        startup_seconds, startup_peak, taken = self._startup
         mx.clear_cache()
         mx.reset_peak_memory()
         steps, tokens = len(self._curve), self._curve[-1][2] if self._curve else 0
@@ -468,6 +456,7 @@ class Run:
             with group.agreement(checks.Refused):
                 checks.paused(seen["paused_seconds"], self.budget)
                 checks.clock(seconds, self._clocks, clocks)
+                startup_seconds, _, taken = self._startup
                 startup = startup_seconds - self.warm_up_seconds - self.rehearsal_seconds
                 checks.start_up(startup, taken * steps / max(tokens, 1))
                 checks.budget(self.budget, seconds, step_ends)
@@ -493,23 +482,17 @@ class Run:
                 record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
         self._end(
             reason,
-            evaluation=evaluation,
             model={
                 **config,
                 "dmodel_scale": (config["n_embd"] / 768) ** -0.5,
-                "num_params": sum(p.size for _, p in tree_flatten(parameters)) if parameters else 0,
-            },
-            training={
-                "seconds": seconds,
-                "total_steps": steps,
-                "total_tokens": tokens,
-                "tokens_per_step": tokens // max(steps, 1),
-                "avg_tok_sec": tokens / seconds,
-                "training_peak_mb": train_peak / 2**20,
-                "peak_memory_mb": max(startup_peak, train_peak, mx.get_peak_memory()) / 2**20,
-                "startup_seconds": startup_seconds,
+                "num_params": sum(p.size for _, p in tree_flatten(parameters)),
             },
             machine=seen,
+            steps=steps,
+            tokens=tokens,
+            seconds=seconds,
+            train_peak=train_peak,
+            evaluation=evaluation,
             sealed=sealed,
         )
 
@@ -519,11 +502,15 @@ class Run:
             nats = score_rows(model, rows, self.tokenizer, batch_size)
         return bits_and_bytes(nats, rows, self.tokenizer)
 
-    def _end(self, reason, evaluation, model, training, machine, sealed=None):
-        """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run."""
+    def _end(self, reason, model, machine, steps=0, tokens=0, seconds=0.0, train_peak=0, evaluation=None, sealed=None):
+        """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run.
+
+        steps, tokens, seconds, train_peak (bytes): of training, none where it never began.
+        """
         if group.RANK:  # what a run leaves behind, rank 0 writes
             sys.exit(2 if reason else 0)
         served = self._stream.served() if self._stream else np.empty(0, np.uint64)
+        startup_seconds, startup_peak, _ = self._startup or (time.monotonic() - PROCESS_START, 0, 0)
         written = record.write(
             train=self.train_blob,
             commit=record.git("rev-parse", "--verify", "HEAD"),
@@ -538,7 +525,14 @@ class Run:
             group=self.group,
             model=model,
             training={
-                **training,
+                "seconds": seconds,
+                "total_steps": steps,
+                "total_tokens": tokens,
+                "tokens_per_step": tokens // max(steps, 1),
+                "avg_tok_sec": tokens / seconds if seconds else 0.0,
+                "training_peak_mb": train_peak / 2**20,
+                "peak_memory_mb": max(startup_peak, train_peak, mx.get_peak_memory()) / 2**20,
+                "startup_seconds": startup_seconds,
                 "total_seconds": time.monotonic() - PROCESS_START,
                 "warm_up_seconds": self.warm_up_seconds,
                 "rehearsal_seconds": self.rehearsal_seconds,
