@@ -106,9 +106,7 @@ def located(dataset, split):
 
 def fingerprint(dataset):
     """A value that changes when the source does, so that an outdated token cache is noticed."""
-    if dataset.name != "files":
-        return None
-    if not os.environ.get("AUTORESEARCH_FILES"):
+    if dataset.name != "files" or not os.environ.get("AUTORESEARCH_FILES"):
         return None  # training from a finished cache needs no source
     folder = files_folder()
     listing = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in text_files(folder)]

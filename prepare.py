@@ -23,26 +23,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-PROCESS_START = time.monotonic()
+PROCESS_START = time.monotonic()  # before MLX is loaded: that takes time, and counts as start-up
+# ruff: noqa: E402
 
-import mlx.nn as nn  # noqa: E402  (loading it takes time, and that counts as start-up)
-import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
-import batches  # noqa: E402
-import checks  # noqa: E402
-import data_sources  # noqa: E402
-import examination  # noqa: E402
-import group  # noqa: E402
-import machine  # noqa: E402
-import model_state  # noqa: E402
-import record  # noqa: E402
-import token_cache  # noqa: E402
-from batches import Batches, evaluation_rows, sealed_rows  # noqa: E402
-from data_sources import get_dataset  # noqa: E402
-from model_state import mx  # noqa: E402
-from record import dataset_of_train  # noqa: E402
-from token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare  # noqa: E402
+import batches
+import checks
+import data_sources
+import examination
+import group
+import machine
+import model_state
+import record
+import token_cache
+from batches import Batches, evaluation_rows, sealed_rows
+from data_sources import get_dataset
+from model_state import mx
+from record import dataset_of_train
+from token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare
 
 HARNESS_MODULES = (  # what is measured, and how
     sys.modules[__name__], batches, group, token_cache, checks, examination, model_state,

@@ -27,8 +27,7 @@ from pathlib import Path
 from mlx._distributed_utils import launch
 from session import ROOT, TEMPORARY, Refused, record, run_command
 
-from group import SIGN as MARK  # isort: skip  (found by what session does to the path)
-from group import SILENCE  # isort: skip
+from group import SIGN as MARK, SILENCE  # isort: skip  (found by what session does to the path)
 
 START = 30  # seconds until the first
 STEP = 20.0  # seconds that a step may take at least, and three times as long as the longest before it
