@@ -100,7 +100,6 @@ class Batches:
         self._cache, self._seed = cache, seed
         self._documents, self._served, self._pieces = 0, set(), cache.pieces("train")
         self._queue = queue.Queue(self.AHEAD)
-        self._failure = None
         threading.Thread(target=self._fill, daemon=True, name="batches").start()
 
     def _fill(self):
@@ -119,8 +118,7 @@ class Batches:
                 self._queue.put((np.stack(mine).astype(np.int32), served.copy()))
                 served.clear()
         except BaseException as error:  # handed to the training loop, which would wait forever
-            self._failure = error
-            self._queue.put(None)
+            self._queue.put(error)
 
     def __iter__(self):
         return self
@@ -129,9 +127,9 @@ class Batches:
         start = time.monotonic()
         item = self._queue.get()
         self.wait_seconds += time.monotonic() - start
-        if item is None:
-            self._queue.put(None)  # for whoever asks again
-            raise RuntimeError("the batch thread failed") from self._failure
+        if isinstance(item, BaseException):
+            self._queue.put(item)  # for whoever asks again
+            raise RuntimeError("the batch thread failed") from item
         batch, served = item
         self._documents += len(served)
         self._served.update(served)
