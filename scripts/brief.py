@@ -8,8 +8,8 @@ import math
 import textwrap
 
 import verdict
-from night import Night, clock, counted, wide
-from session import Session, one_line, run_command, tags
+from night import Night, clock, wide
+from session import Session, counted, one_line, run_command, tags
 
 WIDTH, LINES = 120, 60
 KEPT, NEAR, DEAD, OPEN, SISTERS = 12, 6, 14, 8, 3  # of each at most
@@ -53,12 +53,12 @@ def standing(night):
     if not night.best:
         return ["nothing was kept yet"]
     first, best, (gain, half) = night.first, night.best, night.gain
-    found = [f"baseline {first.bpb:.6f} ({first.commit}, {verdict.runs(first.count)})"]
+    found = [f"baseline {first.bpb:.6f} ({first.commit}, {counted(first.count, 'run')})"]
     if best is not first:
         width = "" if math.isnan(half) else f" ± {half:.6f}"
         worth = night.expected[0]
         after = "" if math.isnan(worth) else f"; after the winner's curse {worth:+.6f}"
-        runs = verdict.runs(best.count)
+        runs = counted(best.count, "run")
         found.append(f"best     {best.bpb:.6f} ({best.commit}, {runs}), gain {gain:+.6f}{width}{after}")
     if (noise := night.noise).df:
         seen = wide(noise.bpb, noise.df, verdict.LOOKS[0][1]) * math.sqrt(1 + 1 / max(1, night.kept[-1].count))

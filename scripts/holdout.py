@@ -18,7 +18,7 @@ import summary
 import verdict
 from night import Night
 from notify import notify
-from session import Refused, Session, record, run_command, tell
+from session import Refused, Session, counted, record, run_command, tell
 
 
 def interval(differences):
@@ -64,7 +64,7 @@ def main(args):
     for where, (gain, half) in (("fresh runs, on validation", fresh), ("fresh runs, on test", test)):
         width = "(one pair: no interval)" if math.isnan(half) else f"± {half:.6f}"
         told.append(f"  {where:34}  {gain:+.6f} {width}")
-    told.append(f"the test split was looked at {before + 1} time{'s' * (before > 0)} in this session")
+    told.append(f"the test split was looked at {counted(before + 1, 'time')} in this session")
     print("\n".join(told), flush=True)
     notify("\n".join(told))
 

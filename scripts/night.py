@@ -468,10 +468,6 @@ def numbers(found, most=6):
     return f"row{'s' * (len(found) > 1)} {words}"
 
 
-def counted(n, word):
-    return f"{n} {word}{'s' * (n != 1)}"
-
-
 def clock(seconds):
     """`6 min`, `2 h 05 min`."""
     minutes = round(seconds / 60)

@@ -12,8 +12,8 @@ import warnings
 import matplotlib
 import numpy as np
 import verdict
-from night import clock, counted, parsed
-from session import one_line, record
+from night import clock, parsed
+from session import counted, one_line, record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

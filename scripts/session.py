@@ -279,6 +279,10 @@ def one_line(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def counted(n, word):
+    return f"{n} {word}{'s' * (n != 1)}"
+
+
 def now():
     return datetime.now().astimezone().isoformat(timespec="milliseconds")
 

@@ -4,7 +4,7 @@ import re
 
 import session
 import verdict
-from session import ROOT, Refused, one_line, record
+from session import ROOT, Refused, counted, one_line, record
 
 FRAMES = 4  # of train.py, that a crash shows
 SHOWN = 8  # last lines of run.log where there is no traceback
@@ -90,9 +90,9 @@ def brief(attempt):
 def standing(blob, run):
     """All runs of a program in one line, and the noise that they and others show."""
     side, noise = verdict.side(blob, run)[0], verdict.quiet_noise(run)
-    words = f"stands   {verdict.runs(side.runs)}, mean val_bpb {side.bpb:.6f}"
+    words = f"stands   {counted(side.runs, 'run')}, mean val_bpb {side.bpb:.6f}"
     if apart := len(side.bpbs) - side.runs:
-        words += f" ({verdict.runs(apart, 'disturbed ')} left out)"
+        words += f" ({counted(apart, 'disturbed run')} left out)"
     if noise.df:
         words += f"; noise of a run ± {noise.bpb:.6f}{verdict.same_seed(noise)}, {100 * noise.rate:.1f} % tok/s"
         words += f" ({noise.df} degrees of freedom)"

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 import session
-from session import Refused, Session, record, run_command
+from session import Refused, Session, counted, record, run_command
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
@@ -210,9 +210,9 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         sigma = own if math.isnan(sigma) or own > sigma else sigma
         looks, levels, spread, again = len(pairs), PAIR_LOOKS, math.sqrt(2 / len(pairs)), "make run PAIR=1"
         more, more_of_old = 2 * max(0, RUNS - len(pairs)), 0
-        result.notes.append(f"by {len(pairs)} pair{'s' * (len(pairs) > 1)}, run in turn")
+        result.notes.append(f"by {counted(len(pairs), 'pair')}, run in turn")
     elif by_seeds:
-        words = f"by {looks} equal seed{'s' * (looks > 1)}, which leave ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
+        words = f"by {counted(looks, 'equal seed')}, which leave ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
         result.notes.append(words)
     # figures are told to six places: a limit is met where they meet it
     result.gain, result.faster = round(result.gain, 9), round(result.faster, 9)
@@ -238,7 +238,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
                 why = "it is better at equal seeds, and what the seed makes is not known yet"
         if (why and more) or (not seen and more_of_old):
             result.word, result.next = "rerun", again
-            needed = runs(more_of_old + (more if why else 0), "more ") + (" of the reference" if not why else "")
+            needed = counted(more_of_old + (more if why else 0), "more run") + (" of the reference" if not why else "")
             result.rule = f"{why or told}; at most {needed} to settle it"
             return result
     elif any((*new.busy, *old.busy)):
@@ -392,7 +392,7 @@ def change(verdict):
         error = "" if math.isnan(verdict.error) else f" ± {verdict.error:.6f}"
         bpb += f" ({-verdict.gain:+.6f}{error})"
         rate += f" ({100 * verdict.faster:+.1f} %)"
-    return f"{bpb}, {rate}, {runs(new.runs)}" + (f" against {old.runs}" if old else "")
+    return f"{bpb}, {rate}, {counted(new.runs, 'run')}" + (f" against {old.runs}" if old else "")
 
 
 def same_seed(noise):
@@ -403,10 +403,6 @@ def same_seed(noise):
 def typed(text, attempt):
     """A text in which commands that start a run have what was given for this one, else the two would not compare."""
     return re.sub(r"make (run|baseline)( [A-Z]+=\w+)*", lambda command: command[0] + attempt.get("given", ""), text)
-
-
-def runs(count, word=""):
-    return f"{count} {word}run" + "s" * (count != 1)
 
 
 def show(args):
