@@ -9,7 +9,7 @@ import textwrap
 
 import verdict
 from night import Night, clock, wide
-from session import Session, counted, one_line, run_command, tags
+from session import Session, counted, cut, one_line, run_command, tags
 
 WIDTH, LINES = 120, 60
 KEPT, NEAR, DEAD, OPEN, SISTERS = 12, 6, 14, 8, 3  # of each at most
@@ -39,13 +39,13 @@ def lines(night):
             found[-1] = "  " + found[-1].lstrip()
     if night.questions:
         found.append("open questions, the newest first:" + left_out(night.questions, OPEN))
-        found += [cut(f"  {e.number:3}  {text}") for e, text in night.questions[:OPEN]]
+        found += [cut(f"  {e.number:3}  {text}", WIDTH) for e, text in night.questions[:OPEN]]
     found += sisters(night.tag)
     if night.untouched:
         found += cut_block("not touched by any experiment: " + ", ".join(night.untouched), 4)
     if night.due:
         found.append(f"plateau: no kept gain in {night.since_gain} experiments. Due: {night.due}")
-    found += [cut(f"note: {words}") for words in night.missing[:3]]
+    found += [cut(f"note: {words}", WIDTH) for words in night.missing[:3]]
     return [*found[: LINES - 1], *at_hand(night)][:LINES]
 
 
@@ -93,15 +93,11 @@ def outcome(e):
 def entry(night, e):
     error = "" if math.isnan(e.error) else f" ± {e.error:.4f}"
     where = f"  in {', '.join(e.parts[:2])}" if e.parts else ""
-    return cut(f"  {e.number:3}  {outcome(e)}{error}  {one_line(e.description)[:70]}{where}")
+    return cut(f"  {e.number:3}  {outcome(e)}{error}  {one_line(e.description)[:70]}{where}", WIDTH)
 
 
 def left_out(found, most):
     return f" ({most} of {len(found)})" if len(found) > most else ""
-
-
-def cut(line):
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
 def cut_block(text, most):

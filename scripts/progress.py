@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 import verdict
 from night import clock, parsed
-from session import counted, one_line, record
+from session import counted, cut, one_line, record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -156,8 +156,7 @@ def label_words(night):
     """What stands beside each kept point."""
     words = {}
     for e in night.kept:
-        text = one_line(e.description)
-        text = text if len(text) <= LABEL else text[: LABEL - 1] + "…"
+        text = cut(one_line(e.description), LABEL)
         words[e] = f"{text}  {-e.gain:+.4f}".replace("-0.", "\u22120.") if e.before else text
     return words
 

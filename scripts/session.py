@@ -275,8 +275,16 @@ def essence(text):
 
 def one_line(text):
     """Text without tab, newline or any other control character."""
-    text = (text or "").encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join(blanked((text or "").encode("utf-8", "replace").decode("utf-8")).split())
+
+
+def blanked(text):
+    """Text with a blank in place of each control character."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def cut(text, width):
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def counted(n, word):

@@ -4,7 +4,7 @@ import re
 
 import session
 import verdict
-from session import ROOT, Refused, counted, one_line, record
+from session import ROOT, Refused, blanked, counted, one_line, record
 
 FRAMES = 4  # of train.py, that a crash shows
 SHOWN = 8  # last lines of run.log where there is no traceback
@@ -122,7 +122,7 @@ def printed(path):
         return []
     text = path.read_bytes()[-40000:].decode("utf-8", "replace")
     plain = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n")]
-    plain = ["".join(c if c.isprintable() else " " for c in line).rstrip() for line in plain]
+    plain = [blanked(line).rstrip() for line in plain]
     return [line for line in plain if line.strip()]
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from datetime import datetime
 
-from session import PROGRESS, Session, one_line, record, run_command
+from session import PROGRESS, Session, blanked, cut, one_line, record, run_command
 
 EVERY = 1.0  # seconds
 ROWS = 10
@@ -35,12 +35,7 @@ def screen(sitting, width, height):
         lines.append(f"{row.number:4}{mark} {row.status:8}{value:>9}  {row.description}")
     if not rows:
         lines.append("no results yet")
-    return [one_screen_line(line, width) for line in lines][:height]
-
-
-def one_screen_line(line, width):
-    plain = "".join(c if c.isprintable() else " " for c in line)
-    return plain if len(plain) <= width else plain[: width - 1] + "…"
+    return [cut(blanked(line), width) for line in lines][:height]
 
 
 def running(attempts, width):
