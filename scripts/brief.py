@@ -3,13 +3,12 @@
 usage: brief.py --tag TAG
 """
 
-import argparse
 import math
 import textwrap
 
 import verdict
 from night import Night, clock, wide
-from session import Session, counted, cut, one_line, run_command, tags
+from session import Session, counted, cut, one_line, options, run_command, tags
 
 WIDTH, LINES = 120, 60
 KEPT, NEAR, DEAD, OPEN, SISTERS = 12, 6, 14, 8, 3  # of each at most
@@ -120,6 +119,4 @@ def show(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
-    run_command(show, parser.parse_args())
+    run_command(show, options(__doc__).parse_args())

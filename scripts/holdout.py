@@ -6,7 +6,6 @@ Baseline and best kept program, N times in turn with equal seeds that neither ha
 scored on the validation split and on the test split. Every look at the test split is noted in the session.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -18,7 +17,7 @@ import summary
 import verdict
 from night import Night
 from notify import notify
-from session import Refused, Session, counted, record, run_command, tell
+from session import Refused, Session, counted, options, record, run_command, tell
 
 
 def interval(differences):
@@ -70,8 +69,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+    parser = options(__doc__)
     parser.add_argument("--head", default="", help="the checked-out commit")
     parser.add_argument("--runs", type=int, default=0, help="pairs of runs")
     run_command(main, parser.parse_args())

@@ -6,7 +6,6 @@ No figure is ever typed by hand. What is about to be written is noted first (ses
 was cut short is completed by the next one, and nothing is written twice.
 """
 
-import argparse
 import errno
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from datetime import datetime
 import session
 import summary
 import verdict
-from session import HEADER, JOURNAL, Refused, Session, one_line, record, run_command, shown
+from session import HEADER, JOURNAL, Refused, Session, one_line, options, record, run_command, shown
 
 
 def log(args):
@@ -224,8 +223,7 @@ def kept(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+    parser = options(__doc__)
     parser.add_argument("--new-table", action="store_true", help="archive rows that cannot be compared")
     parser.add_argument("--open-table", action="store_true", help="only begin the session's table (setup.sh)")
     parser.add_argument("--kept", metavar="COMMIT", help="only print what was kept before it (discard.sh)")

@@ -6,7 +6,6 @@ What comes before (is it committed, is nothing else changed, is the machine free
 told at the end in summary.py. Whether a record is of this run is settled by identity, never by a clock.
 """
 
-import argparse
 import ast
 import ctypes
 import errno
@@ -31,7 +30,7 @@ import log_result
 import session
 import summary
 from notify import notify
-from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, record, run_command, say, tell
+from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, options, record, run_command, say, tell
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 ROOM = 2**20  # bytes that are free on a disk that is not full
@@ -493,8 +492,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+    parser = options(__doc__)
     parser.add_argument("--head", default="", help="the checked-out commit")
     parser.add_argument("--session", action="store_true", help="a session is open")
     parser.add_argument("--again", action="store_true", help="the program at hand once more, with a seed of its own")

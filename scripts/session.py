@@ -5,6 +5,7 @@ of the session at hand. `events.jsonl` says in order what was run, how it ended 
 it is ever rewritten.
 """
 
+import argparse
 import ast
 import fcntl
 import json
@@ -308,6 +309,13 @@ def tell(text):
 
 def say(text):
     print(text, file=sys.stderr)
+
+
+def options(about):
+    """The parser of a helper's options, of which all have --tag. about: the helper's docstring."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--tag", default="none")
+    return parser
 
 
 def run_command(function, *arguments):

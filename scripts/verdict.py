@@ -4,7 +4,6 @@ In this order: the reference's own text is `again`; what a shared machine can ex
 measured noise can explain is `rerun` until both sides have runs enough, and then no difference; the rest is a table.
 """
 
-import argparse
 import math
 import re
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 import session
-from session import Refused, Session, counted, record, run_command
+from session import Refused, Session, counted, options, record, run_command
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
@@ -431,6 +430,4 @@ def show(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
-    run_command(show, parser.parse_args())
+    run_command(show, options(__doc__).parse_args())

@@ -5,14 +5,13 @@ usage: watch.py --tag TAG
 It reads files and nothing else, so a run does not notice it.
 """
 
-import argparse
 import os
 import shutil
 import sys
 import time
 from datetime import datetime
 
-from session import PROGRESS, Session, blanked, cut, one_line, record, run_command
+from session import PROGRESS, Session, blanked, cut, one_line, options, record, run_command
 
 EVERY = 1.0  # seconds
 ROWS = 10
@@ -77,6 +76,4 @@ def watch(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
-    run_command(watch, parser.parse_args())
+    run_command(watch, options(__doc__).parse_args())
