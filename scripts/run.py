@@ -362,18 +362,11 @@ def how_it_died(code, wall):
 # --- which runs --------------------------------------------------------------------------------------
 
 
-def like_this(sitting):
-    """The newest record of this session that a run made now could be compared with, or None."""
-    budget = record.settings()[0]
-    for attempt in reversed(sitting.attempts()):
-        if attempt["status"] == "valid" and attempt["budget"] == budget:
-            return session.record_of(attempt)
-    return None
-
-
 def seeds_of(sitting, blob):
-    """The seeds that a program was run with, as a list, one for each valid comparable run."""
-    like = like_this(sitting)
+    """The seeds of a program's runs that could be compared with one made now, a seed for each run."""
+    budget = record.settings()[0]
+    alike = [a for a in sitting.attempts() if a["status"] == "valid" and a["budget"] == budget]
+    like = session.record_of(alike[-1]) if alike else None
     return [r["seed"] for r in record.runs_of(blob, like)] if like else []
 
 
@@ -431,37 +424,36 @@ def refuse_modules(sitting, args):
 def plan(sitting, args):
     """The runs to make: [(role, commit or None, seed, pair), …]."""
     seed, blob = record.settings()[1], record.blob_hash(ROOT / "train.py")
-    chosen = bool(os.environ.get("AUTORESEARCH_SEED"))
+    chosen = seed if os.environ.get("AUTORESEARCH_SEED") else None
     if not (args.reference or args.pair):
         if not args.again:
             refuse_seen(sitting, args)
             return [("candidate", None, seed, None)]
-        used = seeds_of(sitting, blob)
-        return repeats("candidate", None, used, args.runs or len(used) + 1, seed if chosen else None)
+        return repeats("candidate", None, seeds_of(sitting, blob), args.runs, chosen)
     row = sitting.reference(sitting.rows()[0], args.head)
     if row is None or not row.blob or not args.head:
         raise Refused("there is no reference yet, or git does not know it: make baseline makes one")
     used = seeds_of(sitting, row.blob)
     if args.reference:
-        return repeats("reference", row.commit, used, args.runs or len(used) + 1, seed if chosen else None)
+        return repeats("reference", row.commit, used, args.runs, chosen)
     if row.blob == blob:
         raise Refused("the program at hand is the reference: there is no pair (make run REFERENCE=1 repeats it)")
     mine, made = seeds_of(sitting, blob), []
     count = len({a["pair"] for a in sitting.attempts() if a.get("pair")})
     for number in range(count, count + (args.runs or 1)):
-        seed = seed if chosen else unused([*used, *mine])
-        ends = [("reference", row.commit, seed), ("candidate", None, seed)]
-        made += [(*end, f"{number + 1}-{uuid.uuid4().hex[:6]}") for end in (ends if number % 2 == 0 else ends[::-1])]
-        made[-1] = (*made[-1][:3], made[-2][3])
+        seed, pair = unused([*used, *mine]) if chosen is None else chosen, f"{number + 1}-{uuid.uuid4().hex[:6]}"
+        ends = [("reference", row.commit, seed, pair), ("candidate", None, seed, pair)]
+        made += ends if number % 2 == 0 else ends[::-1]
         mine.append(seed)
     return made
 
 
-def repeats(role, commit, used, wanted, seed):
-    used, made = list(used), []
-    while len(used) + len(made) < wanted:
-        made.append((role, commit, unused([*used, *(m[2] for m in made)]) if seed is None else seed, None))
-    return made
+def repeats(role, commit, used, wanted, chosen):
+    """As many runs as `wanted` are more than those `used`, or one. chosen: the seed of all, or None."""
+    seeds = []
+    for _ in range(len(used), wanted or len(used) + 1):
+        seeds.append(unused([*used, *seeds]) if chosen is None else chosen)
+    return [(role, commit, seed, None) for seed in seeds]
 
 
 def main(args):
