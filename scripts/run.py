@@ -31,10 +31,10 @@ import session
 import summary
 from notify import notify
 from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, options, record, run_command, say, tell
+from summary import EXIT
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 ROOM = 2**20  # bytes that are free on a disk that is not full
-EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 # How Python, C++, MLX, Metal and CUDA say that memory is short.
 NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 stopped_by = []  # signals that came

@@ -6,6 +6,7 @@ import session
 import verdict
 from session import ROOT, Refused, blanked, counted, one_line, record
 
+EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 FRAMES = 4  # of train.py, that a crash shows
 SHOWN = 8  # last lines of run.log where there is no traceback
 
@@ -104,7 +105,7 @@ def standing(blob, run):
 
 def failure(attempt, commit, status, again=None):
     """again: what to type where there is nothing to log, instead of make run."""
-    code = {"crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124}.get(status, attempt["exit_code"])
+    code = attempt["exit_code"] if status == "interrupted" else EXIT[status]  # train.py's, where a signal came
     found = [f"{status} (exit {code}) {commit}: {one_line(attempt['reason'])}"]
     if status in ("crash", "stale", "timeout"):
         found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
