@@ -7,6 +7,7 @@ import verdict
 from session import ROOT, Refused, blanked, counted, one_line, record
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
+FIGURES = {"val_bpb": 6, "peak_memory_mb": 1, "avg_tok_sec": 0, "total_steps": 0, "eval_seconds": 1}  # and decimals
 FRAMES = 4  # of train.py, that a crash shows
 SHOWN = 8  # last lines of run.log where there is no traceback
 
@@ -59,21 +60,14 @@ def alone(attempt, run):
 
 def figures(run, decision, old):
     """Five figures with their change against the reference; val_bpb, throughput and steps as means over all runs."""
-    new = {key: run["training"][key] for key in ("peak_memory_mb", "avg_tok_sec", "total_steps", "eval_seconds")}
-    change = {key: f"{new[key] - old['training'][key]:+.1f}" if old else "" for key in new}
-    bpb, gain = record.bpb(run), ""
+    new, change = {**run["training"], "val_bpb": record.bpb(run)}, {}
     if decision and decision.old:
-        bpb, gain = decision.new.bpb, f"{-decision.gain:+.6f}"
-        new["avg_tok_sec"], change["avg_tok_sec"] = decision.new.rate, f"{100 * decision.faster:+.1f} %"
-        new["total_steps"] = steps(decision.new, run)
-        change["total_steps"] = f"{new['total_steps'] - steps(decision.old, old):+d}" if old else ""
-    return [
-        f"val_bpb        {bpb:>13.6f}  {gain}".rstrip(),
-        f"peak_memory_mb {new['peak_memory_mb']:>13.1f}  {change['peak_memory_mb']}".rstrip(),
-        f"avg_tok_sec    {new['avg_tok_sec']:>13.0f}  {change['avg_tok_sec']}".rstrip(),
-        f"total_steps    {new['total_steps']:>13d}  {change['total_steps']}".rstrip(),
-        f"eval_seconds   {new['eval_seconds']:>13.1f}  {change['eval_seconds']}".rstrip(),
-    ]
+        new |= {"val_bpb": decision.new.bpb, "avg_tok_sec": decision.new.rate, "total_steps": steps(decision.new, run)}
+        change = {"val_bpb": f"{-decision.gain:+.6f}", "avg_tok_sec": f"{100 * decision.faster:+.1f} %"}
+    if old:
+        change |= {key: f"{new[key] - old['training'][key]:+.1f}" for key in ("peak_memory_mb", "eval_seconds")}
+        change["total_steps"] = f"{new['total_steps'] - steps(decision.old, old):+d}"
+    return [f"{key:14} {new[key]:>13.{digits}f}  {change.get(key, '')}".rstrip() for key, digits in FIGURES.items()]
 
 
 def steps(side, run):
