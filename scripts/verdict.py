@@ -6,7 +6,7 @@ measured noise can explain is `rerun` until both sides have runs enough, and the
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -195,8 +195,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         again = "make run PAIR=1"
     explains = new.disturbed if result.gain <= 0 else old.disturbed
     if explains and not pairs:
-        result.word, result.next, result.rule = "rerun", "make run PAIR=1", f"the machine was shared: {explains}"
-        return result
+        return replace(result, word="rerun", next="make run PAIR=1", rule=f"the machine was shared: {explains}")
     by_pairs = bool(pairs) and bool(new.disturbed or old.disturbed or 2 / len(pairs) < spread**2)
     if by_pairs:  # both ends of a pair were disturbed alike
         differences = np.array([a[0] - b[0] for a, b in pairs])
@@ -236,19 +235,15 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
             elif not noise.same_seed_df and sum(at_equal_seeds(new, old)) > 0:
                 why = "it is better at equal seeds, and what the seed makes is not known yet"
         if (why and more) or (not seen and more_of_old):
-            result.word, result.next = "rerun", again
             needed = counted(more_of_old + (more if why else 0), "more run") + (" of the reference" if not why else "")
-            result.rule = f"{why or told}; at most {needed} to settle it"
-            return result
+            return replace(result, word="rerun", next=again, rule=f"{why or told}; at most {needed} to settle it")
     elif any((*new.busy, *old.busy)):
-        result.word, result.next, result.rule = "rerun", again, "the machine was shared, and noise is unknown"
-        return result
+        return replace(result, word="rerun", next=again, rule="the machine was shared, and noise is unknown")
     else:
         result.notes.append(f"noise is unknown: make run REFERENCE=1 N={REFERENCE_RUNS} measures it")
         seen = (result.gain > SAME) - (result.gain < -SAME)
         if not seen and looks < 2 and not faster:
-            result.word, result.next, result.rule = "rerun", again, f"within {SAME} and noise is unknown: look twice"
-            return result
+            return replace(result, word="rerun", next=again, rule=f"within {SAME} and noise is unknown: look twice")
     result.word, result.rule = table(seen, result.gain, earned, simpler)
     if df and not seen and result.word == "discard":
         result.rule += f" ({z:+.1f} standard errors)"
