@@ -591,12 +591,12 @@ def held_out_gap(new, old):
     return (val[0] - test[0], math.hypot(val[1], test[1])) if val and test else None
 
 
-def at_equal_steps(new, old, before=0.5):
+def at_equal_steps(new, old):
     """(difference of training loss in nats per token, its standard error) at the same steps, or None.
 
     Two runs of one seed that take as many tokens a step see the same text at the same step, so the difference
     of their losses is nearly free of noise, and does not know how fast the machine was. Only the steps of the
-    first `before` of the budget count, in which no run has begun to lower its rates, and of those the later half. The
+    first half of the budget count, in which no run has begun to lower its rates, and of those the later half. The
     error is that of the mean of what are then correlated bins, by the batch means of four stretches.
     """
     curves = [r.get("curve") or {} for r in (new, old)]
@@ -607,7 +607,7 @@ def at_equal_steps(new, old, before=0.5):
     losses = []
     for record, curve in zip((new, old), curves, strict=True):
         times = size // curve["steps_per_bin"]
-        early = int(np.searchsorted(curve["seconds"], before * record["budget"])) // times * times
+        early = int(np.searchsorted(curve["seconds"], record["budget"] / 2)) // times * times
         losses.append(np.reshape(curve["loss"][:early], (-1, times)).mean(axis=1))
     shared = min(map(len, losses))
     change = (losses[0][:shared] - losses[1][:shared])[shared // 2 :]
