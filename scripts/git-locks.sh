@@ -26,7 +26,7 @@ gits() { # the processes of git that run; one that has ended and was not collect
 git_runs_here() {
   local pid folder
   for pid in $(gits); do
-    folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
+    folder=$(exec 2>/dev/null && { readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p'; })
     case $folder/ in "$PWD"/*) return 0 ;; esac
     [ -n "$folder" ] || ! kill -0 "$pid" 2>/dev/null || return 0 # it may be here
   done
