@@ -323,7 +323,7 @@ def write(train, commit, **content):
     """Complete a run's record, archive it, and make it data/last_run.json; returns it.
 
     A reader of data/last_run.json sees the old record or the new one, whole.
-    train: the path of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
+    train: the hash of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
     `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `group`, `model`, `training`, `machine`, `result`,
     `curve`.
     """
