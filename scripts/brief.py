@@ -34,8 +34,7 @@ def lines(night):
         found.append("dead ends, by the part of train.py:" + left_out(groups, DEAD))
         for part, group in groups[:DEAD]:
             tried = "; ".join(f"{one_line(e.description)} ({outcome(e)})" for e in group[::-1])
-            found.append(textwrap.shorten(f"  {part}, {len(group)}: {tried}", WIDTH + 2, placeholder=" …"))
-            found[-1] = "  " + found[-1].lstrip()
+            found.append("  " + textwrap.shorten(f"{part}, {len(group)}: {tried}", WIDTH + 2, placeholder=" …"))
     if night.questions:
         found.append("open questions, the newest first:" + left_out(night.questions, OPEN))
         found += [cut(f"  {e.number:3}  {text}", WIDTH) for e, text in night.questions[:OPEN]]

@@ -22,10 +22,10 @@ from session import Refused, Session, counted, options, record, run_command, tel
 
 def interval(differences):
     """(mean, half the width of its 95 % interval) of paired differences; nan where there is one alone."""
-    n = len(differences)
-    if n < 2:
-        return float(np.mean(differences)), math.nan
-    return float(np.mean(differences)), verdict.in_t(1.96, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    n, half = len(differences), math.nan
+    if n > 1:
+        half = verdict.in_t(1.96, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return float(np.mean(differences)), half
 
 
 def main(args):

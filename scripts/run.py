@@ -465,22 +465,21 @@ def main(args):
         say("note: the run before this one was cut off without a word and is not logged")
     refuse_modules(sitting, args)
     runs = plan(sitting, args)
-    if runs and len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
-        sys.exit(1)
     if not runs:
         print(f"nothing to do: there are {args.runs} runs already")
-    attempt = None
+        return
+    if len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
+        sys.exit(1)
     for number, (role, commit, seed, pair) in enumerate(runs, 1):
         attempt = run_once(sitting, role, commit, args.head, seed, timeout, pair)
         if attempt["status"] != "valid":
             break
         if number < len(runs):
             tell(summary.brief(attempt))
-    if attempt:
-        text = "\n".join(summary.lines(sitting, attempt, args.baseline))
-        tell(text)
-        notify(text)
-        sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
+    text = "\n".join(summary.lines(sitting, attempt, args.baseline))
+    tell(text)
+    notify(text)
+    sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
 
 
 if __name__ == "__main__":

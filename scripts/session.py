@@ -190,13 +190,12 @@ class Session:
             raise Refused(f"no run yet in '{self.tag}': make run, or go back to the session whose run you mean")
         return own[-1]
 
-    def reference(self, rows, head=None):
-        """The last kept row that the commit `head` descends from; without git the last kept one."""
-        kept = [row for row in rows if row.status == "keep"]
-        for row in reversed(kept):
-            if not head or git("merge-base", "--is-ancestor", row.commit, head) is not None:
+    def reference(self, rows, head):
+        """The last kept row that the commit `head` descends from; without git (no `head`) the last kept one."""
+        for row in reversed(rows):
+            if row.status == "keep" and not (head and git("merge-base", "--is-ancestor", row.commit, head) is None):
                 return row
-        return kept[-1] if kept and not head else None
+        return None
 
 
 def tags():
