@@ -28,7 +28,7 @@ def lines(sitting, attempt, baseline=False):
     found = [f"valid    {commit}  {attempt['wall_seconds']:.0f} s in all"]
     decision, row, old, refused = None, None, None, None
     try:
-        decision, row, _, old = verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, sitting.rows()[0]))
+        decision, row, _, old = verdict.of_attempt(sitting, attempt, sitting.rows()[0])
     except verdict.Incomparable as refusal:
         refused = refusal
     if decision and decision.word == "again":
@@ -150,6 +150,6 @@ def can_be_a_row(sitting, attempt, rows):
     if attempt["status"] != "valid" or repeat:
         return False
     try:
-        return verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, rows))[0].word != "again"
+        return verdict.of_attempt(sitting, attempt, rows)[0].word != "again"
     except Refused:
         return False

@@ -310,12 +310,15 @@ def quiet_noise(like):
 
 
 def of_attempt(sitting, attempt, rows):
-    """The `Verdict` on a run of the session `sitting`, its reference's row and its record. rows: those before it."""
+    """The `Verdict` on a run of the session `sitting`, its reference's row, its record, and one of the reference.
+
+    rows: of the table. What was logged is compared with those above its own.
+    """
     run = session.record_of(attempt)
     if run is None:
         words = "the record of the newest run is gone from data/, or was changed: make run AGAIN=1"
         raise Refused(typed(words, attempt))
-    row = sitting.reference(rows, attempt["commit"])
+    row = sitting.reference(rows[: attempt["row"] - 1] if attempt.get("row") else rows, attempt["commit"])
     if row is None:
         words = "nothing was kept before: it becomes what all is compared with"
         return Verdict("keep", words, new=side(run["train_blob"], run)[0]), None, run, None
@@ -373,11 +376,6 @@ def of_attempt(sitting, attempt, rows):
     return verdict, row, run, other
 
 
-def rows_before(attempt, rows):
-    """The rows that a run is compared with: once logged, those above its own."""
-    return rows[: attempt["row"] - 1] if attempt["row"] else rows
-
-
 def change(verdict):
     """The figures that decide, and how they moved, in words."""
     new, old = verdict.new, verdict.old
@@ -411,7 +409,7 @@ def show(args):
     if status != "valid":
         raise Refused(f"the newest run has no valid result ({status}): make log-result STATUS=crash DESC=…")
     rows, problems = sitting.rows()
-    verdict, row, _, _ = of_attempt(sitting, attempt, rows_before(attempt, rows))
+    verdict, row, _, _ = of_attempt(sitting, attempt, rows)
     print(verdict.word)
     print(f"rule     {verdict.rule}")
     print(f"run      {(attempt['commit'] or '0' * 7)[:7]}  {change(verdict)}")
