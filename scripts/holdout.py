@@ -49,7 +49,7 @@ def main(args):
         for row in (first, best) if number % 2 == 0 else (best, first):
             attempt = run.run_once(sitting, "holdout", row.commit, args.head, seed, timeout)
             if attempt["status"] != "valid":
-                print("\n".join(summary.failure(attempt, row.commit, attempt["status"])[:-1]))
+                print("\n".join(summary.failure(attempt)[:-1]))
                 sys.exit(128 + run.stopped_by[0] if run.stopped_by else run.EXIT[attempt["status"]])
             found[row.commit] = record.bpb(session.record_of(attempt)), attempt["test"]["bpb"]
         looks.append([a - b for a, b in zip(found[first.commit], found[best.commit], strict=True)])

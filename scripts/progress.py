@@ -214,8 +214,8 @@ def busy_stretches(night):
     found = []
     for a in night.attempts:
         run = night.records.get(a.get("run_id"))
-        if run and verdict.busy(run) and parsed(a["started"]) and parsed(a.get("end")):
-            begin, end = parsed(a["started"]), parsed(a["end"])
+        begin, end = parsed(a["started"]), parsed(a.get("end"))
+        if run and verdict.busy(run) and begin and end:
             if found and (begin - found[-1][1]).total_seconds() < 600:
                 begin = found.pop()[0]
             found.append((begin, end))

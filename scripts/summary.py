@@ -14,9 +14,8 @@ SHOWN = 8  # last lines of run.log where there is no traceback
 
 def lines(sitting, attempt, baseline=False):
     """The summary of a run (see run.py) in the session `sitting`."""
-    commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
-    if status != "valid":
-        return failure(attempt, commit, status, verdict.typed("make baseline", attempt) if baseline else None)
+    if attempt["status"] != "valid":
+        return failure(attempt, verdict.typed("make baseline", attempt) if baseline else None)
     run = session.record_of(attempt)
     disturbed = [f"busy     {words}{alone(attempt, run)}" for words in [verdict.busy(run)] if words]
     if attempt["role"] == "reference" and not attempt["pair"]:
@@ -24,8 +23,7 @@ def lines(sitting, attempt, baseline=False):
     if attempt["role"] == "reference":  # the other half of a pair came before it
         attempt = sitting.candidate()
         run = session.record_of(attempt)
-        commit = attempt["commit"][:7]
-    found = [f"valid    {commit}  {attempt['wall_seconds']:.0f} s in all"]
+    found = [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
     decision, row, old, refused = None, None, None, None
     try:
         decision, row, _, old = verdict.of_attempt(sitting, attempt, sitting.rows()[0])
@@ -97,8 +95,9 @@ def standing(blob, run):
 # --- a run that failed ---------------------------------------------------------------------------------
 
 
-def failure(attempt, commit, status, again=None):
+def failure(attempt, again=None):
     """again: what to type where there is nothing to log, instead of make run."""
+    commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
     code = attempt["exit_code"] if status == "interrupted" else EXIT[status]  # train.py's, where a signal came
     found = [f"{status} (exit {code}) {commit}: {one_line(attempt['reason'])}"]
     if status in ("crash", "stale", "timeout"):
