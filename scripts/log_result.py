@@ -23,7 +23,8 @@ def log(args):
         sitting.link()
         attempt = sitting.candidate()
         if not begun(attempt):
-            refuse_read_only(sitting)
+            if sitting.table.exists() and not sitting.table.stat().st_mode & 0o222:  # what is begun could not be ended
+                raise PermissionError(errno.EACCES, "read-only", str(session.LINK))
             refuse_untruthful(args.status, attempt)
             intent = intended(sitting, attempt, args)
             sitting.note("logging", id=attempt["id"], **intent)
@@ -82,12 +83,6 @@ def today():
     return f"log_{datetime.now():%Y-%m-%d}.md"
 
 
-def refuse_read_only(sitting):
-    """Nothing is begun that could not be ended."""
-    if sitting.table.exists() and not sitting.table.stat().st_mode & 0o222:
-        raise PermissionError(errno.EACCES, "read-only", str(session.LINK))
-
-
 def refuse_untruthful(status, attempt):
     """What the row would say must be what happened, and be said once."""
     outcome = attempt["status"]
@@ -132,7 +127,7 @@ def intended(sitting, attempt, args):
     else:
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
-    number, journal = next_number(args.tag, len(rows)), today()
+    number, journal = 1 + max([len(rows), *sitting.numbered()]), today()
     word = decision.word if decision else None
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
@@ -188,12 +183,6 @@ def keep_weights(attempt):
     weights = record.DATA / "last_run.safetensors"
     if newest.get("run_id") == attempt["run_id"] and weights.exists():
         record.move_into_place(weights, record.DATA / "best.safetensors")
-
-
-def next_number(tag, rows):
-    """The experiment's number: one more than any row or ref has."""
-    refs = (session.git("for-each-ref", "--format=%(refname)", f"refs/experiments/{tag}/") or "").split()
-    return 1 + max([rows, *(int(last) for ref in refs if (last := ref.rsplit("/", 1)[1]).isdigit())])
 
 
 def open_table(args):

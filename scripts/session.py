@@ -94,19 +94,18 @@ class Session:
 
     def restore(self):
         """Write a table that is lost anew, from what was noted when its rows were logged."""
-        logged = self.logged()
-        if logged and not self.table.exists():
+        if self.table.exists():
+            return
+        if logged := self.logged():
             lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in self.completed())]
             record.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
-        if not logged and not self.table.exists():
-            refs = git("for-each-ref", "--format=%(refname:lstrip=3)", f"refs/experiments/{self.tag}/") or ""
-            if known := sum(ref.isdigit() for ref in refs.split()):
-                say(
-                    f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked "
-                    "it: git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal "
-                    "brings it back"
-                )
+        elif known := len(self.numbered()):
+            say(
+                f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked it: "
+                "git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal brings "
+                "it back"
+            )
 
     def rows(self):
         """The rows of the table, and what is wrong with it: a line that is none does not count."""
@@ -140,7 +139,8 @@ class Session:
     # --- events ---
 
     def note(self, event, **content):
-        record.append(self.log, json.dumps({"event": event, "time": now(), **content}) + "\n")
+        time = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        record.append(self.log, json.dumps({"event": event, "time": time, **content}) + "\n")
 
     def events(self):
         """Everything noted, in order; a line that was cut short does not count."""
@@ -182,6 +182,11 @@ class Session:
     def completed(self):
         """The ids of the runs whose logging was completed."""
         return {event["id"] for event in self.events() if event["event"] == "logged"}
+
+    def numbered(self):
+        """The numbers of the experiments whose commits git keeps reachable."""
+        refs = (git("for-each-ref", "--format=%(refname)", f"refs/experiments/{self.tag}/") or "").split()
+        return [int(name) for ref in refs if (name := ref.rpartition("/")[2]).isdecimal()]
 
     def candidate(self):
         """The newest run of this session's own making that is no repeat of the reference alone."""
@@ -289,10 +294,6 @@ def cut(text, width):
 
 def counted(n, word):
     return f"{n} {word}{'s' * (n != 1)}"
-
-
-def now():
-    return datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
 def shown(path):
