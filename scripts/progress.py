@@ -117,24 +117,25 @@ def one_night(axis, night, limits, labels):
         axis.axvspan(when(begin), when(end), color=LIGHT["busy"], linewidth=0, zorder=0, label="machine shared")
     at = {e: when(e.time, e.number) for e in night.experiments}
     chain, sigma = night.chain, night.noise.bpb if night.noise.df else 0.0
-    steps = [(at[e], nxt, e) for e, nxt in zip(chain, [*(at[e] for e in chain[1:]), whole], strict=True)]
+    edges = [*(at[e] for e in chain), whole]
+    steps = list(zip(edges[:-1], edges[1:], chain, strict=True))
     for begin, end, e in steps:
         half = 1.96 * sigma / math.sqrt(max(1, e.count))
         look = {"color": LIGHT["band"], "linewidth": 0, "label": "95 % of the noise" if sigma else None}
         axis.fill_between([begin, end], e.bpb - half, e.bpb + half, zorder=1, **look)
     if chain:
-        x = [at[chain[0]], *(v for e in chain[1:] for v in (at[e], at[e])), whole]
-        y = [v for e in chain for v in (e.bpb, e.bpb)]
-        axis.plot(x, y, color=LIGHT["good"], linewidth=1.8, zorder=3, solid_joinstyle="miter")
+        look = {"color": LIGHT["good"], "linewidth": 1.8, "solid_joinstyle": "miter"}
+        axis.step(edges, [e.bpb for e in [*chain, chain[-1]]], where="post", zorder=3, **look)
     rail = low + 0.035 * (high - low)
     for e in night.experiments:
         if e.count > 1 and e.status != "crash":
             runs = np.clip([e.side.bpbs[i] for i in e.side.used], low, high)
             colour = LIGHT["good" if e.status == "keep" else "dot"]
             axis.vlines(at[e], min(runs), max(runs), color=colour, linewidth=1, zorder=2)
+    discarded = [e for e in night.experiments if e.status == "discard"]
     kinds = (
-        ("discarded", [e for e in night.experiments if e.status == "discard" and e.bpb > high], "^", 22, "dot", high),
-        ("discarded", [e for e in night.experiments if e.status == "discard" and e.bpb <= high], "o", 16, "dot", None),
+        ("discarded", [e for e in discarded if e.bpb > high], "^", 22, "dot", high),
+        ("discarded", [e for e in discarded if e.bpb <= high], "o", 16, "dot", None),
         ("crashed", [e for e in night.experiments if e.status == "crash"], "x", 24, "bad", rail),
         ("kept", night.kept, "o", 46, "good", None),
     )
@@ -148,7 +149,7 @@ def one_night(axis, night, limits, labels):
                 dots.set_urls([f"#{place(night, e)}" for e in found])
     words = label_words(night) if labels else {e: str(e.number) for e in night.kept}
     wanted = sorted(night.kept, key=lambda e: -e.gain if e.before else -math.inf)[:LABELS]
-    others = [(at[e], min(e.bpb, high)) for e in night.experiments if e.status == "discard"]
+    others = [(at[e], min(e.bpb, high)) for e in discarded]
     put_labels(axis, [(at[e], e.bpb, words[e]) for e in wanted], steps, others, 9.5 if labels else 9)
 
 
