@@ -7,7 +7,6 @@ scored on the validation split and on the test split. Every look at the test spl
 """
 
 import math
-import os
 import sys
 
 import numpy as np
@@ -29,7 +28,7 @@ def interval(differences):
 
 
 def main(args):
-    sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
+    sitting = Session(args.tag)
     sitting.link()
     run.clear_up(sitting)
     if not args.head:
@@ -47,7 +46,7 @@ def main(args):
         seed, found = run.unused(used), {}
         used.append(seed)
         for row in (first, best) if number % 2 == 0 else (best, first):
-            attempt = run.run_once(sitting, "holdout", row.commit, args.head, seed, timeout)
+            attempt = run.run_once(sitting, "holdout", row.commit, args.head, seed)
             if attempt["status"] != "valid":
                 print("\n".join(summary.failure(attempt)[:-1]))
                 sys.exit(128 + run.stopped_by[0] if run.stopped_by else run.EXIT[attempt["status"]])

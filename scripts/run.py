@@ -193,9 +193,9 @@ def locks():
     return [int(number) for number in os.environ.get("AUTORESEARCH_LOCKED", "").split()]
 
 
-def watch(folder, log, timeout, *options):
+def watch(folder, timeout, *options):
     """Run train.py in `folder` to its end: (pid, exit code, whether time ran out)."""
-    output = Output(log)
+    output = Output(ROOT / "run.log")
     child = subprocess.Popen(
         [*words_of_group(), "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
         stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks(),
@@ -274,14 +274,15 @@ def given(budget):
     return "".join(" " + word for word in words)
 
 
-def run_once(sitting, role, commit, head, seed, timeout, pair=None):
+def run_once(sitting, role, commit, head, seed, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
     role: candidate, reference or holdout; the last one's `test` holds what was found on the test split.
     commit: what is checked out for it, or None for the folder at hand.
     """
+    budget, timeout = record.settings()[0], record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     with checked_out(commit) as folder:
-        last, budget = folder / "data" / "last_run.json", record.settings()[0]
+        last = folder / "data" / "last_run.json"
         attempt = {
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
@@ -295,7 +296,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
         os.environ["AUTORESEARCH_PROGRESS"] = f"{attempt['id']} {PROGRESS}"
         if role == "holdout":
             record.write_atomically(folder / "data" / ".holdout", attempt["id"])
-        pid, code, late = watch(folder, ROOT / "run.log", timeout, *["--holdout"] * (role == "holdout"))
+        pid, code, late = watch(folder, timeout, *["--holdout"] * (role == "holdout"))
         wall = time.monotonic() - start
         found = record.read_json(last)
         status, reason, run = outcome(attempt, pid, code, timeout if late else None, wall, found, before)
@@ -457,7 +458,7 @@ def repeats(role, commit, used, wanted, chosen):
 
 
 def main(args):
-    sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
+    sitting = Session(args.tag)
     sitting.link()
     clear_up(sitting)
     take_charge()
@@ -471,7 +472,7 @@ def main(args):
     if len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
         sys.exit(1)
     for number, (role, commit, seed, pair) in enumerate(runs, 1):
-        attempt = run_once(sitting, role, commit, args.head, seed, timeout, pair)
+        attempt = run_once(sitting, role, commit, args.head, seed, pair)
         if attempt["status"] != "valid":
             break
         if number < len(runs):
