@@ -35,19 +35,19 @@ ROOT = Path(__file__).resolve().parent
 FORMAT_VERSION = 2
 
 
-def main_worktree(root):
-    """The folder of the clone that `root` is a linked git worktree of; `root` itself where it is none.
+def main_worktree():
+    """The folder of the clone that ROOT is a linked git worktree of; ROOT itself where it is none.
 
     Results belong to the clone: `git worktree remove` takes nothing of them along.
     """
     with suppress(OSError, ValueError):
-        folder = Path((root / ".git").read_text().strip().removeprefix("gitdir: "))
-        common = (root / folder / (root / folder / "commondir").read_text().strip()).resolve()
+        folder = ROOT / (ROOT / ".git").read_text().strip().removeprefix("gitdir: ")
+        common = (folder / (folder / "commondir").read_text().strip()).resolve()
         return common.parent if common.name == ".git" else common / "autoresearch"
-    return root
+    return ROOT
 
 
-HOME = main_worktree(ROOT)
+HOME = main_worktree()
 DATA = ROOT / "data"  # of this folder: the newest run
 STORE = HOME / "data"  # of the clone: the archive of all runs
 
@@ -82,7 +82,6 @@ def make_folder(path):
 
 def write_atomically(path, content):
     """Write a file, text or bytes, so that `path` holds the old content or the new, whatever happens."""
-    path = Path(path)
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -251,16 +250,16 @@ def settings():
 
 def blob_hash(path):
     """The hash that git gives a file's content, computed without git: it names a program."""
-    content = Path(path).read_bytes()
+    content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def git(*words, root=ROOT, text=None):
+def git(*words, text=None):
     """What git prints; None without git or a repository of our own, or where git refuses. `text`: its input."""
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", *words], cwd=root, input=text, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(["git", *words], cwd=ROOT, input=text, capture_output=True, text=True, errors="replace")
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
