@@ -128,11 +128,11 @@ def intended(sitting, attempt, args):
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
     number, journal = 1 + max([len(rows), *sitting.numbered()]), today()
-    word = decision.word if decision else None
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
-        "train_blob": attempt["train_blob"], "description": description, "verdict": word,
-        "rule": decision.rule if decision else None, "reference": reference.commit if reference else None,
+        "train_blob": attempt["train_blob"], "description": description,
+        "verdict": decision and decision.word, "rule": decision and decision.rule,
+        "reference": reference and reference.commit,
         "gain": decision.gain if decision and decision.old else None,
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
         "table_at": record.end_of(sitting.table, HEADER + "\n"),

@@ -97,7 +97,9 @@ class Night:
         logged = self.sitting.logged()
         self.attempts, self.events = self.sitting.attempts(), self.sitting.events()
         self.records = {r["run_id"]: r for r in record.archived()}
-        self.like = newest_record(rows, self.records.values())
+        newest = {run["train_blob"]: run for run in self.records.values()}
+        last = (newest[row.blob] for row in reversed(rows) if row.status == "keep" and row.blob in newest)
+        self.like = next(last, None)  # of the last kept program that has a record: what the others are compared with
         self.experiments = [Experiment(row, matching(logged, row)) for row in rows]
         self._runs()
         self.noise = record.noise_of([run for _, run in self._quiet])
@@ -438,12 +440,6 @@ def diff(old, new, context=3):
 def wide(error, df, sigmas=1.0):
     """`sigmas` standard errors, wider where the noise rests on few repeats; nan where it is unknown."""
     return verdict.in_t(sigmas, df) * error if df else math.nan
-
-
-def newest_record(rows, records):
-    """The newest record of the last kept program that has any: what the others are compared with."""
-    newest = {run["train_blob"]: run for run in records}
-    return next((newest[row.blob] for row in reversed(rows) if row.status == "keep" and row.blob in newest), None)
 
 
 def matching(logged, row):

@@ -89,15 +89,10 @@ def group_lives(group):
     return False
 
 
-def adopt_orphans():
-    """On Linux, whatever loses its parent below us becomes our child, so that it is found (prctl(2))."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-
-
 def take_charge():
     """From here on a signal ends the run, not us, and no process of it is lost."""
-    adopt_orphans()
+    with suppress(OSError, AttributeError):  # on Linux, what loses its parent below us becomes our child (prctl(2))
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: stopped_by.append(number))
 

@@ -24,7 +24,7 @@ def lines(sitting, attempt, baseline=False):
         attempt = sitting.candidate()
         run = session.record_of(attempt)
     found = [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
-    decision, row, old, refused = None, None, None, None
+    decision = row = old = refused = None
     try:
         decision, row, _, old = verdict.of_attempt(sitting, attempt, sitting.rows()[0])
     except verdict.Incomparable as refusal:
