@@ -398,10 +398,9 @@ def tell_step(curve, budget):
         figures = {"step": len(curve) - 1, "seconds": now, "budget": budget, "loss": loss, "tok_sec": rate}
         with suppress(OSError):  # a reader takes what is not whole for nothing
             Path(path).write_text(json.dumps({"attempt": attempt, **figures}))
-    if not (sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL")):
-        return
-    line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
-    print(line, end="", flush=True)
+    if sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL"):
+        line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
+        print(line, end="", flush=True)
 
 
 def tell(record):
