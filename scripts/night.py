@@ -92,10 +92,10 @@ class Night:
     """All of a session: `Night("nov24")`."""
 
     def __init__(self, tag):
-        self.tag, self.sitting = tag, Session(tag)
-        rows, self.problems = self.sitting.rows()
-        logged = self.sitting.logged()
-        self.attempts, self.events = self.sitting.attempts(), self.sitting.events()
+        self.tag, sitting = tag, Session(tag)
+        rows, self.problems = sitting.rows()
+        logged = sitting.logged()
+        self.attempts, self.events = sitting.attempts(), sitting.events()
         self.records = {r["run_id"]: r for r in record.archived()}
         newest = {run["train_blob"]: run for run in self.records.values()}
         last = (newest[row.blob] for row in reversed(rows) if row.status == "keep" and row.blob in newest)
