@@ -137,15 +137,12 @@ class Output:
     """Where train.py prints to: the log, and on a terminal both. Of an overwritten line the log has the last state."""
 
     def __init__(self, path):
-        self.log, self.line, self.terminal, self.child_end = open(path, "wb", buffering=0), b"", None, None
+        self.log, self.line, self.terminal = open(path, "wb", buffering=0), b"", None
+        self.target = self.log  # what train.py is given
         if sys.stdout.isatty():
-            self.terminal, self.child_end = pty.openpty()
+            self.terminal, self.target = pty.openpty()
             with suppress(OSError):
-                fcntl.ioctl(self.child_end, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, b"\0" * 8))
-
-    @property
-    def target(self):
-        return self.log if self.child_end is None else self.child_end
+                fcntl.ioctl(self.target, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, b"\0" * 8))
 
     def pump(self, seconds):
         """Pass on what came, or wait so long for it."""
@@ -166,7 +163,7 @@ class Output:
 
     def close(self):
         if self.terminal is not None:
-            os.close(self.child_end)
+            os.close(self.target)
             self.pump(0)
             os.close(self.terminal)
         self.log.write(self.line)
