@@ -25,10 +25,10 @@ def lines(night):
     found += standing(night)
     if len(night.chain) > 1:
         found.append("kept, the oldest first:" + left_out(night.chain[1:], KEPT))
-        found += [entry(night, e) for e in night.chain[1:][-KEPT:]]
+        found += [entry(e) for e in night.chain[1:][-KEPT:]]
     if night.near_misses:
         found.append("near misses, within the noise:" + left_out(night.near_misses, NEAR))
-        found += [entry(night, e) for e in night.near_misses[:NEAR]]
+        found += [entry(e) for e in night.near_misses[:NEAR]]
     groups = list(night.dead_ends.items())
     if groups:
         found.append("dead ends, by the part of train.py:" + left_out(groups, DEAD))
@@ -88,7 +88,7 @@ def outcome(e):
     return "crash" if e.status == "crash" else f"{e.gain:+.4f}" if not math.isnan(e.gain) else e.status
 
 
-def entry(night, e):
+def entry(e):
     error = "" if math.isnan(e.error) else f" ± {e.error:.4f}"
     where = f"  in {', '.join(e.parts[:2])}" if e.parts else ""
     return cut(f"  {e.number:3}  {outcome(e)}{error}  {one_line(e.description)[:70]}{where}", WIDTH)
