@@ -22,7 +22,7 @@ def screen(sitting, width, height):
     rows, attempts = sitting.rows()[0], sitting.attempts()
     kept = [row for row in rows if row.status == "keep"]
     best = min(kept, key=lambda row: row.bpb, default=None)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = os.getloadavg()[0]
     lines = [f"{sitting.tag}  {len(rows)} experiments, {len(kept)} kept   load {load:.1f} of {os.cpu_count()}"]
     if best:
         lines.append(f"best   {best.bpb:.6f}  ({best.bpb - kept[0].bpb:+.6f} to the baseline), row {best.number}")
