@@ -96,8 +96,9 @@ class Session:
         """Write a table that is lost anew, from what was noted when its rows were logged."""
         if self.table.exists():
             return
-        if logged := self.logged():
-            lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in self.completed())]
+        logged, done = self.logged(), self.completed()
+        if logged:
+            lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in done)]
             record.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
         elif known := len(self.numbered()):

@@ -155,7 +155,7 @@ def in_t(sigmas, df):
 
 
 def difference(new, old, noise):
-    """(how much lower val_bpb is, sigma of one run, its degrees of freedom, spread, whether by equal seeds).
+    """(how much lower val_bpb is, sigma of one run, its degrees of freedom, spread, by how many equal seeds).
 
     sigma * spread is the standard error. Where both ran with the same seeds and that leaves clearly less noise, only
     these runs are compared.
@@ -165,8 +165,8 @@ def difference(new, old, noise):
         sharp = in_t(2.5, noise.same_seed_df) * noise.same_seed * math.sqrt(2 / len(pairs))
         own = float(np.std(pairs, ddof=1)) / math.sqrt(2) if len(pairs) > 1 else 0.0
         if sharp < SHARPER * in_t(2.5, noise.df) * noise.bpb * spread and own <= UNEVEN_LOAD * noise.same_seed:
-            return float(np.mean(pairs)), noise.same_seed, noise.same_seed_df, math.sqrt(2 / len(pairs)), True
-    return old.bpb - new.bpb, noise.bpb, noise.df, spread, False
+            return float(np.mean(pairs)), noise.same_seed, noise.same_seed_df, math.sqrt(2 / len(pairs)), len(pairs)
+    return old.bpb - new.bpb, noise.bpb, noise.df, spread, 0
 
 
 def at_equal_seeds(new, old):
@@ -188,7 +188,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     more, more_of_old = max(0, RUNS - new.runs), max(0, REFERENCE_RUNS - old.runs)
     again = "make run REFERENCE=1" if more_of_old else "make run AGAIN=1"
     if by_seeds:
-        looks, levels, mine, theirs = len(at_equal_seeds(new, old)), SEED_LOOKS, {*new.seeds}, {*old.seeds}
+        looks, levels, mine, theirs = by_seeds, SEED_LOOKS, {*new.seeds}, {*old.seeds}
         more, more_of_old = max(0, RUNS - max(looks, new.runs)), 0  # chosen seeds may never meet
         again = f"make run {'AGAIN' if theirs - mine else 'REFERENCE' if mine - theirs else 'PAIR'}=1"
     if new.busy[-1] or old.busy[-1]:
