@@ -17,7 +17,7 @@ def lines(sitting, attempt, baseline=False):
     if attempt["status"] != "valid":
         return failure(attempt, verdict.typed("make baseline", attempt) if baseline else None)
     run = session.record_of(attempt)
-    disturbed = [f"busy     {words}{alone(attempt, run)}" for words in [verdict.busy(run)] if words]
+    disturbed = [f"busy     {words}{alone(attempt, run)}"] if (words := verdict.busy(run)) else []
     if attempt["role"] == "reference" and not attempt["pair"]:
         return [brief(attempt), *disturbed, standing(attempt["train_blob"], run)]
     if attempt["role"] == "reference":  # the other half of a pair came before it
