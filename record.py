@@ -35,19 +35,19 @@ ROOT = Path(__file__).resolve().parent
 FORMAT_VERSION = 2
 
 
-def main_worktree(root):
-    """The folder of the clone that `root` is a linked git worktree of; `root` itself where it is none.
+def main_worktree():
+    """The folder of the clone that ROOT is a linked git worktree of; ROOT itself where it is none.
 
     Results belong to the clone: `git worktree remove` takes nothing of them along.
     """
     with suppress(OSError, ValueError):
-        folder = Path((root / ".git").read_text().strip().removeprefix("gitdir: "))
-        common = (root / folder / (root / folder / "commondir").read_text().strip()).resolve()
+        folder = ROOT / (ROOT / ".git").read_text().strip().removeprefix("gitdir: ")
+        common = (folder / (folder / "commondir").read_text().strip()).resolve()
         return common.parent if common.name == ".git" else common / "autoresearch"
-    return root
+    return ROOT
 
 
-HOME = main_worktree(ROOT)
+HOME = main_worktree()
 DATA = ROOT / "data"  # of this folder: the newest run
 STORE = HOME / "data"  # of the clone: the archive of all runs
 
@@ -82,7 +82,6 @@ def make_folder(path):
 
 def write_atomically(path, content):
     """Write a file, text or bytes, so that `path` holds the old content or the new, whatever happens."""
-    path = Path(path)
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -251,16 +250,16 @@ def settings():
 
 def blob_hash(path):
     """The hash that git gives a file's content, computed without git: it names a program."""
-    content = Path(path).read_bytes()
+    content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def git(*words, root=ROOT, text=None):
+def git(*words, text=None):
     """What git prints; None without git or a repository of our own, or where git refuses. `text`: its input."""
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", *words], cwd=root, input=text, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(["git", *words], cwd=ROOT, input=text, capture_output=True, text=True, errors="replace")
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -323,7 +322,7 @@ def write(train, commit, **content):
     """Complete a run's record, archive it, and make it data/last_run.json; returns it.
 
     A reader of data/last_run.json sees the old record or the new one, whole.
-    train: the path of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
+    train: the hash of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
     `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `group`, `model`, `training`, `machine`, `result`,
     `curve`.
     """
@@ -399,10 +398,9 @@ def tell_step(curve, budget):
         figures = {"step": len(curve) - 1, "seconds": now, "budget": budget, "loss": loss, "tok_sec": rate}
         with suppress(OSError):  # a reader takes what is not whole for nothing
             Path(path).write_text(json.dumps({"attempt": attempt, **figures}))
-    if not (sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL")):
-        return
-    line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
-    print(line, end="", flush=True)
+    if sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL"):
+        line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
+        print(line, end="", flush=True)
 
 
 def tell(record):
@@ -591,12 +589,12 @@ def held_out_gap(new, old):
     return (val[0] - test[0], math.hypot(val[1], test[1])) if val and test else None
 
 
-def at_equal_steps(new, old, before=0.5):
+def at_equal_steps(new, old):
     """(difference of training loss in nats per token, its standard error) at the same steps, or None.
 
     Two runs of one seed that take as many tokens a step see the same text at the same step, so the difference
     of their losses is nearly free of noise, and does not know how fast the machine was. Only the steps of the
-    first `before` of the budget count, in which no run has begun to lower its rates, and of those the later half. The
+    first half of the budget count, in which no run has begun to lower its rates, and of those the later half. The
     error is that of the mean of what are then correlated bins, by the batch means of four stretches.
     """
     curves = [r.get("curve") or {} for r in (new, old)]
@@ -607,7 +605,7 @@ def at_equal_steps(new, old, before=0.5):
     losses = []
     for record, curve in zip((new, old), curves, strict=True):
         times = size // curve["steps_per_bin"]
-        early = int(np.searchsorted(curve["seconds"], before * record["budget"])) // times * times
+        early = int(np.searchsorted(curve["seconds"], record["budget"] / 2)) // times * times
         losses.append(np.reshape(curve["loss"][:early], (-1, times)).mean(axis=1))
     shared = min(map(len, losses))
     change = (losses[0][:shared] - losses[1][:shared])[shared // 2 :]

@@ -3,13 +3,12 @@
 usage: brief.py --tag TAG
 """
 
-import argparse
 import math
 import textwrap
 
 import verdict
-from night import Night, clock, counted, wide
-from session import Session, one_line, run_command, tags
+from night import Night, clock, wide
+from session import Session, counted, cut, one_line, options, run_command, tags
 
 WIDTH, LINES = 120, 60
 KEPT, NEAR, DEAD, OPEN, SISTERS = 12, 6, 14, 8, 3  # of each at most
@@ -26,26 +25,25 @@ def lines(night):
     found += standing(night)
     if len(night.chain) > 1:
         found.append("kept, the oldest first:" + left_out(night.chain[1:], KEPT))
-        found += [entry(night, e) for e in night.chain[1:][-KEPT:]]
+        found += [entry(e) for e in night.chain[1:][-KEPT:]]
     if night.near_misses:
         found.append("near misses, within the noise:" + left_out(night.near_misses, NEAR))
-        found += [entry(night, e) for e in night.near_misses[:NEAR]]
+        found += [entry(e) for e in night.near_misses[:NEAR]]
     groups = list(night.dead_ends.items())
     if groups:
         found.append("dead ends, by the part of train.py:" + left_out(groups, DEAD))
         for part, group in groups[:DEAD]:
             tried = "; ".join(f"{one_line(e.description)} ({outcome(e)})" for e in group[::-1])
-            found.append(textwrap.shorten(f"  {part}, {len(group)}: {tried}", WIDTH + 2, placeholder=" …"))
-            found[-1] = "  " + found[-1].lstrip()
+            found.append("  " + textwrap.shorten(f"{part}, {len(group)}: {tried}", WIDTH + 2, placeholder=" …"))
     if night.questions:
         found.append("open questions, the newest first:" + left_out(night.questions, OPEN))
-        found += [cut(f"  {e.number:3}  {text}") for e, text in night.questions[:OPEN]]
+        found += [cut(f"  {e.number:3}  {text}", WIDTH) for e, text in night.questions[:OPEN]]
     found += sisters(night.tag)
     if night.untouched:
         found += cut_block("not touched by any experiment: " + ", ".join(night.untouched), 4)
     if night.due:
         found.append(f"plateau: no kept gain in {night.since_gain} experiments. Due: {night.due}")
-    found += [cut(f"note: {words}") for words in night.missing[:3]]
+    found += [cut(f"note: {words}", WIDTH) for words in night.missing[:3]]
     return [*found[: LINES - 1], *at_hand(night)][:LINES]
 
 
@@ -53,12 +51,12 @@ def standing(night):
     if not night.best:
         return ["nothing was kept yet"]
     first, best, (gain, half) = night.first, night.best, night.gain
-    found = [f"baseline {first.bpb:.6f} ({first.commit}, {verdict.runs(first.count)})"]
+    found = [f"baseline {first.bpb:.6f} ({first.commit}, {counted(first.count, 'run')})"]
     if best is not first:
         width = "" if math.isnan(half) else f" ± {half:.6f}"
         worth = night.expected[0]
         after = "" if math.isnan(worth) else f"; after the winner's curse {worth:+.6f}"
-        runs = verdict.runs(best.count)
+        runs = counted(best.count, "run")
         found.append(f"best     {best.bpb:.6f} ({best.commit}, {runs}), gain {gain:+.6f}{width}{after}")
     if (noise := night.noise).df:
         seen = wide(noise.bpb, noise.df, verdict.LOOKS[0][1]) * math.sqrt(1 + 1 / max(1, night.kept[-1].count))
@@ -90,18 +88,14 @@ def outcome(e):
     return "crash" if e.status == "crash" else f"{e.gain:+.4f}" if not math.isnan(e.gain) else e.status
 
 
-def entry(night, e):
+def entry(e):
     error = "" if math.isnan(e.error) else f" ± {e.error:.4f}"
     where = f"  in {', '.join(e.parts[:2])}" if e.parts else ""
-    return cut(f"  {e.number:3}  {outcome(e)}{error}  {one_line(e.description)[:70]}{where}")
+    return cut(f"  {e.number:3}  {outcome(e)}{error}  {one_line(e.description)[:70]}{where}", WIDTH)
 
 
 def left_out(found, most):
     return f" ({most} of {len(found)})" if len(found) > most else ""
-
-
-def cut(line):
-    return line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"
 
 
 def cut_block(text, most):
@@ -124,6 +118,4 @@ def show(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
-    run_command(show, parser.parse_args())
+    run_command(show, options(__doc__).parse_args())

@@ -5,12 +5,8 @@
 #
 # What stays where no git is at work is nobody's. While one is, it is waited for (PATIENCE).
 # exit: 0 there is none any more · 1 a git is at work, or was cut off
-set -euo pipefail
+. "$(dirname "$0")/lib.sh"
 
-if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
-  sed -n -e '1d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
-  exit 0
-fi
 own=$1 common=$2
 PATIENCE=10 # seconds
 locks() {
@@ -26,7 +22,7 @@ gits() { # the processes of git that run; one that has ended and was not collect
 git_runs_here() {
   local pid folder
   for pid in $(gits); do
-    folder=$(readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p') 2>/dev/null
+    folder=$(exec 2>/dev/null && { readlink "/proc/$pid/cwd" || lsof -a -p "$pid" -d cwd -Fn | sed -n 's/^n//p'; })
     case $folder/ in "$PWD"/*) return 0 ;; esac
     [ -n "$folder" ] || ! kill -0 "$pid" 2>/dev/null || return 0 # it may be here
   done
@@ -41,9 +37,6 @@ done
 found=$(locks)
 [ -n "$found" ] || exit 0
 listed=$(printf '%s' "$found" | tr '\n' ' ')
-if git_runs_here; then
-  echo "error: git is at work, or was cut off; if it was, remove $listed" >&2
-  exit 1
-fi
+! git_runs_here || die "git is at work, or was cut off; if it was, remove $listed"
 printf '%s\n' "$found" | while IFS= read -r name; do rm -f "$name"; done
-echo "note: a git that was killed left its lock, which is removed: $listed" >&2
+say "note: a git that was killed left its lock, which is removed: $listed"

@@ -4,12 +4,10 @@
 # usage: make help
 . "$(dirname "$0")/lib.sh"
 
+list() { # a line for each that the pattern finds: NAME|TEXT
+  echo
+  sed -n "s/$1/\1|\2/p" Makefile | while IFS='|' read -r name text; do printf '  %-12s %s\n' "$name" "$text"; done
+}
 echo "usage: make TARGET [NAME=value …]"
-echo
-sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do
-  printf '  %-12s %s\n' "$target" "$text"
-done
-echo
-sed -n 's/^#   \([A-Z_]*\)  *\(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do
-  printf '  %-12s %s\n' "$name" "$text"
-done
+list '^\([a-z-]*\):.*## \(.*\)'
+list '^#   \([A-Z_]*\)  *\(.*\)'

@@ -6,9 +6,7 @@ Baseline and best kept program, N times in turn with equal seeds that neither ha
 scored on the validation split and on the test split. Every look at the test split is noted in the session.
 """
 
-import argparse
 import math
-import os
 import sys
 
 import numpy as np
@@ -18,19 +16,19 @@ import summary
 import verdict
 from night import Night
 from notify import notify
-from session import Refused, Session, record, run_command, tell
+from session import Refused, Session, counted, options, record, run_command, tell
 
 
 def interval(differences):
     """(mean, half the width of its 95 % interval) of paired differences; nan where there is one alone."""
-    n = len(differences)
-    if n < 2:
-        return float(np.mean(differences)), math.nan
-    return float(np.mean(differences)), verdict.in_t(1.96, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    n, half = len(differences), math.nan
+    if n > 1:
+        half = verdict.in_t(1.96, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return float(np.mean(differences)), half
 
 
 def main(args):
-    sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
+    sitting = Session(args.tag)
     sitting.link()
     run.clear_up(sitting)
     if not args.head:
@@ -48,9 +46,9 @@ def main(args):
         seed, found = run.unused(used), {}
         used.append(seed)
         for row in (first, best) if number % 2 == 0 else (best, first):
-            attempt = run.run_once(sitting, "holdout", row.commit, args.head, seed, timeout)
+            attempt = run.run_once(sitting, "holdout", row.commit, args.head, seed)
             if attempt["status"] != "valid":
-                print("\n".join(summary.failure(attempt, row.commit, attempt["status"])[:-1]))
+                print("\n".join(summary.failure(attempt)[:-1]))
                 sys.exit(128 + run.stopped_by[0] if run.stopped_by else run.EXIT[attempt["status"]])
             found[row.commit] = record.bpb(session.record_of(attempt)), attempt["test"]["bpb"]
         looks.append([a - b for a, b in zip(found[first.commit], found[best.commit], strict=True)])
@@ -64,14 +62,13 @@ def main(args):
     for where, (gain, half) in (("fresh runs, on validation", fresh), ("fresh runs, on test", test)):
         width = "(one pair: no interval)" if math.isnan(half) else f"± {half:.6f}"
         told.append(f"  {where:34}  {gain:+.6f} {width}")
-    told.append(f"the test split was looked at {before + 1} time{'s' * (before > 0)} in this session")
+    told.append(f"the test split was looked at {counted(before + 1, 'time')} in this session")
     print("\n".join(told), flush=True)
     notify("\n".join(told))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+    parser = options(__doc__)
     parser.add_argument("--head", default="", help="the checked-out commit")
     parser.add_argument("--runs", type=int, default=0, help="pairs of runs")
     run_command(main, parser.parse_args())

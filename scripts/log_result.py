@@ -6,7 +6,6 @@ No figure is ever typed by hand. What is about to be written is noted first (ses
 was cut short is completed by the next one, and nothing is written twice.
 """
 
-import argparse
 import errno
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from datetime import datetime
 import session
 import summary
 import verdict
-from session import HEADER, JOURNAL, Refused, Session, one_line, record, run_command, shown
+from session import HEADER, JOURNAL, Refused, Session, one_line, options, record, run_command, shown
 
 
 def log(args):
@@ -24,7 +23,8 @@ def log(args):
         sitting.link()
         attempt = sitting.candidate()
         if not begun(attempt):
-            refuse_read_only(sitting)
+            if sitting.table.exists() and not sitting.table.stat().st_mode & 0o222:  # what is begun could not be ended
+                raise PermissionError(errno.EACCES, "read-only", str(session.LINK))
             refuse_untruthful(args.status, attempt)
             intent = intended(sitting, attempt, args)
             sitting.note("logging", id=attempt["id"], **intent)
@@ -83,12 +83,6 @@ def today():
     return f"log_{datetime.now():%Y-%m-%d}.md"
 
 
-def refuse_read_only(sitting):
-    """Nothing is begun that could not be ended."""
-    if sitting.table.exists() and not sitting.table.stat().st_mode & 0o222:
-        raise PermissionError(errno.EACCES, "read-only", str(session.LINK))
-
-
 def refuse_untruthful(status, attempt):
     """What the row would say must be what happened, and be said once."""
     outcome = attempt["status"]
@@ -133,12 +127,12 @@ def intended(sitting, attempt, args):
     else:
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
-    number, journal = next_number(args.tag, len(rows)), today()
-    word = decision.word if decision else None
+    number, journal = 1 + max([len(rows), *sitting.numbered()]), today()
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
-        "train_blob": attempt["train_blob"], "description": description, "verdict": word,
-        "rule": decision.rule if decision else None, "reference": reference.commit if reference else None,
+        "train_blob": attempt["train_blob"], "description": description,
+        "verdict": decision and decision.word, "rule": decision and decision.rule,
+        "reference": reference and reference.commit,
         "gain": decision.gain if decision and decision.old else None,
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
         "table_at": record.end_of(sitting.table, HEADER + "\n"),
@@ -191,12 +185,6 @@ def keep_weights(attempt):
         record.move_into_place(weights, record.DATA / "best.safetensors")
 
 
-def next_number(tag, rows):
-    """The experiment's number: one more than any row or ref has."""
-    refs = (session.git("for-each-ref", "--format=%(refname)", f"refs/experiments/{tag}/") or "").split()
-    return 1 + max([rows, *(int(last) for ref in refs if (last := ref.rsplit("/", 1)[1]).isdigit())])
-
-
 def open_table(args):
     """A table of its own for a session that begins."""
     with session.one_writer():
@@ -224,8 +212,7 @@ def kept(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+    parser = options(__doc__)
     parser.add_argument("--new-table", action="store_true", help="archive rows that cannot be compared")
     parser.add_argument("--open-table", action="store_true", help="only begin the session's table (setup.sh)")
     parser.add_argument("--kept", metavar="COMMIT", help="only print what was kept before it (discard.sh)")

@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 import subprocess
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import NormalDist
@@ -92,12 +93,14 @@ class Night:
     """All of a session: `Night("nov24")`."""
 
     def __init__(self, tag):
-        self.tag, self.sitting = tag, Session(tag)
-        rows, self.problems = self.sitting.rows()
-        logged = self.sitting.logged()
-        self.attempts, self.events = self.sitting.attempts(), self.sitting.events()
+        self.tag, sitting = tag, Session(tag)
+        rows, self.problems = sitting.rows()
+        logged = sitting.logged()
+        self.attempts, self.events = sitting.attempts(), sitting.events()
         self.records = {r["run_id"]: r for r in record.archived()}
-        self.like = newest_record(rows, self.records.values())
+        newest = {run["train_blob"]: run for run in self.records.values()}
+        last = (newest[row.blob] for row in reversed(rows) if row.status == "keep" and row.blob in newest)
+        self.like = next(last, None)  # of the last kept program that has a record: what the others are compared with
         self.experiments = [Experiment(row, matching(logged, row)) for row in rows]
         self._runs()
         self.noise = record.noise_of([run for _, run in self._quiet])
@@ -247,8 +250,8 @@ class Night:
     @property
     def by_outcome(self):
         """{word: how many}: of experiments kept, discarded, crashed; of runs refused as invalid or past their time."""
-        counts = {word: sum(e.status == word for e in self.experiments) for word in ("keep", "discard", "crash")}
-        return counts | {"refused": sum(a["status"] in ("invalid", "timeout", "stale") for a in self.attempts)}
+        refused = sum(a["status"] in ("invalid", "timeout", "stale") for a in self.attempts)
+        return Counter((e.status for e in self.experiments), refused=refused)
 
     @property
     def near_misses(self):
@@ -404,7 +407,7 @@ def change(old, new):
     """(lines added, lines removed, parts that changed): from one text of a program to another."""
     a, b = old.split("\n"), new.split("\n")
     added = removed = 0
-    weights, names = {}, (parts_of(old), parts_of(new))
+    weights, names = Counter(), (parts_of(old), parts_of(new))
     for what, *where in changed(a, b):
         if what == "equal":
             continue
@@ -412,20 +415,20 @@ def change(old, new):
         for lines, parts, start, end in ((a, names[0], *where[:2]), (b, names[1], *where[2:])):
             for i in range(start, end):
                 if lines[i].strip() and not lines[i].lstrip().startswith("#"):
-                    weights[parts[i] or "imports"] = weights.get(parts[i] or "imports", 0) + 1
-    return added, removed, sorted(weights, key=weights.get, reverse=True)
+                    weights[parts[i] or "imports"] += 1
+    return added, removed, [part for part, _ in weights.most_common()]
 
 
 def diff(old, new, context=3):
     """The lines of a unified diff between two texts of train.py, without its two head lines."""
-    a, b, found = old.split("\n"), new.split("\n"), []
+    a, b, parts, found = old.split("\n"), new.split("\n"), parts_of(old), []
     matcher = difflib.SequenceMatcher()
     matcher.set_seqs((), ())
     matcher.opcodes = [code for code in changed(a, b) if code[1] < code[2] or code[3] < code[4]]
     for group in matcher.get_grouped_opcodes(context):
         first, last = group[0], group[-1]
         sizes = f"-{first[1] + 1},{last[2] - first[1]} +{first[3] + 1},{last[4] - first[3]}"
-        found.append(f"@@ {sizes} @@ {next((p for p in reversed(parts_of(chr(10).join(a[: first[1] + 1]))) if p), '')}")
+        found.append(f"@@ {sizes} @@ {parts[first[1]] or ''}")
         for what, i1, i2, j1, j2 in group:
             found += [" " + line for line in a[i1:i2]] if what == "equal" else ["-" + line for line in a[i1:i2]]
             found += ["+" + line for line in b[j1:j2]] if what != "equal" else []
@@ -438,12 +441,6 @@ def diff(old, new, context=3):
 def wide(error, df, sigmas=1.0):
     """`sigmas` standard errors, wider where the noise rests on few repeats; nan where it is unknown."""
     return verdict.in_t(sigmas, df) * error if df else math.nan
-
-
-def newest_record(rows, records):
-    """The newest record of the last kept program that has any: what the others are compared with."""
-    newest = {run["train_blob"]: run for run in records}
-    return next((newest[row.blob] for row in reversed(rows) if row.status == "keep" and row.blob in newest), None)
 
 
 def matching(logged, row):
@@ -466,10 +463,6 @@ def numbers(found, most=6):
     """`row 3`, `rows 3, 5 and 4 more`."""
     words = ", ".join(map(str, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")
     return f"row{'s' * (len(found) > 1)} {words}"
-
-
-def counted(n, word):
-    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def clock(seconds):

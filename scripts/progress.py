@@ -12,8 +12,8 @@ import warnings
 import matplotlib
 import numpy as np
 import verdict
-from night import clock, counted, parsed
-from session import one_line, record
+from night import clock, parsed
+from session import counted, cut, one_line, record
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -117,24 +117,25 @@ def one_night(axis, night, limits, labels):
         axis.axvspan(when(begin), when(end), color=LIGHT["busy"], linewidth=0, zorder=0, label="machine shared")
     at = {e: when(e.time, e.number) for e in night.experiments}
     chain, sigma = night.chain, night.noise.bpb if night.noise.df else 0.0
-    steps = [(at[e], nxt, e) for e, nxt in zip(chain, [*(at[e] for e in chain[1:]), whole], strict=True)]
+    edges = [*(at[e] for e in chain), whole]
+    steps = list(zip(edges[:-1], edges[1:], chain, strict=True))
     for begin, end, e in steps:
         half = 1.96 * sigma / math.sqrt(max(1, e.count))
         look = {"color": LIGHT["band"], "linewidth": 0, "label": "95 % of the noise" if sigma else None}
         axis.fill_between([begin, end], e.bpb - half, e.bpb + half, zorder=1, **look)
     if chain:
-        x = [at[chain[0]], *(v for e in chain[1:] for v in (at[e], at[e])), whole]
-        y = [v for e in chain for v in (e.bpb, e.bpb)]
-        axis.plot(x, y, color=LIGHT["good"], linewidth=1.8, zorder=3, solid_joinstyle="miter")
+        look = {"color": LIGHT["good"], "linewidth": 1.8, "solid_joinstyle": "miter"}
+        axis.step(edges, [e.bpb for e in [*chain, chain[-1]]], where="post", zorder=3, **look)
     rail = low + 0.035 * (high - low)
     for e in night.experiments:
         if e.count > 1 and e.status != "crash":
             runs = np.clip([e.side.bpbs[i] for i in e.side.used], low, high)
             colour = LIGHT["good" if e.status == "keep" else "dot"]
             axis.vlines(at[e], min(runs), max(runs), color=colour, linewidth=1, zorder=2)
+    discarded = [e for e in night.experiments if e.status == "discard"]
     kinds = (
-        ("discarded", [e for e in night.experiments if e.status == "discard" and e.bpb > high], "^", 22, "dot", high),
-        ("discarded", [e for e in night.experiments if e.status == "discard" and e.bpb <= high], "o", 16, "dot", None),
+        ("discarded", [e for e in discarded if e.bpb > high], "^", 22, "dot", high),
+        ("discarded", [e for e in discarded if e.bpb <= high], "o", 16, "dot", None),
         ("crashed", [e for e in night.experiments if e.status == "crash"], "x", 24, "bad", rail),
         ("kept", night.kept, "o", 46, "good", None),
     )
@@ -148,7 +149,7 @@ def one_night(axis, night, limits, labels):
                 dots.set_urls([f"#{place(night, e)}" for e in found])
     words = label_words(night) if labels else {e: str(e.number) for e in night.kept}
     wanted = sorted(night.kept, key=lambda e: -e.gain if e.before else -math.inf)[:LABELS]
-    others = [(at[e], min(e.bpb, high)) for e in night.experiments if e.status == "discard"]
+    others = [(at[e], min(e.bpb, high)) for e in discarded]
     put_labels(axis, [(at[e], e.bpb, words[e]) for e in wanted], steps, others, 9.5 if labels else 9)
 
 
@@ -156,8 +157,7 @@ def label_words(night):
     """What stands beside each kept point."""
     words = {}
     for e in night.kept:
-        text = one_line(e.description)
-        text = text if len(text) <= LABEL else text[: LABEL - 1] + "…"
+        text = cut(one_line(e.description), LABEL)
         words[e] = f"{text}  {-e.gain:+.4f}".replace("-0.", "\u22120.") if e.before else text
     return words
 
@@ -215,8 +215,8 @@ def busy_stretches(night):
     found = []
     for a in night.attempts:
         run = night.records.get(a.get("run_id"))
-        if run and verdict.busy(run) and parsed(a["started"]) and parsed(a.get("end")):
-            begin, end = parsed(a["started"]), parsed(a["end"])
+        begin, end = parsed(a["started"]), parsed(a.get("end"))
+        if run and verdict.busy(run) and begin and end:
             if found and (begin - found[-1][1]).total_seconds() < 600:
                 begin = found.pop()[0]
             found.append((begin, end))

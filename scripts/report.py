@@ -23,8 +23,8 @@ except ImportError as error:
 import numpy as np
 import session
 import verdict
-from night import Night, clock, counted, diff
-from session import Refused, one_line, record, run_command, shown
+from night import Night, clock, diff
+from session import Refused, counted, one_line, record, run_command, shown
 
 ROOM = 1_200_000  # characters of diffs, and as many of journal entries, that the page holds for all experiments
 KEPT_LINES = 600  # of the diff of a kept change
@@ -85,7 +85,7 @@ class Page:
         gain, half = n.gain if best else (math.nan, math.nan)
         runs = "nothing was kept after the baseline"
         if best:
-            runs = f"{verdict.runs(n.first.count)} of the baseline, {best.count} of the best; 95 % interval"
+            runs = f"{counted(n.first.count, 'run')} of the baseline, {best.count} of the best; 95 % interval"
         held = ("not measured", "make holdout measures it on text that nothing selected on")
         if look:
             pairs = counted(look["pairs"], "pair")
@@ -242,7 +242,7 @@ def write(args):
             raise Refused(f"there is no session '{night.tag}' in data/sessions: make setup opens one")
     folder = FileSystemLoader(str(record.ROOT / "scripts"))
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clock": clock, "one_line": one_line}
+    environment.filters |= {"clock": clock, "counted": counted, "one_line": one_line}
     together = Markup(progress.svg(progress.progress(nights, (12, 5.5)), "all", "the sessions")) if nights[1:] else ""
     text = environment.get_template("report.html.j2").render(pages=[Page(n) for n in nights], together=together)
     text = text.encode("utf-8", "replace").decode("utf-8")

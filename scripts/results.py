@@ -3,12 +3,10 @@
 usage: results.py --tag TAG [--all]
 """
 
-import argparse
-
 import numpy as np
 import verdict
 from night import Night
-from session import Session, run_command, say, tags
+from session import Session, options, run_command, say, tags
 
 
 def show(args):
@@ -55,7 +53,6 @@ def standing(night):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+    parser = options(__doc__)
     parser.add_argument("--all", action="store_true", help="of every session of this clone")
     run_command(show, parser.parse_args())

@@ -6,7 +6,6 @@ What comes before (is it committed, is nothing else changed, is the machine free
 told at the end in summary.py. Whether a record is of this run is settled by identity, never by a clock.
 """
 
-import argparse
 import ast
 import ctypes
 import errno
@@ -31,11 +30,11 @@ import log_result
 import session
 import summary
 from notify import notify
-from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, record, run_command, say, tell
+from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, options, record, run_command, say, tell
+from summary import EXIT
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 ROOM = 2**20  # bytes that are free on a disk that is not full
-EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 # How Python, C++, MLX, Metal and CUDA say that memory is short.
 NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 stopped_by = []  # signals that came
@@ -90,15 +89,10 @@ def group_lives(group):
     return False
 
 
-def adopt_orphans():
-    """On Linux, whatever loses its parent below us becomes our child, so that it is found (prctl(2))."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-
-
 def take_charge():
     """From here on a signal ends the run, not us, and no process of it is lost."""
-    adopt_orphans()
+    with suppress(OSError, AttributeError):  # on Linux, what loses its parent below us becomes our child (prctl(2))
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: stopped_by.append(number))
 
@@ -143,15 +137,12 @@ class Output:
     """Where train.py prints to: the log, and on a terminal both. Of an overwritten line the log has the last state."""
 
     def __init__(self, path):
-        self.log, self.line, self.terminal, self.child_end = open(path, "wb", buffering=0), b"", None, None
+        self.log, self.line, self.terminal = open(path, "wb", buffering=0), b"", None
+        self.target = self.log  # what train.py is given
         if sys.stdout.isatty():
-            self.terminal, self.child_end = pty.openpty()
+            self.terminal, self.target = pty.openpty()
             with suppress(OSError):
-                fcntl.ioctl(self.child_end, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, b"\0" * 8))
-
-    @property
-    def target(self):
-        return self.log if self.child_end is None else self.child_end
+                fcntl.ioctl(self.target, termios.TIOCSWINSZ, fcntl.ioctl(1, termios.TIOCGWINSZ, b"\0" * 8))
 
     def pump(self, seconds):
         """Pass on what came, or wait so long for it."""
@@ -172,7 +163,7 @@ class Output:
 
     def close(self):
         if self.terminal is not None:
-            os.close(self.child_end)
+            os.close(self.target)
             self.pump(0)
             os.close(self.terminal)
         self.log.write(self.line)
@@ -194,9 +185,9 @@ def locks():
     return [int(number) for number in os.environ.get("AUTORESEARCH_LOCKED", "").split()]
 
 
-def watch(folder, log, timeout, *options):
+def watch(folder, timeout, *options):
     """Run train.py in `folder` to its end: (pid, exit code, whether time ran out)."""
-    output = Output(log)
+    output = Output(ROOT / "run.log")
     child = subprocess.Popen(
         [*words_of_group(), "train.py", *options], cwd=folder, stdin=subprocess.DEVNULL, stdout=output.target,
         stderr=subprocess.STDOUT, start_new_session=True, pass_fds=locks(),
@@ -275,14 +266,15 @@ def given(budget):
     return "".join(" " + word for word in words)
 
 
-def run_once(sitting, role, commit, head, seed, timeout, pair=None):
+def run_once(sitting, role, commit, head, seed, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
     role: candidate, reference or holdout; the last one's `test` holds what was found on the test split.
     commit: what is checked out for it, or None for the folder at hand.
     """
+    budget, timeout = record.settings()[0], record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     with checked_out(commit) as folder:
-        last, budget = folder / "data" / "last_run.json", record.settings()[0]
+        last = folder / "data" / "last_run.json"
         attempt = {
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
@@ -296,7 +288,7 @@ def run_once(sitting, role, commit, head, seed, timeout, pair=None):
         os.environ["AUTORESEARCH_PROGRESS"] = f"{attempt['id']} {PROGRESS}"
         if role == "holdout":
             record.write_atomically(folder / "data" / ".holdout", attempt["id"])
-        pid, code, late = watch(folder, ROOT / "run.log", timeout, *["--holdout"] * (role == "holdout"))
+        pid, code, late = watch(folder, timeout, *["--holdout"] * (role == "holdout"))
         wall = time.monotonic() - start
         found = record.read_json(last)
         status, reason, run = outcome(attempt, pid, code, timeout if late else None, wall, found, before)
@@ -363,18 +355,11 @@ def how_it_died(code, wall):
 # --- which runs --------------------------------------------------------------------------------------
 
 
-def like_this(sitting):
-    """The newest record of this session that a run made now could be compared with, or None."""
-    budget = record.settings()[0]
-    for attempt in reversed(sitting.attempts()):
-        if attempt["status"] == "valid" and attempt["budget"] == budget:
-            return session.record_of(attempt)
-    return None
-
-
 def seeds_of(sitting, blob):
-    """The seeds that a program was run with, as a list, one for each valid comparable run."""
-    like = like_this(sitting)
+    """The seeds of a program's runs that could be compared with one made now, a seed for each run."""
+    budget = record.settings()[0]
+    alike = [a for a in sitting.attempts() if a["status"] == "valid" and a["budget"] == budget]
+    like = session.record_of(alike[-1]) if alike else None
     return [r["seed"] for r in record.runs_of(blob, like)] if like else []
 
 
@@ -432,41 +417,40 @@ def refuse_modules(sitting, args):
 def plan(sitting, args):
     """The runs to make: [(role, commit or None, seed, pair), …]."""
     seed, blob = record.settings()[1], record.blob_hash(ROOT / "train.py")
-    chosen = bool(os.environ.get("AUTORESEARCH_SEED"))
+    chosen = seed if os.environ.get("AUTORESEARCH_SEED") else None
     if not (args.reference or args.pair):
         if not args.again:
             refuse_seen(sitting, args)
             return [("candidate", None, seed, None)]
-        used = seeds_of(sitting, blob)
-        return repeats("candidate", None, used, args.runs or len(used) + 1, seed if chosen else None)
+        return repeats("candidate", None, seeds_of(sitting, blob), args.runs, chosen)
     row = sitting.reference(sitting.rows()[0], args.head)
     if row is None or not row.blob or not args.head:
         raise Refused("there is no reference yet, or git does not know it: make baseline makes one")
     used = seeds_of(sitting, row.blob)
     if args.reference:
-        return repeats("reference", row.commit, used, args.runs or len(used) + 1, seed if chosen else None)
+        return repeats("reference", row.commit, used, args.runs, chosen)
     if row.blob == blob:
         raise Refused("the program at hand is the reference: there is no pair (make run REFERENCE=1 repeats it)")
     mine, made = seeds_of(sitting, blob), []
     count = len({a["pair"] for a in sitting.attempts() if a.get("pair")})
     for number in range(count, count + (args.runs or 1)):
-        seed = seed if chosen else unused([*used, *mine])
-        ends = [("reference", row.commit, seed), ("candidate", None, seed)]
-        made += [(*end, f"{number + 1}-{uuid.uuid4().hex[:6]}") for end in (ends if number % 2 == 0 else ends[::-1])]
-        made[-1] = (*made[-1][:3], made[-2][3])
+        seed, pair = unused([*used, *mine]) if chosen is None else chosen, f"{number + 1}-{uuid.uuid4().hex[:6]}"
+        ends = [("reference", row.commit, seed, pair), ("candidate", None, seed, pair)]
+        made += ends if number % 2 == 0 else ends[::-1]
         mine.append(seed)
     return made
 
 
-def repeats(role, commit, used, wanted, seed):
-    used, made = list(used), []
-    while len(used) + len(made) < wanted:
-        made.append((role, commit, unused([*used, *(m[2] for m in made)]) if seed is None else seed, None))
-    return made
+def repeats(role, commit, used, wanted, chosen):
+    """As many runs as `wanted` are more than those `used`, or one. chosen: the seed of all, or None."""
+    seeds = []
+    for _ in range(len(used), wanted or len(used) + 1):
+        seeds.append(unused([*used, *seeds]) if chosen is None else chosen)
+    return [(role, commit, seed, None) for seed in seeds]
 
 
 def main(args):
-    sitting, timeout = Session(args.tag), record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
+    sitting = Session(args.tag)
     sitting.link()
     clear_up(sitting)
     take_charge()
@@ -474,27 +458,25 @@ def main(args):
         say("note: the run before this one was cut off without a word and is not logged")
     refuse_modules(sitting, args)
     runs = plan(sitting, args)
-    if runs and len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
-        sys.exit(1)
     if not runs:
         print(f"nothing to do: there are {args.runs} runs already")
-    attempt = None
+        return
+    if len(words_of_group()) > 1 and subprocess.run([*words_of_group("--check"), "train.py"]).returncode:
+        sys.exit(1)
     for number, (role, commit, seed, pair) in enumerate(runs, 1):
-        attempt = run_once(sitting, role, commit, args.head, seed, timeout, pair)
+        attempt = run_once(sitting, role, commit, args.head, seed, pair)
         if attempt["status"] != "valid":
             break
         if number < len(runs):
             tell(summary.brief(attempt))
-    if attempt:
-        text = "\n".join(summary.lines(sitting, attempt, args.baseline))
-        tell(text)
-        notify(text)
-        sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
+    text = "\n".join(summary.lines(sitting, attempt, args.baseline))
+    tell(text)
+    notify(text)
+    sys.exit(128 + stopped_by[0] if stopped_by else EXIT[attempt["status"]])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+    parser = options(__doc__)
     parser.add_argument("--head", default="", help="the checked-out commit")
     parser.add_argument("--session", action="store_true", help="a session is open")
     parser.add_argument("--again", action="store_true", help="the program at hand once more, with a seed of its own")

@@ -32,6 +32,5 @@ if [ -n "$HEAD" ]; then
 fi
 need_python
 same_dataset
-export TIMEOUT="${TIMEOUT:-600}"
 locked "${LAUNCH[@]}" scripts/run.py --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
   ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} ${BASELINE:+--baseline}

@@ -5,6 +5,7 @@ of the session at hand. `events.jsonl` says in order what was run, how it ended 
 it is ever rewritten.
 """
 
+import argparse
 import ast
 import fcntl
 import json
@@ -93,19 +94,19 @@ class Session:
 
     def restore(self):
         """Write a table that is lost anew, from what was noted when its rows were logged."""
-        logged = self.logged()
-        if logged and not self.table.exists():
-            lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in self.completed())]
+        if self.table.exists():
+            return
+        logged, done = self.logged(), self.completed()
+        if logged:
+            lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in done)]
             record.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
-        if not logged and not self.table.exists():
-            refs = git("for-each-ref", "--format=%(refname:lstrip=3)", f"refs/experiments/{self.tag}/") or ""
-            if known := sum(ref.isdigit() for ref in refs.split()):
-                say(
-                    f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked "
-                    "it: git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal "
-                    "brings it back"
-                )
+        elif known := len(self.numbered()):
+            say(
+                f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked it: "
+                "git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal brings "
+                "it back"
+            )
 
     def rows(self):
         """The rows of the table, and what is wrong with it: a line that is none does not count."""
@@ -139,7 +140,8 @@ class Session:
     # --- events ---
 
     def note(self, event, **content):
-        record.append(self.log, json.dumps({"event": event, "time": now(), **content}) + "\n")
+        time = datetime.now().astimezone().isoformat(timespec="milliseconds")
+        record.append(self.log, json.dumps({"event": event, "time": time, **content}) + "\n")
 
     def events(self):
         """Everything noted, in order; a line that was cut short does not count."""
@@ -182,6 +184,11 @@ class Session:
         """The ids of the runs whose logging was completed."""
         return {event["id"] for event in self.events() if event["event"] == "logged"}
 
+    def numbered(self):
+        """The numbers of the experiments whose commits git keeps reachable."""
+        refs = (git("for-each-ref", "--format=%(refname)", f"refs/experiments/{self.tag}/") or "").split()
+        return [int(name) for ref in refs if (name := ref.rpartition("/")[2]).isdecimal()]
+
     def candidate(self):
         """The newest run of this session's own making that is no repeat of the reference alone."""
         own = [a for a in self.attempts() if a["role"] == "candidate"]
@@ -189,13 +196,12 @@ class Session:
             raise Refused(f"no run yet in '{self.tag}': make run, or go back to the session whose run you mean")
         return own[-1]
 
-    def reference(self, rows, head=None):
-        """The last kept row that the commit `head` descends from; without git the last kept one."""
-        kept = [row for row in rows if row.status == "keep"]
-        for row in reversed(kept):
-            if not head or git("merge-base", "--is-ancestor", row.commit, head) is not None:
+    def reference(self, rows, head):
+        """The last kept row that the commit `head` descends from; without git (no `head`) the last kept one."""
+        for row in reversed(rows):
+            if row.status == "keep" and not (head and git("merge-base", "--is-ancestor", row.commit, head) is None):
                 return row
-        return kept[-1] if kept and not head else None
+        return None
 
 
 def tags():
@@ -275,12 +281,20 @@ def essence(text):
 
 def one_line(text):
     """Text without tab, newline or any other control character."""
-    text = (text or "").encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return " ".join(blanked((text or "").encode("utf-8", "replace").decode("utf-8")).split())
 
 
-def now():
-    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+def blanked(text):
+    """Text with a blank in place of each control character."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def cut(text, width):
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def counted(n, word):
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def shown(path):
@@ -296,6 +310,13 @@ def tell(text):
 
 def say(text):
     print(text, file=sys.stderr)
+
+
+def options(about):
+    """The parser of a helper's options, of which all have --tag. about: the helper's docstring."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--tag", default="none")
+    return parser
 
 
 def run_command(function, *arguments):

@@ -4,29 +4,29 @@ import re
 
 import session
 import verdict
-from session import ROOT, Refused, one_line, record
+from session import ROOT, Refused, blanked, counted, one_line, record
 
+EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
+FIGURES = {"val_bpb": 6, "peak_memory_mb": 1, "avg_tok_sec": 0, "total_steps": 0, "eval_seconds": 1}  # and decimals
 FRAMES = 4  # of train.py, that a crash shows
 SHOWN = 8  # last lines of run.log where there is no traceback
 
 
 def lines(sitting, attempt, baseline=False):
     """The summary of a run (see run.py) in the session `sitting`."""
-    commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
-    if status != "valid":
-        return failure(attempt, commit, status, verdict.typed("make baseline", attempt) if baseline else None)
+    if attempt["status"] != "valid":
+        return failure(attempt, verdict.typed("make baseline", attempt) if baseline else None)
     run = session.record_of(attempt)
-    disturbed = [f"busy     {words}{alone(attempt, run)}" for words in [verdict.busy(run)] if words]
+    disturbed = [f"busy     {words}{alone(attempt, run)}"] if (words := verdict.busy(run)) else []
     if attempt["role"] == "reference" and not attempt["pair"]:
         return [brief(attempt), *disturbed, standing(attempt["train_blob"], run)]
     if attempt["role"] == "reference":  # the other half of a pair came before it
         attempt = sitting.candidate()
         run = session.record_of(attempt)
-        commit = attempt["commit"][:7]
-    found = [f"valid    {commit}  {attempt['wall_seconds']:.0f} s in all"]
-    decision, row, old, refused = None, None, None, None
+    found = [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
+    decision = row = old = refused = None
     try:
-        decision, row, _, old = verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, sitting.rows()[0]))
+        decision, row, _, old = verdict.of_attempt(sitting, attempt, sitting.rows()[0])
     except verdict.Incomparable as refusal:
         refused = refusal
     if decision and decision.word == "again":
@@ -58,21 +58,14 @@ def alone(attempt, run):
 
 def figures(run, decision, old):
     """Five figures with their change against the reference; val_bpb, throughput and steps as means over all runs."""
-    new = {key: run["training"][key] for key in ("peak_memory_mb", "avg_tok_sec", "total_steps", "eval_seconds")}
-    change = {key: f"{new[key] - old['training'][key]:+.1f}" if old else "" for key in new}
-    bpb, gain = record.bpb(run), ""
+    new, change = {**run["training"], "val_bpb": record.bpb(run)}, {}
     if decision and decision.old:
-        bpb, gain = decision.new.bpb, f"{-decision.gain:+.6f}"
-        new["avg_tok_sec"], change["avg_tok_sec"] = decision.new.rate, f"{100 * decision.faster:+.1f} %"
-        new["total_steps"] = steps(decision.new, run)
-        change["total_steps"] = f"{new['total_steps'] - steps(decision.old, old):+d}" if old else ""
-    return [
-        f"val_bpb        {bpb:>13.6f}  {gain}".rstrip(),
-        f"peak_memory_mb {new['peak_memory_mb']:>13.1f}  {change['peak_memory_mb']}".rstrip(),
-        f"avg_tok_sec    {new['avg_tok_sec']:>13.0f}  {change['avg_tok_sec']}".rstrip(),
-        f"total_steps    {new['total_steps']:>13d}  {change['total_steps']}".rstrip(),
-        f"eval_seconds   {new['eval_seconds']:>13.1f}  {change['eval_seconds']}".rstrip(),
-    ]
+        new |= {"val_bpb": decision.new.bpb, "avg_tok_sec": decision.new.rate, "total_steps": steps(decision.new, run)}
+        change = {"val_bpb": f"{-decision.gain:+.6f}", "avg_tok_sec": f"{100 * decision.faster:+.1f} %"}
+    if old:
+        change |= {key: f"{new[key] - old['training'][key]:+.1f}" for key in ("peak_memory_mb", "eval_seconds")}
+        change["total_steps"] = f"{new['total_steps'] - steps(decision.old, old):+d}"
+    return [f"{key:14} {new[key]:>13.{digits}f}  {change.get(key, '')}".rstrip() for key, digits in FIGURES.items()]
 
 
 def steps(side, run):
@@ -90,9 +83,9 @@ def brief(attempt):
 def standing(blob, run):
     """All runs of a program in one line, and the noise that they and others show."""
     side, noise = verdict.side(blob, run)[0], verdict.quiet_noise(run)
-    words = f"stands   {verdict.runs(side.runs)}, mean val_bpb {side.bpb:.6f}"
+    words = f"stands   {counted(side.runs, 'run')}, mean val_bpb {side.bpb:.6f}"
     if apart := len(side.bpbs) - side.runs:
-        words += f" ({verdict.runs(apart, 'disturbed ')} left out)"
+        words += f" ({counted(apart, 'disturbed run')} left out)"
     if noise.df:
         words += f"; noise of a run ± {noise.bpb:.6f}{verdict.same_seed(noise)}, {100 * noise.rate:.1f} % tok/s"
         words += f" ({noise.df} degrees of freedom)"
@@ -102,9 +95,10 @@ def standing(blob, run):
 # --- a run that failed ---------------------------------------------------------------------------------
 
 
-def failure(attempt, commit, status, again=None):
+def failure(attempt, again=None):
     """again: what to type where there is nothing to log, instead of make run."""
-    code = {"crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124}.get(status, attempt["exit_code"])
+    commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
+    code = attempt["exit_code"] if status == "interrupted" else EXIT[status]  # train.py's, where a signal came
     found = [f"{status} (exit {code}) {commit}: {one_line(attempt['reason'])}"]
     if status in ("crash", "stale", "timeout"):
         found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
@@ -122,7 +116,7 @@ def printed(path):
         return []
     text = path.read_bytes()[-40000:].decode("utf-8", "replace")
     plain = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n")]
-    plain = ["".join(c if c.isprintable() else " " for c in line).rstrip() for line in plain]
+    plain = [blanked(line).rstrip() for line in plain]
     return [line for line in plain if line.strip()]
 
 
@@ -155,6 +149,6 @@ def can_be_a_row(sitting, attempt, rows):
     if attempt["status"] != "valid" or repeat:
         return False
     try:
-        return verdict.of_attempt(sitting, attempt, verdict.rows_before(attempt, rows))[0].word != "again"
+        return verdict.of_attempt(sitting, attempt, rows)[0].word != "again"
     except Refused:
         return False

@@ -107,7 +107,6 @@ def climb(budget, vocab_size, sequence_length, limit_mb, deadline, measure=timed
     that training may take; what takes more, or fails, is passed over for the next shallower.
     """
     done, barred, depth = [], len(DEPTHS), min(DEPTHS, key=lambda d: abs(d - train.DEPTH))
-
     sizes = {d: size_of(d, vocab_size, sequence_length) for d in DEPTHS}
     tokens = 2**24
     while True:

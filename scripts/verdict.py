@@ -4,15 +4,14 @@ In this order: the reference's own text is `again`; what a shared machine can ex
 measured noise can explain is `rerun` until both sides have runs enough, and then no difference; the rest is a table.
 """
 
-import argparse
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
 import session
-from session import Refused, Session, record, run_command
+from session import Refused, Session, counted, options, record, run_command
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
@@ -156,7 +155,7 @@ def in_t(sigmas, df):
 
 
 def difference(new, old, noise):
-    """(how much lower val_bpb is, sigma of one run, its degrees of freedom, spread, whether by equal seeds).
+    """(how much lower val_bpb is, sigma of one run, its degrees of freedom, spread, by how many equal seeds).
 
     sigma * spread is the standard error. Where both ran with the same seeds and that leaves clearly less noise, only
     these runs are compared.
@@ -166,8 +165,8 @@ def difference(new, old, noise):
         sharp = in_t(2.5, noise.same_seed_df) * noise.same_seed * math.sqrt(2 / len(pairs))
         own = float(np.std(pairs, ddof=1)) / math.sqrt(2) if len(pairs) > 1 else 0.0
         if sharp < SHARPER * in_t(2.5, noise.df) * noise.bpb * spread and own <= UNEVEN_LOAD * noise.same_seed:
-            return float(np.mean(pairs)), noise.same_seed, noise.same_seed_df, math.sqrt(2 / len(pairs)), True
-    return old.bpb - new.bpb, noise.bpb, noise.df, spread, False
+            return float(np.mean(pairs)), noise.same_seed, noise.same_seed_df, math.sqrt(2 / len(pairs)), len(pairs)
+    return old.bpb - new.bpb, noise.bpb, noise.df, spread, 0
 
 
 def at_equal_seeds(new, old):
@@ -189,15 +188,14 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
     more, more_of_old = max(0, RUNS - new.runs), max(0, REFERENCE_RUNS - old.runs)
     again = "make run REFERENCE=1" if more_of_old else "make run AGAIN=1"
     if by_seeds:
-        looks, levels, mine, theirs = len(at_equal_seeds(new, old)), SEED_LOOKS, {*new.seeds}, {*old.seeds}
+        looks, levels, mine, theirs = by_seeds, SEED_LOOKS, {*new.seeds}, {*old.seeds}
         more, more_of_old = max(0, RUNS - max(looks, new.runs)), 0  # chosen seeds may never meet
         again = f"make run {'AGAIN' if theirs - mine else 'REFERENCE' if mine - theirs else 'PAIR'}=1"
     if new.busy[-1] or old.busy[-1]:
         again = "make run PAIR=1"
     explains = new.disturbed if result.gain <= 0 else old.disturbed
     if explains and not pairs:
-        result.word, result.next, result.rule = "rerun", "make run PAIR=1", f"the machine was shared: {explains}"
-        return result
+        return replace(result, word="rerun", next="make run PAIR=1", rule=f"the machine was shared: {explains}")
     by_pairs = bool(pairs) and bool(new.disturbed or old.disturbed or 2 / len(pairs) < spread**2)
     if by_pairs:  # both ends of a pair were disturbed alike
         differences = np.array([a[0] - b[0] for a, b in pairs])
@@ -210,9 +208,9 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         sigma = own if math.isnan(sigma) or own > sigma else sigma
         looks, levels, spread, again = len(pairs), PAIR_LOOKS, math.sqrt(2 / len(pairs)), "make run PAIR=1"
         more, more_of_old = 2 * max(0, RUNS - len(pairs)), 0
-        result.notes.append(f"by {len(pairs)} pair{'s' * (len(pairs) > 1)}, run in turn")
+        result.notes.append(f"by {counted(len(pairs), 'pair')}, run in turn")
     elif by_seeds:
-        words = f"by {looks} equal seed{'s' * (looks > 1)}, which leave ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
+        words = f"by {counted(looks, 'equal seed')}, which leave ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
         result.notes.append(words)
     # figures are told to six places: a limit is met where they meet it
     result.gain, result.faster = round(result.gain, 9), round(result.faster, 9)
@@ -237,19 +235,15 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
             elif not noise.same_seed_df and sum(at_equal_seeds(new, old)) > 0:
                 why = "it is better at equal seeds, and what the seed makes is not known yet"
         if (why and more) or (not seen and more_of_old):
-            result.word, result.next = "rerun", again
-            needed = runs(more_of_old + (more if why else 0), "more ") + (" of the reference" if not why else "")
-            result.rule = f"{why or told}; at most {needed} to settle it"
-            return result
+            needed = counted(more_of_old + (more if why else 0), "more run") + (" of the reference" if not why else "")
+            return replace(result, word="rerun", next=again, rule=f"{why or told}; at most {needed} to settle it")
     elif any((*new.busy, *old.busy)):
-        result.word, result.next, result.rule = "rerun", again, "the machine was shared, and noise is unknown"
-        return result
+        return replace(result, word="rerun", next=again, rule="the machine was shared, and noise is unknown")
     else:
         result.notes.append(f"noise is unknown: make run REFERENCE=1 N={REFERENCE_RUNS} measures it")
         seen = (result.gain > SAME) - (result.gain < -SAME)
         if not seen and looks < 2 and not faster:
-            result.word, result.next, result.rule = "rerun", again, f"within {SAME} and noise is unknown: look twice"
-            return result
+            return replace(result, word="rerun", next=again, rule=f"within {SAME} and noise is unknown: look twice")
     result.word, result.rule = table(seen, result.gain, earned, simpler)
     if df and not seen and result.word == "discard":
         result.rule += f" ({z:+.1f} standard errors)"
@@ -316,12 +310,15 @@ def quiet_noise(like):
 
 
 def of_attempt(sitting, attempt, rows):
-    """The `Verdict` on a run of the session `sitting`, its reference's row and its record. rows: those before it."""
+    """The `Verdict` on a run of the session `sitting`, its reference's row, its record, and one of the reference.
+
+    rows: of the table. What was logged is compared with those above its own.
+    """
     run = session.record_of(attempt)
     if run is None:
         words = "the record of the newest run is gone from data/, or was changed: make run AGAIN=1"
         raise Refused(typed(words, attempt))
-    row = sitting.reference(rows, attempt["commit"])
+    row = sitting.reference(rows[: attempt["row"] - 1] if attempt.get("row") else rows, attempt["commit"])
     if row is None:
         words = "nothing was kept before: it becomes what all is compared with"
         return Verdict("keep", words, new=side(run["train_blob"], run)[0]), None, run, None
@@ -379,11 +376,6 @@ def of_attempt(sitting, attempt, rows):
     return verdict, row, run, other
 
 
-def rows_before(attempt, rows):
-    """The rows that a run is compared with: once logged, those above its own."""
-    return rows[: attempt["row"] - 1] if attempt["row"] else rows
-
-
 def change(verdict):
     """The figures that decide, and how they moved, in words."""
     new, old = verdict.new, verdict.old
@@ -392,7 +384,7 @@ def change(verdict):
         error = "" if math.isnan(verdict.error) else f" ± {verdict.error:.6f}"
         bpb += f" ({-verdict.gain:+.6f}{error})"
         rate += f" ({100 * verdict.faster:+.1f} %)"
-    return f"{bpb}, {rate}, {runs(new.runs)}" + (f" against {old.runs}" if old else "")
+    return f"{bpb}, {rate}, {counted(new.runs, 'run')}" + (f" against {old.runs}" if old else "")
 
 
 def same_seed(noise):
@@ -403,10 +395,6 @@ def same_seed(noise):
 def typed(text, attempt):
     """A text in which commands that start a run have what was given for this one, else the two would not compare."""
     return re.sub(r"make (run|baseline)( [A-Z]+=\w+)*", lambda command: command[0] + attempt.get("given", ""), text)
-
-
-def runs(count, word=""):
-    return f"{count} {word}run" + "s" * (count != 1)
 
 
 def show(args):
@@ -421,7 +409,7 @@ def show(args):
     if status != "valid":
         raise Refused(f"the newest run has no valid result ({status}): make log-result STATUS=crash DESC=…")
     rows, problems = sitting.rows()
-    verdict, row, _, _ = of_attempt(sitting, attempt, rows_before(attempt, rows))
+    verdict, row, _, _ = of_attempt(sitting, attempt, rows)
     print(verdict.word)
     print(f"rule     {verdict.rule}")
     print(f"run      {(attempt['commit'] or '0' * 7)[:7]}  {change(verdict)}")
@@ -435,6 +423,4 @@ def show(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
-    run_command(show, parser.parse_args())
+    run_command(show, options(__doc__).parse_args())

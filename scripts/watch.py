@@ -5,14 +5,13 @@ usage: watch.py --tag TAG
 It reads files and nothing else, so a run does not notice it.
 """
 
-import argparse
 import os
 import shutil
 import sys
 import time
 from datetime import datetime
 
-from session import PROGRESS, Session, one_line, record, run_command
+from session import PROGRESS, Session, blanked, cut, one_line, options, record, run_command
 
 EVERY = 1.0  # seconds
 ROWS = 10
@@ -23,7 +22,7 @@ def screen(sitting, width, height):
     rows, attempts = sitting.rows()[0], sitting.attempts()
     kept = [row for row in rows if row.status == "keep"]
     best = min(kept, key=lambda row: row.bpb, default=None)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = os.getloadavg()[0]
     lines = [f"{sitting.tag}  {len(rows)} experiments, {len(kept)} kept   load {load:.1f} of {os.cpu_count()}"]
     if best:
         lines.append(f"best   {best.bpb:.6f}  ({best.bpb - kept[0].bpb:+.6f} to the baseline), row {best.number}")
@@ -35,12 +34,7 @@ def screen(sitting, width, height):
         lines.append(f"{row.number:4}{mark} {row.status:8}{value:>9}  {row.description}")
     if not rows:
         lines.append("no results yet")
-    return [one_screen_line(line, width) for line in lines][:height]
-
-
-def one_screen_line(line, width):
-    plain = "".join(c if c.isprintable() else " " for c in line)
-    return plain if len(plain) <= width else plain[: width - 1] + "…"
+    return [cut(blanked(line), width) for line in lines][:height]
 
 
 def running(attempts, width):
@@ -82,6 +76,4 @@ def watch(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tag", default="none")
-    run_command(watch, parser.parse_args())
+    run_command(watch, options(__doc__).parse_args())

@@ -1,6 +1,7 @@
 """Whatever ends a command, and wherever: the same command again ends well, and nothing is lost or there twice."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -144,3 +145,17 @@ def test_a_lock_of_a_git_at_work_stays(session):
     assert "git is at work, or was cut off" in done.stderr and "index.lock" in done.stderr and held.exists()
     (session.path / "done").touch()
     work.wait()
+
+
+@pytest.mark.slow
+def test_a_git_whose_folder_cannot_be_told_may_be_here(session, tmp_path):
+    """Another user's, say, on a machine without lsof: that is missed in silence."""
+    for name in ("bash", "dirname", "find", "ps", "sed", "sleep", "sort", "tr"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    (tmp_path / "readlink").symlink_to(shutil.which("false"))
+    held = session.path / ".git" / "index.lock"
+    held.touch()
+    with subprocess.Popen(["git", "cat-file", "--batch"], cwd=session.path, stdin=subprocess.PIPE) as work:
+        done = session.run("scripts/git-locks.sh", ".git", ".git", check=1, PATH=str(tmp_path))
+        work.stdin.close()
+    assert done.stderr == "error: git is at work, or was cut off; if it was, remove .git/index.lock\n" and held.exists()
