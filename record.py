@@ -594,7 +594,7 @@ def at_equal_steps(new, old):
 
     Two runs of one seed that take as many tokens a step see the same text at the same step, so the difference
     of their losses is nearly free of noise, and does not know how fast the machine was. Only the steps of the
-    first half of the budget count, in which no run has begun to lower its rates, and of those the later half. The
+    first half of the budget count, in which the presets do not lower their rates yet, and of those the later half. The
     error is that of the mean of what are then correlated bins, by the batch means of four stretches.
     """
     curves = [r.get("curve") or {} for r in (new, old)]

@@ -27,7 +27,7 @@ def lines(night):
         found.append("kept, the oldest first:" + left_out(night.chain[1:], KEPT))
         found += [entry(e) for e in night.chain[1:][-KEPT:]]
     if night.near_misses:
-        found.append("near misses, within the noise:" + left_out(night.near_misses, NEAR))
+        found.append("near misses, within the noise, or undecided:" + left_out(night.near_misses, NEAR))
         found += [entry(e) for e in night.near_misses[:NEAR]]
     groups = list(night.dead_ends.items())
     if groups:
@@ -58,7 +58,10 @@ def standing(night):
         after = "" if math.isnan(worth) else f"; after the winner's curse {worth:+.6f}"
         runs = counted(best.count, "run")
         found.append(f"best     {best.bpb:.6f} ({best.commit}, {runs}), gain {gain:+.6f}{width}{after}")
-    if (noise := night.noise).df:
+    if (noise := night.noise).df == 1:
+        words = night.typed("its size is hardly known: make run REFERENCE=1 N=4")
+        found.append(f"noise    of a run {noise.bpb:.6f} by two runs of one program; {words}")
+    elif noise.df:
         seen = wide(noise.bpb, noise.df, verdict.LOOKS[0][1]) * math.sqrt(1 + 1 / max(1, night.kept[-1].count))
         if noise.same_seed_df:
             seen = min(seen, wide(noise.same_seed, noise.same_seed_df, verdict.SEED_LOOKS[0][1]) * math.sqrt(2))

@@ -134,6 +134,7 @@ def intended(sitting, attempt, args):
         "verdict": decision and decision.word, "rule": decision and decision.rule,
         "reference": reference and reference.commit,
         "gain": decision.gain if decision and decision.old else None,
+        "error": decision.error if decision and decision.error > 0 else None, "pairs": decision and decision.pairs,
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
         "table_at": record.end_of(sitting.table, HEADER + "\n"),
         "journal_at": record.end_of(JOURNAL / journal, f"# Research journal, {datetime.now():%Y-%m-%d}\n"),

@@ -74,8 +74,14 @@ class Experiment:
         return [a for a in self.attempts if a["status"] not in ("valid", "running")]
 
     @property
+    def undecided(self):
+        """Whether it was given up before the runs that its verdict asked for."""
+        return (self.event.get("verdict"), self.status) == ("rerun", "discard")
+
+    @property
     def overruled(self):
-        return self.event.get("verdict") in ("keep", "discard", "rerun") and self.event["verdict"] != self.status
+        judged = self.event.get("verdict") in ("keep", "discard", "rerun")
+        return judged and self.event["verdict"] != self.status and not self.undecided
 
     @property
     def seconds(self):
@@ -222,8 +228,12 @@ class Night:
     def compare(self, new, old, noise):
         """(how much lower the first one's val_bpb is, its standard error, the degrees of freedom of that).
 
-        The error is nan where the noise is unknown.
+        The error is nan where the noise is unknown. What pairs decided keeps their figures: beside a load that comes
+        and goes, other runs do not compare.
         """
+        gain, error, pairs = (new.event.get(key) for key in ("gain", "error", "pairs"))
+        if pairs and isinstance(gain, float):
+            return gain, max(noise.bpb * math.sqrt(2 / pairs), error or 0.0), noise.df
         if new.side and old.side:
             gain, sigma, df, spread, _ = verdict.difference(new.side, old.side, noise)
             return gain, sigma * spread, df
@@ -255,8 +265,8 @@ class Night:
 
     @property
     def near_misses(self):
-        """Discarded, and better than its reference by what noise can explain; the most promising first."""
-        close = [e for e in self.experiments if e.status == "discard" and e.gain > 0]
+        """Discarded, and better than its reference by what noise can explain, or undecided; the best first."""
+        close = [e for e in self.experiments if e.status == "discard" and (e.gain > 0 or e.undecided)]
         return sorted(close, key=lambda e: -(e.gain / e.error if e.error > 0 else e.gain))
 
     @property
@@ -280,7 +290,7 @@ class Night:
         text = self.texts.get(self.first.blob) if self.first else None
         parts = [part for part in dict.fromkeys(parts_of(text or "")) if part and part not in self.touched]
         whole = {part.split(".")[0] for part in parts if "." in part}  # of a class its methods are named
-        return [part for part in parts if part not in (whole | {"DATASET"}) and "__init__" not in part]
+        return [part for part in parts if part not in (whole | {"DATASET", "GPU", "CUDA"}) and "__init__" not in part]
 
     @property
     def since_gain(self):

@@ -131,6 +131,8 @@ class Page:
                          "those runs count only where a program has no others.")  # fmt: skip
         if over := [e.number for e in n.experiments if e.overruled]:
             found.append(f"The verdict was overruled in {len(over)}: " + ", ".join(map(str, over[:12])) + ".")
+        if left := [e.number for e in n.experiments if e.undecided]:
+            found.append("Given up before the runs that the verdict asked for: " + ", ".join(map(str, left[:12])) + ".")
         if few := [e.number for e in n.chain if e.count < verdict.RUNS]:
             found.append(f"Kept by fewer than {verdict.RUNS} runs: " + ", ".join(map(str, few)) + ".")
         looks = sum(event["event"] == "holdout" for event in n.events)

@@ -32,12 +32,13 @@ def table(night):
         steps = str(round(np.mean([r["training"]["total_steps"] for r in e.runs]))) if e.runs else ""
         changed = f"+{e.added}/-{e.removed}" if e.before and e.blob in night.texts else ""
         marks = "*" if e is night.best else " "
-        marks += ("!" if e.overruled else " ") + ("b" if e.runs and all(map(verdict.busy, e.runs)) else " ")
+        marks += ("!" if e.overruled else "?" if e.undecided else " ") + ("b" if e.runs and all(map(verdict.busy, e.runs)) else " ")
         figures = f"{e.bpb:>9.6f} {gain:>9} {e.count or '':>4} {spread:>8} {e.memory:>5} {e.rate:>9.0f}"
         print(f"{e.number:3}{marks:4}{e.commit:8}{figures} {steps:>6} {changed:>8}  {e.status:8}{e.description}")
     if night.best:
         tried = len(night.experiments)
-        print(f"* best of {len(night.kept)} kept, {tried} tried; ! the verdict was overruled; b the machine was shared")
+        print(f"* best of {len(night.kept)} kept, {tried} tried; ! the verdict was overruled; ? undecided; b the machine "
+              "was shared")  # fmt: skip
         print(standing(night))
 
 

@@ -17,7 +17,7 @@ def lines(sitting, attempt, baseline=False):
     if attempt["status"] != "valid":
         return failure(attempt, verdict.typed("make baseline", attempt) if baseline else None)
     run = session.record_of(attempt)
-    disturbed = [f"busy     {words}{alone(attempt, run)}"] if (words := verdict.busy(run)) else []
+    disturbed = [f"busy     {words}{alone(attempt, run, baseline)}"] if (words := verdict.busy(run)) else []
     if attempt["role"] == "reference" and not attempt["pair"]:
         return [brief(attempt), *disturbed, standing(attempt["train_blob"], run)]
     if attempt["role"] == "reference":  # the other half of a pair came before it
@@ -50,10 +50,12 @@ def lines(sitting, attempt, baseline=False):
     return [*found, f"next     {wanted}"]
 
 
-def alone(attempt, run):
-    """What is added where a disturbed run does not count, because the program has quiet ones."""
-    quiet = verdict.side(attempt["train_blob"], run)[0].quiet
-    return f"; this run (val_bpb {record.bpb(run):.6f}) does not count beside its quiet ones" if quiet else ""
+def alone(attempt, run, baseline):
+    """What is added where a disturbed run does not count, because the program has quiet ones, or need not count."""
+    if verdict.side(attempt["train_blob"], run)[0].quiet:
+        return f"; this run (val_bpb {record.bpb(run):.6f}) does not count beside its quiet ones"
+    again = verdict.typed("make run REFERENCE=1", attempt)
+    return f"; when it is quiet, {again} makes one that counts instead" if baseline else ""
 
 
 def figures(run, decision, old):

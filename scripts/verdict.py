@@ -134,6 +134,7 @@ class Verdict:
     gain: float = 0.0  # bits per byte; above 0 the candidate is better
     error: float = math.nan  # its standard error
     faster: float = 0.0  # share of throughput won
+    pairs: int = 0  # run in turn, by which it was decided
     notes: list = field(default_factory=list)
 
 
@@ -195,9 +196,11 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         again = "make run PAIR=1"
     explains = new.disturbed if result.gain <= 0 else old.disturbed
     if explains and not pairs:
-        return replace(result, word="rerun", next="make run PAIR=1", rule=f"the machine was shared: {explains}")
-    by_pairs = bool(pairs) and bool(new.disturbed or old.disturbed or 2 / len(pairs) < spread**2)
-    if by_pairs:  # both ends of a pair were disturbed alike
+        words = f"the machine was shared: {explains}; at most {counted(RUNS, 'pair')} to settle it"
+        return replace(result, word="rerun", next="make run PAIR=1", rule=words)
+    # Both ends of a pair were disturbed alike; without a load pairs decide where they are no less sharp than all runs.
+    by_pairs = bool(pairs) and bool(new.disturbed or old.disturbed or 2 / len(pairs) < 1.001 * spread**2)
+    if by_pairs:
         differences = np.array([a[0] - b[0] for a, b in pairs])
         result.gain, result.faster = -float(differences.mean()), float(np.mean([a[1] / b[1] for a, b in pairs])) - 1
         result.new = Side([a[0] for a, _ in pairs], [a[1] for a, _ in pairs], lines=new.lines)
@@ -208,6 +211,7 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         sigma = own if math.isnan(sigma) or own > sigma else sigma
         looks, levels, spread, again = len(pairs), PAIR_LOOKS, math.sqrt(2 / len(pairs)), "make run PAIR=1"
         more, more_of_old = 2 * max(0, RUNS - len(pairs)), 0
+        result.pairs = len(pairs)
         result.notes.append(f"by {counted(len(pairs), 'pair')}, run in turn")
     elif by_seeds:
         words = f"by {counted(looks, 'equal seed')}, which leave ± {sigma:.6f} of a run's ± {noise.bpb:.6f}"
@@ -238,7 +242,10 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
             needed = counted(more_of_old + (more if why else 0), "more run") + (" of the reference" if not why else "")
             return replace(result, word="rerun", next=again, rule=f"{why or told}; at most {needed} to settle it")
     elif any((*new.busy, *old.busy)):
-        return replace(result, word="rerun", next=again, rule="the machine was shared, and noise is unknown")
+        words = "the machine was shared, and noise is unknown"
+        if by_pairs:
+            words += f": at most {counted(RUNS - len(pairs), 'more pair')} to settle it"
+        return replace(result, word="rerun", next=again, rule=words)
     else:
         result.notes.append(f"noise is unknown: make run REFERENCE=1 N={REFERENCE_RUNS} measures it")
         seen = (result.gain > SAME) - (result.gain < -SAME)
@@ -355,22 +362,25 @@ def of_attempt(sitting, attempt, rows):
             pairs.append(tuple((record.bpb(end), record.tok_sec(end)) for end in (a, b)))
     twin = next((r for r in sorted(old_runs, key=lambda r: bool(busy(r))) if r["seed"] == run["seed"]), None)
     equal = record.at_equal_steps(run, twin) if twin else None
-    quiet = [r for r in old_runs if not busy(r)] or old_runs
-    other = twin or (quiet[-1] if quiet else None)
+    used = [old_runs[i] for i in old.used] if old_runs else []  # what is shown is shown beside a run that counts
+    other = next((r for r in used if r["seed"] == run["seed"]), used[-1] if used else None)
     twins = ((a, b) for a in (run, *new_runs) for b in old_runs if a["seed"] == b["seed"])
     shown = next(filter(None, (record.at_equal_steps(a, b) for a, b in twins)), None)
     verdict = decide(new, old, noise, pairs, equal, not_earned(run, other, shown))
     if load:
-        words = f"beside an even load: others used {sum(load) / 2:.1f} cores; runs that had more or less count not"
-        verdict.notes.append(words)
-    gap = other and record.held_out_gap(run, other)
+        apart = len(new.bpbs) + len(old.bpbs) - new.runs - old.runs
+        words = f"; {counted(apart, 'run')} that had more or less left out" if apart else ""
+        verdict.notes.append(f"beside an even load: others used {sum(load) / 2:.1f} cores{words}")
+    gap = other and record.held_out_gap(run, twin or other)
     if gap and abs(gap[0]) > max(GAP_SIGMAS * gap[1], SAME):
         verdict.word, verdict.next = "discard", ""
         verdict.rule = "validation and sealed rows of the test split moved apart, as where held-out text was learnt"
     if equal:
-        verdict.notes.append(f"at equal steps training loss differs by {equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
+        words = f"at equal steps training loss differs by {equal[0]:+.4f} ± {equal[1]:.4f} nats a token"
+        verdict.notes.append(f"{words}, in the second quarter of the budget")
     if on_rows := other and record.on_same_rows(run, other):
-        verdict.notes.append(f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}")
+        words = "" if new.runs == old.runs == 1 else f" from one run of it, seed {other['seed']}"
+        verdict.notes.append(f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}{words}")
     if not old_runs:
         verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")
     return verdict, row, run, other

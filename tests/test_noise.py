@@ -403,6 +403,15 @@ def test_pairs_decide_beside_a_load():
     assert in_pairs(*[4 * SIGMA] * 3, ratio=0.8).word == "judge"  # and costs what it costs
 
 
+@pytest.mark.parametrize("count", range(1, 7))
+def test_pairs_decide_where_all_runs_are_no_sharper(count):
+    """Whether one, two or four pairs are all there is, without a load: no rounding may choose between the two."""
+    pairs = [((1.49, 1000), (1.5, 1000))] * count
+    new, old = (Side([bpb] * count, [1000] * count) for bpb in (1.49, 1.5))
+    assert decide(new, old, KNOWN, pairs).pairs == count
+    assert decide(new, Side([1.5] * (count + 1), [1000] * (count + 1)), KNOWN, pairs).pairs == 0
+
+
 def test_pairs_with_unknown_noise():
     found = in_pairs(0.05, noise=UNKNOWN)
     assert (found.word, found.next) == ("rerun", "make run PAIR=1") and "unknown" in found.rule
@@ -478,6 +487,17 @@ def judged(monkeypatch):
         return verdict.of_attempt(Sitting(pairs), {"commit": "abc"}, [])[0]
 
     return judge
+
+
+def test_what_is_shown_beside_a_load_is_shown_beside_a_run_that_counts(judged):
+    """The baseline ran before the load came: that the candidate has its seed does not make the two comparable."""
+    rows = np.random.default_rng(0).normal(100, 10, 50)
+    loads = {others: {"machine": {"other_cores": others, "cores": 2}} for others in (0.4, 1.0)}
+    old = [run(1.3, rows=rows - 20, **loads[0.4]), *(run(1.5, seed=s, rows=rows, **loads[1.0]) for s in (43, 44, 45))]
+    found = judged([run(1.51, blob="new", rows=rows + 1, **loads[1.0])], old)
+    assert "beside an even load: others used 1.0 cores; 1 run that had more or less left out" in found.notes
+    assert "on the same rows val_bpb differs by +0.010000 ± 0.000000 from one run of it, seed 45" in found.notes
+    assert found.old.runs == 3 and not any("left out" in note for note in judged([run(blob="new")], old[1:]).notes)
 
 
 def test_first_comes_again_then_a_shared_machine_then_noise_then_the_table(judged):

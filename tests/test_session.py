@@ -178,6 +178,33 @@ def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
     done = session.experiment(f"prepare.finish(1.6, {busy})")
     assert "busy     other processes used 1.1 of 2 cores" in done.stdout
     assert "verdict  rerun: the machine was shared" in done.stdout and "next     make run PAIR=1" in done.stdout
+    assert "at most 3 pairs to settle it" in done.stdout
+
+
+def test_what_pairs_decided_stays_as_they_found_it(checkout):
+    """Later runs of the reference, under a load that changes a little, say nothing against a pair."""
+
+    def program(name, *runs):
+        file = checkout.path / name
+        file.write_text(" ".join(runs))
+        return (f"from pathlib import Path\nfile = Path({str(file)!r})\nnow, *left = file.read_text().split()\n"
+                "file.write_text(' '.join(left))\nbpb, others = map(float, now.split('/'))\n"
+                "prepare.finish(bpb, machine={'cores': 2, 'other_cores': others})")  # fmt: skip
+
+    checkout.write_train(program("reference", "1.3/0.7", "1.40/1.2", "1.50/1.2"))
+    told = checkout.make("baseline", check=0).stdout
+    assert "used 0.7 of 2 cores; when it is quiet, make run REFERENCE=1 makes one that counts instead" in told
+    checkout.write_train(program("candidate", "1.39/1.2"))
+    done = checkout.script("run", PAIR="1", check=0)
+    assert "note     by 1 pair, run in turn" in done.stdout and "at most 2 more pairs to settle it" in done.stdout
+    checkout.make("log-result", "STATUS=discard", "DESC=no time for more", check=0)
+    checkout.make("run", "REFERENCE=1", check=0)
+    shown = checkout.make("results", check=0).stdout
+    line = next(line for line in shown.splitlines() if "no time for more" in line)
+    assert "+0.010000" in line and line.split()[1] == "?b" and "? undecided" in shown  # given up is not refuted
+    told = checkout.make("brief", check=0).stdout
+    assert "or undecided:\n    2  +0.0100" in told and "dead ends" not in told
+    assert "by two runs of one program; its size is hardly known: make run REFERENCE=1 N=4" in told
 
 
 @pytest.mark.slow
