@@ -247,6 +247,13 @@ def bits_and_bytes(nats, rows, tokenizer):
     return bits, counted.sum(axis=1, dtype=np.int64)
 
 
+def score_test(model, rows, tokenizer, batch_size):
+    """`bits_and_bytes` of rows of the test split, for the sealed sample and for holdout.py."""
+    with evaluation_mode(model):
+        nats = score_rows(model, rows, tokenizer, batch_size)
+    return bits_and_bytes(nats, rows, tokenizer)
+
+
 def bits_per_byte(bits, size):
     """The ratio of sums and its standard error, rows as the independent unit (delta method).
 
@@ -454,6 +461,8 @@ class Run:
         sketches = group.weight_sketches(parameters)
         evaluation, sealed, reason = None, None, None
         try:
+            with checks.harness_reads():  # anew, since train.py had them in its hands
+                self.tokenizer, self.cache = Tokenizer.load(self.dataset), TokenCache.load(self.dataset)
             with group.agreement(checks.Refused):
                 checks.paused(seen["paused_seconds"], self.budget)
                 checks.clock(seconds, self._clocks, clocks)
@@ -463,14 +472,14 @@ class Run:
                 checks.budget(self.budget, seconds, step_ends)
                 checks.first_loss(self._curve[0][1], self.cache)
                 checks.one_model(sketches)
-            evaluation = evaluate_bpb(model, Tokenizer.load(self.dataset), batch_size)
+            evaluation = evaluate_bpb(model, self.tokenizer, batch_size)
             self._verifier.join()
             with group.agreement(checks.Refused):
                 checks.data(served, self.cache, self._changed_file, self._opened.strange())
                 checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, checks.definitions(*HARNESS_MODULES))
             with checks.harness_reads():
                 rows = sealed_rows(self.cache, self.dataset, len(evaluation.row_bits))
-            bits, size = self._score_test(model, batch_size, rows)
+            bits, size = score_test(model, rows, self.tokenizer, batch_size)
             mask = np.random.default_rng(int(self.cache.hash[:16], 16)).uniform(0, 2**12, len(bits))
             sealed = bits + mask, size  # differences of two runs are as they were, and no figure can be read off
         except checks.Refused as refused:
@@ -478,7 +487,7 @@ class Run:
         if group.told("holdout" * HOLDOUT)[0] and not reason:
             with checks.harness_reads():
                 rows = evaluation_rows(self.cache, self.dataset, "test")
-            bpb, stderr = bits_per_byte(*self._score_test(model, batch_size, rows))
+            bpb, stderr = bits_per_byte(*score_test(model, rows, self.tokenizer, batch_size))
             if not group.RANK:
                 record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
         self._end(
@@ -496,12 +505,6 @@ class Run:
             evaluation=evaluation,
             sealed=sealed,
         )
-
-    def _score_test(self, model, batch_size, rows):
-        """`bits_and_bytes` of rows of the test split, for the sealed sample and for holdout.py."""
-        with evaluation_mode(model):
-            nats = score_rows(model, rows, self.tokenizer, batch_size)
-        return bits_and_bytes(nats, rows, self.tokenizer)
 
     def _end(self, reason, model, machine, steps=0, tokens=0, seconds=0.0, train_peak=0, evaluation=None, sealed=None):
         """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run.

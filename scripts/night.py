@@ -84,6 +84,10 @@ class Experiment:
         return judged and self.event["verdict"] != self.status and not self.undecided
 
     @property
+    def mark(self):
+        return "?" if self.undecided else "!" if self.overruled else ""
+
+    @property
     def seconds(self):
         """That all its attempts took, start-up, evaluation and repeats with them."""
         return sum(a.get("wall_seconds") or 0.0 for a in self.attempts)

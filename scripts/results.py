@@ -31,14 +31,13 @@ def table(night):
         spread = f"{e.spread:.6f}" if e.count > 1 else ""
         steps = str(round(np.mean([r["training"]["total_steps"] for r in e.runs]))) if e.runs else ""
         changed = f"+{e.added}/-{e.removed}" if e.before and e.blob in night.texts else ""
-        marks = "*" if e is night.best else " "
-        marks += ("!" if e.overruled else "?" if e.undecided else " ") + ("b" if e.runs and all(map(verdict.busy, e.runs)) else " ")
+        shared = e.runs and all(map(verdict.busy, e.runs))
+        marks = ("*" if e is night.best else " ") + (e.mark or " ") + ("b" if shared else " ")
         figures = f"{e.bpb:>9.6f} {gain:>9} {e.count or '':>4} {spread:>8} {e.memory:>5} {e.rate:>9.0f}"
         print(f"{e.number:3}{marks:4}{e.commit:8}{figures} {steps:>6} {changed:>8}  {e.status:8}{e.description}")
     if night.best:
         tried = len(night.experiments)
-        print(f"* best of {len(night.kept)} kept, {tried} tried; ! the verdict was overruled; ? undecided; b the machine "
-              "was shared")  # fmt: skip
+        print(f"* best of {len(night.kept)} kept, {tried} tried; ! verdict overruled; ? undecided; b the machine was shared")
         print(standing(night))
 
 
