@@ -37,7 +37,7 @@ def table(night):
         print(f"{e.number:3}{marks:4}{e.commit:8}{figures} {steps:>6} {changed:>8}  {e.status:8}{e.description}")
     if night.best:
         tried = len(night.experiments)
-        print(f"* best of {len(night.kept)} kept, {tried} tried; ! verdict overruled; ? undecided; b the machine was shared")
+        print(f"* best of {len(night.kept)} kept, {tried} tried; ! verdict overruled; ? undecided; b shared machine")
         print(standing(night))
 
 
