@@ -278,7 +278,7 @@ class Night:
         """{part of train.py: the discarded and crashed experiments that changed it most}, the largest group first."""
         groups = {}
         for e in self.experiments:
-            if e.status != "keep" and e not in self.near_misses[:8]:
+            if e.status != "keep" and not e.undecided and e not in self.near_misses[:8]:
                 groups.setdefault(e.parts[0] if e.parts else "?", []).append(e)
         return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 

@@ -237,7 +237,9 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
             note("logging", id=stamp, row=row, number=row, line=line, row_status=facts["status"], commit=commit,
                  train_blob=p.blob, description=words, verdict=decision.word if decision else None,
                  rule=decision.rule if decision else None, reference=commits[old.blob][:7] if old else None,
-                 gain=decision.gain if decision else None, found=found, question=question, entry=entry)  # fmt: skip
+                 gain=decision.gain if decision else None, pairs=decision and decision.pairs,
+                 error=decision.error if decision and decision.error > 0 else None, found=found,
+                 question=question, entry=entry)  # fmt: skip
             note("logged", id=stamp)
             table.append(line)
             journal.append(entry)
