@@ -49,13 +49,15 @@ HEAD_INIT = 0.001  # standard deviation of the head at the start: it begins by k
 X0_INIT = 0.1  # share of the first embedding that each layer begins by adding
 
 MATRIX_LR = 0.02 if CUDA else 0.03  # Muon, all matrices of the blocks
-EMBEDDING_LR = 0.3  # Adam, token and value embeddings (scaled with width^-0.5, as the next)
-HEAD_LR = 0.008  # Adam, output head, value gates and shifts
-X0_LR = 0.5  # Adam, x0_lambdas
-RESID_LR = 0.005  # Adam, resid_lambdas
-ADAM_BETAS = (0.8, 0.95)  # Adam; the second is Muon's second moment too
+EMBEDDING_LR = 0.3  # AdamW, token and value embeddings (scaled with width^-0.5, as the next)
+HEAD_LR = 0.008  # AdamW, output head, value gates and shifts
+X0_LR = 0.5  # AdamW, x0_lambdas
+RESID_LR = 0.005  # AdamW, resid_lambdas
+ADAM_BETAS = (0.8, 0.95)  # AdamW; the second is Muon's second moment too
 MOMENTUM = (0.85, 0.95, 300)  # Muon: from, to, over so many steps
 WEIGHT_DECAY = 0.1  # Muon; falls linearly to 0 over the budget
+EMBEDDING_DECAY = 0.002 if CUDA else 0.0  # AdamW, as a share of the rate; where a budget sees its text several times
+HEAD_DECAY = 0.01 if CUDA else 0.0
 WARMUP = 0.0  # first share of the budget, in which learning rates rise linearly
 WARMDOWN = 0.5  # last share of the budget, in which they fall linearly
 FINAL_LR = 0.0  # ... to this share of their value
@@ -366,18 +368,28 @@ def parameter_group(path, parameter):
     raise ValueError(f"parameter {path} {parameter.shape} is in no optimizer group: see parameter_group in train.py")
 
 
+class AdamW(optim.Adam):
+    """Adam with weight decay (arXiv:1711.05101), which is an array, so that all groups share their kernels."""
+
+    def __init__(self, learning_rate, decay=0.0):
+        super().__init__(learning_rate, ADAM_BETAS, eps=1e-10)  # its bias is corrected by the rate, see schedule
+        self.state["decay"] = mx.array(decay)
+
+    def apply_single(self, gradient, parameter, state):
+        return super().apply_single(gradient, parameter * (1 - self.learning_rate * self.state["decay"]), state)
+
+
 class GPTOptimizer:
     """An optimizer for each group of parameters, and the schedules that move all of them."""
 
     def __init__(self, model, n_embd, streams):
         width = (n_embd / 768) ** -0.5
-        adam = partial(optim.Adam, eps=1e-10)  # its bias is corrected by the rate, see schedule
         self.groups = {
             "matrices": Muon(MATRIX_LR, streams),
-            "embeddings": adam(EMBEDDING_LR * width, betas=ADAM_BETAS),
-            "head": adam(HEAD_LR * width, betas=ADAM_BETAS),
-            "x0": adam(X0_LR, betas=ADAM_BETAS),
-            "resid": adam(RESID_LR, betas=ADAM_BETAS),
+            "embeddings": AdamW(EMBEDDING_LR * width, EMBEDDING_DECAY),
+            "head": AdamW(HEAD_LR * width, HEAD_DECAY),
+            "x0": AdamW(X0_LR),
+            "resid": AdamW(RESID_LR),
         }
         self.rates = {name: optimizer.learning_rate.item() for name, optimizer in self.groups.items()}
         for name, parameters in self.by_group(model.trainable_parameters()).items():
@@ -408,7 +420,7 @@ class GPTOptimizer:
         """
         for name, optimizer in self.groups.items():
             optimizer.learning_rate = self.rates[name] * learning_rate_factor(progress)
-            if isinstance(optimizer, optim.Adam):  # its averages begin at zero
+            if isinstance(optimizer, AdamW):  # its averages begin at zero
                 first, second = (1 - beta ** (step + 1) for beta in optimizer.betas)
                 optimizer.learning_rate *= second**0.5 / first
         muon = self.groups["matrices"].state

@@ -66,8 +66,8 @@ class StackReference:
 
 
 class AdamReference:
-    def __init__(self, weight, rate, beta1, beta2):
-        self.weight, self.rate, self.betas = weight, rate, (beta1, beta2)
+    def __init__(self, weight, rate, beta1, beta2, decay=0.0):
+        self.weight, self.rate, self.betas, self.decay = weight, rate, (beta1, beta2), decay
         self.moments, self.steps = [np.zeros_like(weight)] * 2, 0
 
     def step(self, gradient, factor, momentum, decay):
@@ -76,16 +76,17 @@ class AdamReference:
         self.moments = [b * m + (1 - b) * g for b, m, g in zip(self.betas, self.moments, powers, strict=True)]
         first, second = (1 - b**self.steps for b in self.betas)  # the averages begin at zero
         root = (np.sqrt(self.moments[1]) + 1e-10) / np.sqrt(second)
-        self.weight = self.weight - self.rate * factor * (self.moments[0] / first) / root
+        shrunk = self.weight * (1 - self.rate * factor * self.decay * np.sqrt(second) / first)
+        self.weight = shrunk - self.rate * factor * (self.moments[0] / first) / root
 
 
 def reference_of(path, weight, n_embd):
     """Which rule and which rates a parameter has, told once more."""
     width = math.sqrt(768 / n_embd)
     if "embedding" in path:
-        return AdamReference(weight, train.EMBEDDING_LR * width, 0.8, 0.95)
+        return AdamReference(weight, train.EMBEDDING_LR * width, 0.8, 0.95, train.EMBEDDING_DECAY)
     if path == "head.weight" or "value_gate" in path or "shift" in path:
-        return AdamReference(weight, train.HEAD_LR * width, 0.8, 0.95)
+        return AdamReference(weight, train.HEAD_LR * width, 0.8, 0.95, train.HEAD_DECAY)
     if path == "x0_lambdas":
         return AdamReference(weight, train.X0_LR, 0.8, 0.95)
     if path == "resid_lambdas":
@@ -136,7 +137,10 @@ def assert_close(found, expected, path, rtol=1e-4):
     assert np.abs(found - expected).max() <= rtol * np.abs(expected).max(), path
 
 
-def test_every_group_follows_its_reference_through_a_whole_schedule():
+@pytest.mark.parametrize("decays", [(0.0, 0.0), (0.02, 0.1)])
+def test_every_group_follows_its_reference_through_a_whole_schedule(monkeypatch, decays):
+    monkeypatch.setattr(train, "EMBEDDING_DECAY", decays[0])
+    monkeypatch.setattr(train, "HEAD_DECAY", decays[1])
     model, optimizer = build()
     references = {path: reference_of(path, weight, 32) for path, weight in float64(model.parameters()).items()}
     shapes = {r.weight.shape for r in references.values() if not isinstance(r, AdamReference)}
