@@ -251,8 +251,7 @@ def main():
     parser.add_argument("--only", type=json.loads, metavar="OPTIONS", help="steps alone; options of Training, as JSON")
     if only := parser.parse_args().only:
         training = Training(**{"seconds": 3.0, **only})
-        per_token = flops_per_token(training.config, training.trainer.model.parameters())
-        print(json.dumps(training.figures | {"flops_per_token": per_token}))
+        print(json.dumps(training.figures))
         return
     figures, sizes, rows = {}, [], train.DEVICE_BATCH_SIZE
 

@@ -32,7 +32,6 @@ class Dataset:
     """One corpus and the sizes that every experiment on it shares."""
 
     name: str
-    summary: str
     vocab_size: int  # tokens, the special ones included
     sequence_length: int  # tokens of context in training and in evaluation
     eval_tokens: int  # validation tokens scored at the end of a run, at most
@@ -45,16 +44,16 @@ class Dataset:
 DATASETS = {
     d.name: d
     for d in (
-        Dataset("stdlib", "the running Python's own standard library; no network",
-                vocab_size=1024, sequence_length=256, eval_tokens=EVAL_UNIT // 2),
-        Dataset("climbmix", "web text, 10 of 6543 shards",
-                vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT,
+        # the running Python's own standard library; no network
+        Dataset("stdlib", vocab_size=1024, sequence_length=256, eval_tokens=EVAL_UNIT // 2),
+        # web text, 10 of 6543 shards
+        Dataset("climbmix", vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT,
                 repo="karpathy/climbmix-400b-shuffle", train_shards=10),
-        Dataset("tinystories", "short children's stories",
-                vocab_size=2048, sequence_length=512, eval_tokens=3 * EVAL_UNIT,
+        # short children's stories
+        Dataset("tinystories", vocab_size=2048, sequence_length=512, eval_tokens=3 * EVAL_UNIT,
                 repo="karpathy/tinystories-gpt4-clean", train_shards=20),
-        Dataset("files", "a folder of your own: FILES=dir with .parquet, .jsonl or .txt",
-                vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT, eval_fraction=1 / 20),
+        # a folder of your own: FILES=dir with .parquet, .jsonl or .txt
+        Dataset("files", vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT, eval_fraction=1 / 20),
     )
 }  # fmt: skip
 

@@ -457,7 +457,7 @@ class Run:
         steps, tokens = len(self._curve), self._curve[-1][2] if self._curve else 0
         served = self._stream.served() if self._stream else np.empty(0, np.uint64)
         if not group.RANK:
-            save_weights(parameters)
+            save_weights(parameters, self.train_blob)
         sketches = group.weight_sketches(parameters)
         evaluation, sealed, reason = None, None, None
         try:
@@ -565,12 +565,16 @@ class Run:
             sys.exit(2)
 
 
-def save_weights(parameters):
-    """Keep what was trained in data/last_run.safetensors, so that an evaluation which dies loses no training."""
+def save_weights(parameters, train_blob):
+    """Keep what was trained in data/last_run.safetensors, so that an evaluation which dies loses no training.
+
+    The file names the program that it is of: after a pair data/last_run.json may be another's.
+    """
     path = record.DATA / "last_run.safetensors"
     try:
         record.make_folder(record.DATA)
-        mx.save_safetensors(str(path.with_name(".part.safetensors")), dict(tree_flatten(parameters)))
+        arrays, of = dict(tree_flatten(parameters)), {"train_blob": train_blob}
+        mx.save_safetensors(str(path.with_name(".part.safetensors")), arrays, of)
         with checks.harness_reads():  # it opens them, to have them on the disk
             record.move_into_place(path.with_name(".part.safetensors"), path)
     except (OSError, RuntimeError, ValueError) as error:

@@ -7,8 +7,10 @@ was cut short is completed by the next one, and nothing is written twice.
 """
 
 import errno
+import json
 import shutil
 import subprocess
+from contextlib import suppress
 from datetime import datetime
 
 import session
@@ -179,10 +181,12 @@ def failed_before(sitting, attempt):
 
 
 def keep_weights(attempt):
-    """The weights of the newest kept run stay, as data/best.safetensors."""
-    newest = record.read_json(record.DATA / "last_run.json") or {}
-    weights = record.DATA / "last_run.safetensors"
-    if newest.get("run_id") == attempt["run_id"] and weights.exists():
+    """The weights of the newest kept program stay, as data/best.safetensors."""
+    weights, of = record.DATA / "last_run.safetensors", None
+    with suppress(OSError, ValueError, KeyError, TypeError), weights.open("rb") as file:  # none, or not the harness's
+        size = int.from_bytes(file.read(8), "little")
+        of = json.loads(file.read(min(size, 2**24)))["__metadata__"]["train_blob"]
+    if of == attempt["train_blob"]:
         record.move_into_place(weights, record.DATA / "best.safetensors")
 
 

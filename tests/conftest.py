@@ -153,7 +153,7 @@ def small_laboratory(folder, **constants):
     """A checkout of the whole project with the real harness, a small model and a small dataset, prepared."""
     checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
     with (checkout.path / "data_sources.py").open("a") as out:
-        out.write('DATASETS["files"] = Dataset("files", "", 400, 128, 4096, 1 / 20)\n')
+        out.write('DATASETS["files"] = Dataset("files", 400, 128, 4096, 1 / 20)\n')
     small = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "TOTAL_BATCH_SIZE": 512, **constants}
     (checkout.path / "train.py").write_text(set_constants((ROOT / "train.py").read_text(), **small))
     checkout.git("add", "-A")

@@ -35,18 +35,24 @@ def last_run(checkout):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_as_one_device_does(lab, ranks):
-    one = last_run(lab)
-    before = len(list((lab.path / "data").glob("run_*.json")))
-    lab.make("run", "BUDGET=1.5", "AGAIN=1", "SEED=42", f"NPROC={ranks}", check=0)
-    several = last_run(lab)
-    assert len(list((lab.path / "data").glob("run_*.json"))) == before + 1
+    def trained(budget, ranks):
+        before = len(list((lab.path / "data").glob("run_*.json")))
+        lab.make("run", f"BUDGET={budget}", "AGAIN=1", "SEED=42", f"NPROC={ranks}", check=0)
+        assert len(list((lab.path / "data").glob("run_*.json"))) == before + 1
+        return last_run(lab)
+
+    first = one = last_run(lab)
+    several = trained(1.5, ranks)
+    for budget in (6, 24):  # where a busy machine made few steps
+        if min(r["training"]["total_steps"] for r in (one, several)) < 8:
+            one, several = trained(budget, 1), trained(budget, ranks)
     assert several["group"] == {"backend": "ring", "size": ranks, "devices": [one["device"]["name"]] * ranks}
     assert record.differences(several, one) == [f"group is {record.group_words(several)}, was one device"]
     steps = min(len(one["curve"]["loss"]), len(several["curve"]["loss"]))
     assert steps > 5 and one["curve"]["steps_per_bin"] == several["curve"]["steps_per_bin"] == 1
     np.testing.assert_allclose(several["curve"]["loss"][:steps], one["curve"]["loss"][:steps], atol=1e-3)
     assert several["training"]["tokens_per_step"] == one["training"]["tokens_per_step"]
-    (lab.path / "data" / "last_run.json").write_text(json.dumps(one))  # for whoever comes next
+    (lab.path / "data" / "last_run.json").write_text(json.dumps(first))  # for whoever comes next
 
 
 PROGRAM = """

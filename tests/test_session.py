@@ -1,5 +1,6 @@
 """Setup, verdict, discard: the branch, and what git keeps of an experiment."""
 
+import json
 import re
 
 import pytest
@@ -171,6 +172,23 @@ def test_a_pair_runs_both_with_one_seed_and_turns_round(session):
     assert [event["role"] for event in begun] == ["reference", "candidate", "candidate", "reference"]
     assert [event["seed"] for event in begun] == [43, 43, 44, 44]
     assert begun[0]["pair"] == begun[1]["pair"] != begun[2]["pair"] == begun[3]["pair"]
+
+
+def test_what_is_kept_keeps_its_weights_whichever_run_was_the_last(session):
+    """After the reference's own run data/last_run.json is of another program than the weights beside it."""
+
+    def blob_of_the_best():
+        weights = (session.path / "data" / "best.safetensors").read_bytes()
+        return json.loads(weights[8:])["__metadata__"]["train_blob"]
+
+    session.write_train("prepare.finish(1.4)")
+    session.script("run", check=0)
+    session.make("run", "REFERENCE=1", check=0)
+    session.make("log-result", "STATUS=keep", "DESC=better", check=0)
+    kept = session.git("rev-parse", "HEAD:train.py")
+    assert blob_of_the_best() == kept
+    session.experiment("prepare.finish(1.6)", "discard")
+    assert blob_of_the_best() == kept
 
 
 def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
