@@ -70,8 +70,8 @@ def best_depth(tokens_of):
 
 def size_of(depth, vocab_size, sequence_length):
     """Of train.py's model at some depth: its parameters that take part in products (matrices of the blocks and the
-    head, without lookups and scalars), and the FLOPs of training on one token: as bench.flops_per_token counts, but with
-    every layer looking over all its context.
+    head, without lookups and scalars), and the FLOPs of training on one token, as bench.flops_per_token counts them if
+    every layer looks over all its context.
     """
     width = train.GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length, depth=depth).n_embd
     parameters = depth * (4 + 2 * train.MLP_RATIO) * width**2 + vocab_size * width
