@@ -29,15 +29,18 @@ def table(night):
     for e in night.experiments:
         gain = f"{e.gain:+.6f}" if e.before and e.status != "crash" else ""
         spread = f"{e.spread:.6f}" if e.count > 1 else ""
-        steps = str(round(np.mean([r["training"]["total_steps"] for r in e.runs]))) if e.runs else ""
+        steps = [r["training"]["total_steps"] for r in (e.runs[i] for i in e.side.used)] if e.runs else []
+        steps = str(round(np.mean(steps))) if steps else ""
         changed = f"+{e.added}/-{e.removed}" if e.before and e.blob in night.texts else ""
         shared = e.runs and all(map(verdict.busy, e.runs))
-        marks = ("*" if e is night.best else " ") + (e.mark or " ") + ("b" if shared else " ")
+        how = "p" if e.event.get("pairs") else "b" if shared else " "
+        marks = ("*" if e is night.best else " ") + (e.mark or " ") + how
         figures = f"{e.bpb:>9.6f} {gain:>9} {e.count or '':>4} {spread:>8} {e.memory:>5} {e.rate:>9.0f}"
         print(f"{e.number:3}{marks:4}{e.commit:8}{figures} {steps:>6} {changed:>8}  {e.status:8}{e.description}")
     if night.best:
         tried = len(night.experiments)
-        print(f"* best of {len(night.kept)} kept, {tried} tried; ! verdict overruled; ? undecided; b shared machine")
+        print(f"* best of {len(night.kept)} kept, {tried} tried; ! verdict overruled; ? undecided; b shared machine; "
+              "p gain by pairs")  # fmt: skip
         print(standing(night))
 
 

@@ -467,7 +467,7 @@ def main(args):
         attempt = run_once(sitting, role, commit, args.head, seed, pair)
         if attempt["status"] != "valid":
             break
-        if number < len(runs):
+        if number < len(runs) or attempt["pair"]:  # behind a pair the summary is of means
             tell(summary.brief(attempt))
     text = "\n".join(summary.lines(sitting, attempt, args.baseline))
     tell(text)

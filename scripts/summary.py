@@ -16,13 +16,14 @@ def lines(sitting, attempt, baseline=False):
     """The summary of a run (see run.py) in the session `sitting`."""
     if attempt["status"] != "valid":
         return failure(attempt, verdict.typed("make baseline", attempt) if baseline else None)
+    if attempt["role"] == "reference" and attempt["pair"]:  # its other half came before it
+        attempt = sitting.candidate()
     run = session.record_of(attempt)
     disturbed = [f"busy     {words}{alone(attempt, run, baseline)}"] if (words := verdict.busy(run)) else []
-    if attempt["role"] == "reference" and not attempt["pair"]:
-        return [brief(attempt), *disturbed, standing(attempt["train_blob"], run)]
-    if attempt["role"] == "reference":  # the other half of a pair came before it
-        attempt = sitting.candidate()
-        run = session.record_of(attempt)
+    if attempt["role"] == "reference":
+        waits = [a for a in sitting.attempts() if a["role"] == "candidate"][-1:]  # for what this run was made
+        then = ["next     make verdict" for a in waits if a["status"] == "valid" and not a.get("logged")]
+        return [brief(attempt), *disturbed, standing(attempt["train_blob"], run), *then]
     found = [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
     decision = row = old = refused = None
     try:
@@ -52,7 +53,7 @@ def lines(sitting, attempt, baseline=False):
 
 def alone(attempt, run, baseline):
     """What is added where a disturbed run does not count, because the program has quiet ones, or need not count."""
-    if verdict.side(attempt["train_blob"], run)[0].quiet:
+    if verdict.side(attempt["train_blob"], run)[0].quiet and not attempt["pair"]:
         return f"; this run (val_bpb {record.bpb(run):.6f}) does not count beside its quiet ones"
     again = verdict.typed("make run REFERENCE=1", attempt)
     return f"; when it is quiet, {again} makes one that counts instead" if baseline else ""

@@ -226,7 +226,8 @@ def decide(new, old, noise, pairs=(), equal_steps=None, unearned=None):
         high = in_t(high, df)
         z = result.gain / max(result.error, 1e-12)
         seen = 1 if z >= high else -1 if z <= -high else 0
-        told, why = f"noise could make this difference ({z:+.1f} standard errors, {high:.1f} are asked for)", ""
+        asked = f"{high:.1f} are asked for" if high < 50 else "but so few runs hardly tell what noise is"
+        told, why = f"noise could make this difference ({z:+.1f} standard errors, {asked})", ""
         if low <= z < high:
             why = told
         elif -high < z < low and (faster or simpler):
@@ -378,8 +379,11 @@ def of_attempt(sitting, attempt, rows):
     if equal:
         words = f"at equal steps training loss differs by {equal[0]:+.4f} ± {equal[1]:.4f} nats a token"
         verdict.notes.append(f"{words}, in the second quarter of the budget")
-    if on_rows := other and record.on_same_rows(run, other):
-        words = "" if new.runs == old.runs == 1 else f" from one run of it, seed {other['seed']}"
+    # Beside a run that had another load the load would be told, not the idea.
+    like_it = [r for r in used if alike(busy(r), busy(run))] or [r for r in old_runs if alike(busy(r), busy(run))]
+    partner = next((r for r in like_it if r["seed"] == run["seed"]), like_it[-1] if like_it else None)
+    if on_rows := partner and record.on_same_rows(run, partner):
+        words = "" if new.runs == old.runs == 1 else f" from one run of it, seed {partner['seed']}"
         verdict.notes.append(f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}{words}")
     if not old_runs:
         verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")

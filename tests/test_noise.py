@@ -498,6 +498,9 @@ def test_what_is_shown_beside_a_load_is_shown_beside_a_run_that_counts(judged):
     assert "beside an even load: others used 1.0 cores; 1 run that had more or less left out" in found.notes
     assert "on the same rows val_bpb differs by +0.010000 ± 0.000000 from one run of it, seed 45" in found.notes
     assert found.old.runs == 3 and not any("left out" in note for note in judged([run(blob="new")], old[1:]).notes)
+    old = [run(1.3, rows=rows - 20), run(1.5, seed=43, rows=rows, **loads[1.0]), run(1.3, seed=44, rows=rows - 20)]
+    found = judged([run(1.51, blob="new", seed=43, rows=rows + 1, **loads[1.0])], old)  # the newest is of a pair
+    assert any("on the same rows val_bpb differs by +0.010000" in note and "seed 43" in note for note in found.notes)
 
 
 def test_first_comes_again_then_a_shared_machine_then_noise_then_the_table(judged):

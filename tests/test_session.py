@@ -141,6 +141,18 @@ def test_throughput_is_shown_as_a_mean_where_val_bpb_is_one(session):
     assert "1100" in row and "1000" not in row
 
 
+def test_steps_are_those_of_the_runs_that_count(session):
+    (session.path / "ends").write_text("30/1.2 80/0")
+    session.write_train("now, *left = open('ends').read().split()\nopen('ends', 'w').write(' '.join(left))\n"
+                        "steps, load = map(float, now.split('/'))\n"
+                        "prepare.finish(1.4, steps=int(steps), machine={'cores': 2, 'other_cores': load})")  # fmt: skip
+    session.script("run", check=0)
+    session.make("log-result", "STATUS=keep", "DESC=x", check=0)
+    session.script("run", AGAIN="1", check=0)
+    row = re.search(r".* 1\.400000 .*", session.script("results", check=0).stdout)[0].split()
+    assert "80" in row and "55" not in row
+
+
 def test_only_a_seed_is_no_idea(session):
     session.write_train("def seed(n): pass\nseed(42)\nprepare.finish(1.4)")
     session.script("run", check=0)
@@ -183,7 +195,7 @@ def test_what_is_kept_keeps_its_weights_whichever_run_was_the_last(session):
 
     session.write_train("prepare.finish(1.4)")
     session.script("run", check=0)
-    session.make("run", "REFERENCE=1", check=0)
+    assert "next     make verdict" in session.make("run", "REFERENCE=1", check=0).stdout  # it was made for that
     session.make("log-result", "STATUS=keep", "DESC=better", check=0)
     kept = session.git("rev-parse", "HEAD:train.py")
     assert blob_of_the_best() == kept
@@ -215,11 +227,12 @@ def test_what_pairs_decided_stays_as_they_found_it(checkout):
     checkout.write_train(program("candidate", "1.39/1.2"))
     done = checkout.script("run", PAIR="1", check=0)
     assert "note     by 1 pair, run in turn" in done.stdout and "at most 2 more pairs to settle it" in done.stdout
+    assert done.stdout.count("  seed 43  val_bpb 1.") == 2 and "does not count" not in done.stdout
     checkout.make("log-result", "STATUS=discard", "DESC=no time for more", check=0)
-    checkout.make("run", "REFERENCE=1", check=0)
+    assert "next" not in checkout.make("run", "REFERENCE=1", check=0).stdout
     shown = checkout.make("results", check=0).stdout
     line = next(line for line in shown.splitlines() if "no time for more" in line)
-    assert "+0.010000" in line and line.split()[1] == "?b" and "? undecided" in shown  # given up is not refuted
+    assert "+0.010000" in line and line.split()[1] == "?p" and "? undecided" in shown  # given up is not refuted
     told = checkout.make("brief", check=0).stdout
     assert "or undecided:\n    2  +0.0100" in told and "dead ends" not in told
     assert "by two runs of one program; its size is hardly known: make run REFERENCE=1 N=4" in told
