@@ -22,11 +22,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-import batches
-import machine
-import model_state
 import prepare
-import record
+from harness import batches, machine, model_state, record
 
 if __name__ == "__main__":
     record.one_line_for("make bench")

@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from downloads import download_all, hub_endpoint, hub_listing, is_parquet, move_into_place, printable
+from harness.downloads import download_all, hub_endpoint, hub_listing, is_parquet, move_into_place, printable
 
 SPLITS = ("train", "val", "test")
 EVAL_UNIT = 524_288  # tokens; evaluation sizes are given as multiples of it

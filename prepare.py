@@ -7,7 +7,7 @@ Nothing here changes during a session, so that every experiment is measured the 
 train.py uses, in this order: `Run(dataset)`, `run.batches(…)`, `run.warm_up(…)`, `run.rehearse(…)`,
 `run.start_clock()`, `run.training()` and `run.log_step(…)` in its loop, and `run.finish(…)`, which evaluates
 and leaves data/last_run.json. How text becomes tokens stands in token_cache.py, how those become batches in
-batches.py, what a run leaves behind in record.py, what changes with more than one device in group.py.
+batches.py, what a run leaves behind in record.py, what changes with more than one device in devices.py.
 """
 
 import argparse
@@ -30,23 +30,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-import batches
-import checks
 import data_sources
-import examination
-import group
-import machine
-import model_state
-import record
-import token_cache
-from batches import Batches, evaluation_rows, sealed_rows
 from data_sources import get_dataset
-from model_state import mx
-from record import dataset_of_train
-from token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare
+from harness import batches, devices, leak_checks, machine, model_state, record, run_checks, token_cache
+from harness.batches import Batches, evaluation_rows, sealed_rows
+from harness.model_state import mx
+from harness.record import dataset_of_train
+from harness.token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare
 
 HARNESS_MODULES = (  # what is measured, and how
-    sys.modules[__name__], batches, group, token_cache, checks, examination, model_state,
+    sys.modules[__name__], batches, devices, token_cache, run_checks, leak_checks, model_state,
     data_sources,
 )  # fmt: skip
 HARNESS_FILES = tuple(Path(module.__file__).resolve() for module in HARNESS_MODULES)
@@ -68,7 +61,7 @@ class Evaluation:
     row_bits: np.ndarray  # float (n,), of each row
     seconds: float  # of the sums and the checks together
     check_seconds: float
-    asked: dict  # how many exchanges and looks, see examination.py
+    asked: dict  # how many exchanges and looks, see leak_checks.py
 
 
 @functools.cache
@@ -94,21 +87,21 @@ def evaluate_bpb(model, tokenizer, batch_size):
         batch_size: rows handed to the model at once.
 
     Returns an `Evaluation`: the summed bits of all targets over their summed UTF-8 bytes, special
-    tokens in neither sum. Raises `checks.Refused` where the model fails a check.
+    tokens in neither sum. Raises `run_checks.Refused` where the model fails a check.
     """
     if batch_size < 1:
         sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
     start = time.monotonic()
-    with checks.harness_reads():
+    with run_checks.harness_reads():
         rows = evaluation_rows(TokenCache.load(tokenizer.dataset), tokenizer.dataset)
     questions = examine(model, rows, tokenizer, batch_size)
     with evaluation_mode(model):
-        with group.agreement(checks.Refused):
+        with devices.agreement(run_checks.Refused):
             questions.before()
         checked = time.monotonic() - start
         nats = score_together(model, rows, tokenizer, batch_size)
         resumed = time.monotonic()
-        with group.agreement(checks.Refused):
+        with devices.agreement(run_checks.Refused):
             questions.after(nats)
     row_bits, size = bits_and_bytes(nats, rows, tokenizer)
     bpb, stderr = bits_per_byte(row_bits, size)
@@ -120,7 +113,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
 
 def examine(model, rows, tokenizer, batch_size, split="validation"):
     """What asks the model about rows uint16 (n, T + 1) of a split beside their sums: an `Examination`."""
-    return examination.Examination(
+    return leak_checks.Examination(
         model=model,
         rows=rows,
         # On a GPU kernels may be compiled for a shape, so questions come in the evaluation's own.
@@ -142,12 +135,12 @@ def rehearsal(model, tokenizer, batch_size, seconds):
     As many batches of the evaluation's size as it has in flight, on the weights as they are; then whether an
     answer depends on later tokens, on other rows or on earlier calls, on weights that are shaken, since an
     output that begins at zero hides a leak. All arrays are put back bit for bit, and MLX's random numbers.
-    The rows are of the training split. Raises `checks.Refused`.
+    The rows are of the training split. Raises `run_checks.Refused`.
     """
     if batch_size < 1:
         sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
     start, width = time.monotonic(), tokenizer.dataset.sequence_length + 1
-    with checks.harness_reads():
+    with run_checks.harness_reads():
         tokens = np.array(TokenCache.load(tokenizer.dataset).tokens("train")[: REHEARSED * width])
     rows = np.resize(tokens, (max(2, len(tokens) // width), width))
     first = np.resize(rows, (batch_size * len(compute_streams()), width))
@@ -160,7 +153,7 @@ def rehearsal(model, tokenizer, batch_size, seconds):
                 left = start + seconds - time.monotonic()
                 try:
                     asked(rows).before(left)
-                except checks.Refused as refused:
+                except run_checks.Refused as refused:
                     if not (shaken and str(refused).startswith("finite: ")):
                         raise
                     model_state.restore(parameters)  # shaken too much for this model: as it was built, then
@@ -170,10 +163,10 @@ def rehearsal(model, tokenizer, batch_size, seconds):
                     break
             asked(first).same_again(built)
         except (RuntimeError, MemoryError) as error:
-            if not examination.OUT_OF_MEMORY.search(str(error) or "memory"):
+            if not leak_checks.OUT_OF_MEMORY.search(str(error) or "memory"):
                 error.add_note(f"(in the dress rehearsal, which calls the model with ids {(batch_size, width - 1)})")
                 raise
-            raise checks.Refused(
+            raise run_checks.Refused(
                 f"memory: an evaluation of {batch_size} x {width - 1} tokens at once does not fit ({error}). Lower the "
                 "batch size of the evaluation."
             ) from error
@@ -199,7 +192,7 @@ def answers(model, vocab_size, batches, function):
         results = []
         for i, stream in enumerate(streams[: len(batches) - first], first):
             with mx.stream(stream):
-                results.append(function(examination.logits_of(model, mx.array(batches[i]), vocab_size), i))
+                results.append(function(leak_checks.logits_of(model, mx.array(batches[i]), vocab_size), i))
         mx.async_eval(results)  # together, or the streams would work one after the other
         yield from ahead
         ahead = results
@@ -226,18 +219,18 @@ def score_rows(model, rows, tokenizer, batch_size):
     nats = []
     for batch in answers(model, tokenizer.vocab_size, batches[:, :, :-1], loss):
         nats.append(np.array(batch))
-        examination.finite(nats[-1])
+        leak_checks.finite(nats[-1])
     return np.concatenate(nats)[:n]
 
 
 def score_together(model, rows, tokenizer, batch_size):
     """The same by all ranks of the group: every batch by one of them, and each rank gets all."""
-    mine = np.arange(len(rows)) // batch_size % group.SIZE == group.RANK
+    mine = np.arange(len(rows)) // batch_size % devices.SIZE == devices.RANK
     nats = np.zeros((len(rows), rows.shape[1] - 1), np.float32)
-    with group.agreement(checks.Refused):
+    with devices.agreement(run_checks.Refused):
         if mine.any():
             nats[mine] = score_rows(model, rows[mine], tokenizer, batch_size)
-    return group.summed(nats)
+    return devices.summed(nats)
 
 
 def bits_and_bytes(nats, rows, tokenizer):
@@ -294,15 +287,15 @@ class Run:
         self._watch = machine.Watch()
         self._startup = None  # seconds, peak memory, steps taken in the warm-up
         self._changed_file = None
-        self._opened = checks.HeldOutWatch(self.dataset, self.cache)
+        self._opened = run_checks.HeldOutWatch(self.dataset, self.cache)
         self._verifier = threading.Thread(target=self._verify_cache, daemon=True)
         self._verifier.start()
         self.device = machine.describe()
-        self.group = group.describe(self.device["name"])
+        self.group = devices.describe(self.device["name"])
         record.tell_device(self.device)
 
     def _verify_cache(self):
-        with checks.harness_reads():
+        with run_checks.harness_reads():
             self._changed_file = self.cache.changed_file()
 
     def batches(self, batch_size, sequence_length=None):
@@ -310,7 +303,7 @@ class Run:
         if self._stream:
             raise RuntimeError("a run has one training stream")
         length = sequence_length or self.dataset.sequence_length
-        self._stream = Batches(self.cache, batch_size, length, self.seed, (group.RANK, group.SIZE))
+        self._stream = Batches(self.cache, batch_size, length, self.seed, (devices.RANK, devices.SIZE))
         return self._stream
 
     def warm_up(self, action, state):
@@ -336,9 +329,9 @@ class Run:
             score_weights(model, self.tokenizer, batch_size)
         start, reason = time.monotonic(), None
         try:
-            with group.agreement(checks.Refused):
-                rehearsal(model, self.tokenizer, batch_size, max(examination.SECONDS, examination.SHARE * self.budget))
-        except checks.Refused as refused:
+            with devices.agreement(run_checks.Refused):
+                rehearsal(model, self.tokenizer, batch_size, max(leak_checks.SECONDS, leak_checks.SHARE * self.budget))
+        except run_checks.Refused as refused:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
         took = time.monotonic() - start
         self.rehearsal_seconds += took
@@ -365,7 +358,7 @@ class Run:
         gc.collect()
         gc.freeze()  # long-lived objects need no further scanning
         mx.synchronize()
-        group.told("ready")  # all begin together
+        devices.told("ready")  # all begin together
         taken = 0
         if self._stream:
             taken, self._stream.tokens, self._stream.wait_seconds = self._stream.tokens, 0, 0.0
@@ -373,9 +366,9 @@ class Run:
         mx.clear_cache()
         mx.reset_peak_memory()
         self._watch.start()
-        self._clocks = checks.read_clocks()
+        self._clocks = run_checks.read_clocks()
         self._start = time.monotonic()
-        group.at_step(0)
+        devices.at_step(0)
 
     def elapsed(self):
         """Seconds since `start_clock`."""
@@ -387,7 +380,7 @@ class Run:
 
     def _now(self):
         """Seconds used, in a group the same on every rank: what rank 0's clock told last, and a step more."""
-        if group.SIZE == 1:
+        if devices.SIZE == 1:
             return self.elapsed()
         return self._shared[-1] + self._step_seconds(self._shared) if self._shared else 0.0
 
@@ -411,9 +404,9 @@ class Run:
         The loss of the step before is read, not this one's, so that the device never waits.
         A loss that is not finite, or explodes, ends the run.
         """
-        if group.SIZE > 1:
-            group.at_step()
-            loss = group.step_figures(loss, self.elapsed())
+        if devices.SIZE > 1:
+            devices.at_step()
+            loss = devices.step_figures(loss, self.elapsed())
         mx.async_eval(loss)
         self._read_loss()
         self._pending = (loss, self._stream.tokens if self._stream else 0)
@@ -423,14 +416,14 @@ class Run:
             return
         loss, tokens = self._pending
         self._pending = None
-        if group.SIZE > 1:
+        if devices.SIZE > 1:
             loss, clock = loss
             self._shared.append(clock.item())
         loss, now, step = float(loss.item()), self.elapsed(), len(self._curve)
         if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
             sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
         self._curve.append((now, loss, tokens, mx.get_peak_memory() / 2**20))
-        if not group.RANK:
+        if not devices.RANK:
             record.tell_step(self._curve, self.budget)
 
     def finish(self, model, batch_size, config):
@@ -448,47 +441,48 @@ class Run:
         # What is pending belongs into the budget: MLX is lazy, and would train while it is evaluated.
         mx.eval(parameters, list(model_state.arrays_of(model)[0].values()))
         mx.synchronize()
-        group.at_step(-1)
-        seconds, clocks, step_ends = self.elapsed(), checks.read_clocks(), [end for end, *_ in self._curve]
+        devices.at_step(-1)
+        seconds, clocks, step_ends = self.elapsed(), run_checks.read_clocks(), [end for end, *_ in self._curve]
         seen = self._watch.stop(step_ends[:-1])
         train_peak = mx.get_peak_memory()
         mx.clear_cache()
         mx.reset_peak_memory()
         steps, tokens = len(self._curve), self._curve[-1][2] if self._curve else 0
         served = self._stream.served() if self._stream else np.empty(0, np.uint64)
-        if not group.RANK:
+        if not devices.RANK:
             save_weights(parameters, self.train_blob)
-        sketches = group.weight_sketches(parameters)
+        sketches = devices.weight_sketches(parameters)
         evaluation, sealed, reason = None, None, None
         try:
-            with checks.harness_reads():  # anew, since train.py had them in its hands
+            with run_checks.harness_reads():  # anew, since train.py had them in its hands
                 self.tokenizer, self.cache = Tokenizer.load(self.dataset), TokenCache.load(self.dataset)
-            with group.agreement(checks.Refused):
-                checks.paused(seen["paused_seconds"], self.budget)
-                checks.clock(seconds, self._clocks, clocks)
+            with devices.agreement(run_checks.Refused):
+                run_checks.paused(seen["paused_seconds"], self.budget)
+                run_checks.clock(seconds, self._clocks, clocks)
                 startup_seconds, _, taken = self._startup
                 startup = startup_seconds - self.warm_up_seconds - self.rehearsal_seconds
-                checks.start_up(startup, taken * steps / max(tokens, 1))
-                checks.budget(self.budget, seconds, step_ends)
-                checks.first_loss(self._curve[0][1], self.cache)
-                checks.one_model(sketches)
+                run_checks.start_up(startup, taken * steps / max(tokens, 1))
+                run_checks.budget(self.budget, seconds, step_ends)
+                run_checks.first_loss(self._curve[0][1], self.cache)
+                run_checks.one_model(sketches)
             evaluation = evaluate_bpb(model, self.tokenizer, batch_size)
             self._verifier.join()
-            with group.agreement(checks.Refused):
-                checks.data(served, self.cache, self._changed_file, self._opened.strange())
-                checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, checks.definitions(*HARNESS_MODULES))
-            with checks.harness_reads():
+            with devices.agreement(run_checks.Refused):
+                run_checks.data(served, self.cache, self._changed_file, self._opened.strange())
+                now = run_checks.definitions(*HARNESS_MODULES)
+                run_checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, now)
+            with run_checks.harness_reads():
                 rows = sealed_rows(self.cache, self.dataset, len(evaluation.row_bits))
             bits, size = score_test(model, rows, self.tokenizer, batch_size)
             mask = np.random.default_rng(int(self.cache.hash[:16], 16)).uniform(0, 2**12, len(bits))
             sealed = bits + mask, size  # differences of two runs are as they were, and no figure can be read off
-        except checks.Refused as refused:
+        except run_checks.Refused as refused:
             evaluation, reason = None, str(refused)
-        if group.told("holdout" * HOLDOUT)[0] and not reason:
-            with checks.harness_reads():
+        if devices.told("holdout" * HOLDOUT)[0] and not reason:
+            with run_checks.harness_reads():
                 rows = evaluation_rows(self.cache, self.dataset, "test")
             bpb, stderr = bits_per_byte(*score_test(model, rows, self.tokenizer, batch_size))
-            if not group.RANK:
+            if not devices.RANK:
                 record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
         self._end(
             reason,
@@ -511,7 +505,7 @@ class Run:
 
         steps, tokens, seconds, train_peak (bytes): of training, none where it never began.
         """
-        if group.RANK:  # what a run leaves behind, rank 0 writes
+        if devices.RANK:  # what a run leaves behind, rank 0 writes
             sys.exit(2 if reason else 0)
         served = self._stream.served() if self._stream else np.empty(0, np.uint64)
         startup_seconds, startup_peak, _ = self._startup or (time.monotonic() - PROCESS_START, 0, 0)
@@ -547,7 +541,7 @@ class Run:
                 "data_wait_seconds": self._stream.wait_seconds if self._stream else 0.0,
                 "epochs": self._stream.epochs if self._stream else 0.0,
                 "served_documents": len(served),
-                "served_checksum": checks.checksum(served),
+                "served_checksum": run_checks.checksum(served),
             },
             machine=machine,
             result={
@@ -575,7 +569,7 @@ def save_weights(parameters, train_blob):
         record.make_folder(record.DATA)
         arrays, of = dict(tree_flatten(parameters)), {"train_blob": train_blob}
         mx.save_safetensors(str(path.with_name(".part.safetensors")), arrays, of)
-        with checks.harness_reads():  # it opens them, to have them on the disk
+        with run_checks.harness_reads():  # it opens them, to have them on the disk
             record.move_into_place(path.with_name(".part.safetensors"), path)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"note: the weights were not kept: {error}")
@@ -592,7 +586,7 @@ def score_weights(model, tokenizer, batch_size):
         sys.exit(
             f"error: {WEIGHTS[0]} does not hold the weights of this train.py's model: {' '.join(str(error).split())}"
         )
-    except checks.Refused as refused:
+    except run_checks.Refused as refused:
         sys.exit(f"error: this model is not valid. {refused}")
     print(f"val_bpb: {evaluation.bpb:.6f} (± {evaluation.stderr:.6f} over rows)")
     sys.exit(0)
@@ -610,7 +604,7 @@ def main():
         sys.exit(not_prepared(dataset))
 
 
-DEFINED = checks.definitions(*HARNESS_MODULES)  # as they are now; compared when the run ends
+DEFINED = run_checks.definitions(*HARNESS_MODULES)  # as they are now; compared when the run ends
 
 if __name__ == "__main__":
     main()

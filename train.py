@@ -19,9 +19,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-import kernels
-from batches import cut_step
-from trainer import Trainer
+from harness import kernels
+from harness.batches import cut_step
+from harness.trainer import Trainer
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()

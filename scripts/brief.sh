@@ -6,4 +6,4 @@
 
 read_git
 need_python
-helper brief --tag="$TAG"
+helper show.brief --tag="$TAG"

@@ -7,4 +7,4 @@
 . "$(dirname "$0")/lib.sh"
 
 rm -rf .venv .pytest_cache .ruff_cache .hypothesis
-for folder in . scripts tests; do rm -rf "$folder/__pycache__"; done
+find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

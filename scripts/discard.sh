@@ -11,7 +11,7 @@ read_git
 refuse_detached
 [ -n "$START" ] || die "discard works in a session, on a branch $SESSIONS/TAG: make setup TAG=name opens one"
 need_python
-kept=$(helper log_result --tag="$TAG" --kept="$HEAD") || exit 1
+kept=$(helper judge.log_result --tag="$TAG" --kept="$HEAD") || exit 1
 kept=$(git rev-parse -q --verify "${kept:-$START}^{commit}") # while nothing was kept, where the session began
 
 others=$(git diff --name-only "$kept" HEAD -- . ':(exclude)train.py' | tr '\n' ' ')

@@ -14,4 +14,4 @@ export_settings
 read_git
 refuse_detached
 need_python
-locked "${LAUNCH[@]}" scripts/holdout.py --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}
+locked "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}

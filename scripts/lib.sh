@@ -50,7 +50,7 @@ export_settings() {
   [ -z "${FILES:-}" ] || export AUTORESEARCH_FILES=$FILES
 }
 
-dataset_of_train() { "$PYTHON" -c 'import record; print(record.dataset_of_train())'; }
+dataset_of_train() { "$PYTHON" -c 'from harness import record; print(record.dataset_of_train())'; }
 
 # A run trains on the dataset that train.py names; another one in DATASET would be ignored, so it is refused.
 same_dataset() {
@@ -125,24 +125,24 @@ need_python() {
   LAUNCH=("${LAUNCH[@]}" "$PYTHON")
 }
 
-helper() { # NAME [OPTION …]: a Python helper of this folder
+helper() { # NAME [OPTION …]: a Python module of this folder
   local name=$1
   shift
-  PYTHONUTF8=1 "$PYTHON" "scripts/$name.py" "$@"
+  PYTHONUTF8=1 "$PYTHON" -m "scripts.$name" "$@"
 }
 
 # Goes over to COMMAND, which then holds the lock of its device: one run at a time on each.
 locked() { # COMMAND …
   local name
   for name in NPROC DEVICE; do [ -z "${!name:-}" ] || whole "$name" "${!name}"; done
-  exec "$PYTHON" scripts/lock.py ${WAIT:+--wait} -- "$@"
+  exec "$PYTHON" -m scripts.run.lock ${WAIT:+--wait} -- "$@"
 }
 
 # --- git -----------------------------------------------------------------------------------------
 
 SESSIONS=autoresearch # a session is the branch autoresearch/TAG
 # What nobody changes during a session. Words without blanks, so it may stand unquoted.
-FROZEN="Makefile kernels.py trainer.py prepare.py batches.py group.py examination.py model_state.py downloads.py token_cache.py machine.py record.py checks.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
+FROZEN="Makefile harness prepare.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 
 # Sets HEAD (empty without git, a repository of our own or a commit), BRANCH (empty where detached),
 # TAG (the session's, else the branch) and START (the commit where the session began, else empty).

@@ -11,4 +11,4 @@
 read_git
 refuse_detached
 need_python
-helper log_result --tag="$TAG" --status="${STATUS:-}" --description="${DESC:-}" --found="${FOUND:-}" --open="${OPEN:-}" "$@"
+helper judge.log_result --tag="$TAG" --status="${STATUS:-}" --description="${DESC:-}" --found="${FOUND:-}" --open="${OPEN:-}" "$@"

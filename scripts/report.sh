@@ -10,4 +10,4 @@
 tags=${TAG:-}
 read_git
 need_python
-helper report --tags="${tags:-$TAG}"
+helper show.report --tags="${tags:-$TAG}"

@@ -8,4 +8,4 @@
 
 read_git
 need_python
-helper results --tag="$TAG" ${ALL:+--all}
+helper show.results --tag="$TAG" ${ALL:+--all}

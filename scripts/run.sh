@@ -32,5 +32,5 @@ if [ -n "$HEAD" ]; then
 fi
 need_python
 same_dataset
-locked "${LAUNCH[@]}" scripts/run.py --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
+locked "${LAUNCH[@]}" -m scripts.run.experiment --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
   ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} ${BASELINE:+--baseline}

@@ -18,10 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import record  # noqa: E402
-from record import HOME, ROOT, STORE, git  # noqa: E402
+from harness import record
+from harness.record import HOME, ROOT, STORE, git  # noqa: E402
 
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
 ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|crash)\t([^\t]*)")

@@ -12,4 +12,4 @@
 export_settings
 need_python
 same_dataset
-locked "${LAUNCH[@]}" scripts/tune.py "$@"
+locked "${LAUNCH[@]}" -m scripts.run.tune "$@"

@@ -10,4 +10,4 @@
 read_git
 refuse_detached
 need_python
-helper verdict --tag="$TAG"
+helper judge.verdict --tag="$TAG"

@@ -8,4 +8,4 @@
 
 read_git
 need_python
-helper watch --tag="$TAG"
+helper show.watch --tag="$TAG"

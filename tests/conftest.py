@@ -20,7 +20,7 @@ import data_sources  # noqa: E402
 import prepare  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ["Makefile", "scripts", "record.py", "pyproject.toml", "requirements.lock", "requirements-cuda.lock"]
+OURS = ["Makefile", "scripts", "harness", "pyproject.toml", "requirements.lock", "requirements-cuda.lock"]
 OURS += [".gitignore", ".gitattributes"]
 HARNESS = sorted(ROOT.glob("*.py"))  # the real one, train.py and bench.py with it
 STANDIN = Path(__file__).parent / "standin" / "prepare.py"

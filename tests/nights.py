@@ -18,11 +18,10 @@ from urllib.parse import quote
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT))
 
-import verdict  # noqa: E402
-
-import record  # noqa: E402
+from harness import record  # noqa: E402
+from scripts.judge import verdict  # noqa: E402
 
 SIGMA = 0.002  # of one run, bits per byte
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"

@@ -253,7 +253,8 @@ class Night:
         self.discard()
 
     def frozen(self, chance):
-        name = chance.choice(["prepare.py", "record.py", "Makefile", "scripts/run.py", "scripts/new.py"])
+        names = ["prepare.py", "harness/record.py", "Makefile", "scripts/run/experiment.py", "scripts/new.py"]
+        name = chance.choice(names)
         (self.lab.path / name).open("a").write("\n# kinder\n")
         how = chance.randrange(3)
         if how == 1:

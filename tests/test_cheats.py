@@ -18,19 +18,17 @@ import pytest
 from conftest import HARNESS, sampled
 from gallery import WIDTH, Mix, Network, later
 
-import batches
-import checks
 import data_sources
-import examination
 import prepare
-import record as records
+from harness import batches, leak_checks, run_checks
+from harness import record as records
 
 V = 512
 ROOT = Path(prepare.__file__).parent
 
 
 def refused(check, model, tokenizer, batch_size=8):
-    with pytest.raises(checks.Refused, match=rf"^{check}: ") as refusal:
+    with pytest.raises(run_checks.Refused, match=rf"^{check}: ") as refusal:
         prepare.evaluate_bpb(model, tokenizer, batch_size)
     return str(refusal.value)
 
@@ -344,7 +342,7 @@ def test_a_leak_of_a_thousandth_of_a_bit_is_refused(tokenizer, leak, dtype, monk
         low, high = (middle, high) if unchecked(leaking(middle), tokenizer) > honest - 0.001 else (low, middle)
     assert honest - unchecked(leaking(high), tokenizer) == pytest.approx(0.001, rel=0.3)
     if dtype == mx.bfloat16:
-        monkeypatch.setattr(examination, "EXCHANGES", examination.EXCHANGES[::-1])  # as on a GPU
+        monkeypatch.setattr(leak_checks, "EXCHANGES", leak_checks.EXCHANGES[::-1])  # as on a GPU
     prepare.evaluate_bpb(leaking(0.0), tokenizer, 16)
     refused("causality", leaking(high), tokenizer, 16)
 
@@ -562,14 +560,14 @@ class FromNowOn:
     ],
 )
 def test_what_begins_with_the_evaluation_is_refused_after_it(tokenizer, monkeypatch, check, mix, calls):
-    model, before = FromNowOn(mix), examination.Examination.before
+    model, before = FromNowOn(mix), leak_checks.Examination.before
 
     def counted(questions):
         model.begin = math.inf
         before(questions)
         model.begin = model.calls + calls
 
-    monkeypatch.setattr(examination.Examination, "before", counted)
+    monkeypatch.setattr(leak_checks.Examination, "before", counted)
     refused(check, model, tokenizer)
 
 
@@ -617,7 +615,7 @@ def test_a_position_without_a_number_is_noticed_where_no_byte_is_scored(tokenize
     def model(ids):
         return mx.where((mx.arange(4) == 2)[:, None, None], at(10, 0, mx.nan)(ids), 0.0)
 
-    with pytest.raises(checks.Refused, match="^finite: .*position 10, row 2 "):
+    with pytest.raises(run_checks.Refused, match="^finite: .*position 10, row 2 "):
         prepare.score_rows(model, rows, tokenizer, 4)
 
 
@@ -630,8 +628,8 @@ def outcome(small, tmp_path, monkeypatch):
     for name in ("DATA", "STORE"):
         monkeypatch.setattr(records, name, tmp_path / "data")
     monkeypatch.setattr(prepare, "PROCESS_START", time.monotonic())
-    monkeypatch.setattr(checks, "SLACK", 0.2)
-    defined = checks.definitions(*prepare.HARNESS_MODULES)
+    monkeypatch.setattr(run_checks, "SLACK", 0.2)
+    defined = run_checks.definitions(*prepare.HARNESS_MODULES)
     monkeypatch.setattr(prepare, "DEFINED", {name: defined[name] for name in defined if name != "prepare.DEFINED"})
     monkeypatch.setenv("AUTORESEARCH_BUDGET", "0.3")
 
@@ -673,7 +671,7 @@ def test_an_honest_loop_is_valid_and_says_what_it_was_served(outcome):
     for _ in range(record["training"]["total_steps"]):
         next(batches)
     assert record["training"]["served_documents"] == len(batches.served())
-    assert record["training"]["served_checksum"] == checks.checksum(batches.served())
+    assert record["training"]["served_checksum"] == run_checks.checksum(batches.served())
 
 
 def test_a_step_longer_than_the_budget_is_valid(outcome):
@@ -754,12 +752,12 @@ def test_the_harness_itself_may_evaluate_during_training(outcome):
 
 def test_of_the_library_only_what_is_imported_may_be_read(small):
     """The dataset `stdlib` is made of the files that Python itself reads when it imports them."""
-    watch = checks.HeldOutWatch(data_sources.DATASETS["stdlib"], prepare.TokenCache.load(small))
+    watch = run_checks.HeldOutWatch(data_sources.DATASETS["stdlib"], prepare.TokenCache.load(small))
     for path in data_sources.stdlib_files()[:300]:
         if str(path) in {getattr(module, "__file__", None) for module in list(sys.modules.values())}:
             path.read_bytes()
     assert not watch.strange()
-    with checks.harness_reads():
+    with run_checks.harness_reads():
         next(iter(data_sources.stdlib_documents()))
     assert not watch.strange()
     for _ in zip(range(40), data_sources.stdlib_documents(), strict=False):
@@ -774,7 +772,7 @@ def test_a_stream_of_held_out_documents_is_refused(outcome, tmp_path):
         for kind in ("tokens", "offsets", "hashes", "pieces"):
             for split in ("val", "test", "train"):
                 source = run.cache.folder / f"{'val' if split == 'train' else split}_{kind}.npy"
-                with checks.harness_reads():  # unseen, as a child of the process might
+                with run_checks.harness_reads():  # unseen, as a child of the process might
                     shutil.copy(source, doctored / f"{split}_{kind}.npy")
         meta = {**run.cache.meta, "train": run.cache.meta["val"]}
         run._stream = prepare.Batches(prepare.TokenCache(doctored, meta), 4, 64, 0)
@@ -974,7 +972,7 @@ def test_a_second_run_in_one_process_gets_no_second_budget(outcome, monkeypatch)
 
 @pytest.mark.parametrize(
     "module, name",
-    [(prepare, "bits_per_byte"), (examination, "judge"), (examination.Examination, "before"), (checks, "clock")],
+    [(prepare, "bits_per_byte"), (leak_checks, "judge"), (leak_checks.Examination, "before"), (run_checks, "clock")],
 )
 def test_a_loop_that_replaces_a_part_of_the_harness_is_refused(outcome, monkeypatch, module, name):
     def loop(run, batches):
@@ -986,7 +984,7 @@ def test_a_loop_that_replaces_a_part_of_the_harness_is_refused(outcome, monkeypa
     assert name in refused_loop("harness", outcome, loop)
 
 
-@pytest.mark.parametrize("module, name, value", [(examination, "LEAK", 1e9), (checks, "STARTUP", 10**6)])
+@pytest.mark.parametrize("module, name, value", [(leak_checks, "LEAK", 1e9), (run_checks, "STARTUP", 10**6)])
 def test_so_is_one_that_sets_a_constant_of_the_harness(outcome, monkeypatch, module, name, value):
     def loop(run, batches):
         monkeypatch.setattr(module, name, value)
@@ -1120,17 +1118,17 @@ def test_a_loop_that_edits_the_harness_is_refused(as_train):
 )
 def test_the_budget_may_be_exceeded_by_one_step_or_two_per_cent(budget, seconds, step_ends, valid):
     if valid:
-        return checks.budget(budget, seconds, step_ends)
-    with pytest.raises(checks.Refused, match="^budget: "):
-        checks.budget(budget, seconds, step_ends)
+        return run_checks.budget(budget, seconds, step_ends)
+    with pytest.raises(run_checks.Refused, match="^budget: "):
+        run_checks.budget(budget, seconds, step_ends)
 
 
 @pytest.mark.parametrize("seconds, warm_up_steps, valid", [(120, 4, True), (120.5, 0, False), (1, 4.5, False)])
 def test_start_up_has_its_limits(seconds, warm_up_steps, valid):
     if valid:
-        return checks.start_up(seconds, warm_up_steps)
-    with pytest.raises(checks.Refused, match="^start-up: "):
-        checks.start_up(seconds, warm_up_steps)
+        return run_checks.start_up(seconds, warm_up_steps)
+    with pytest.raises(run_checks.Refused, match="^start-up: "):
+        run_checks.start_up(seconds, warm_up_steps)
 
 
 # --- how two sets of answers are judged ------------------------------------------------------------
@@ -1154,48 +1152,48 @@ NONE = 0.0, 0.0  # the floor of a model that does not round
 @pytest.mark.parametrize("reach", [1, 3, 8, 40, T, -T // 2])
 def test_each_way_to_differ_is_judged_by_itself(reach, floor):
     chance = np.random.default_rng(0).normal(size=(PAIRS, T))
-    worth = examination.LEAK * BIT * (1 if reach == 1 or floor is None else examination.WIDE)
-    for kind, limit in enumerate([examination.MOVED, worth, examination.LEAK * BIT / 2]):
+    worth = leak_checks.LEAK * BIT * (1 if reach == 1 or floor is None else leak_checks.WIDE)
+    for kind, limit in enumerate([leak_checks.MOVED, worth, leak_checks.LEAK * BIT / 2]):
         for factor, found in ((0.9, False), (1.1, True)):
             if reach < 0:
                 factor *= 2 if found else 1  # half of the row's positions see it
             evidence = nothing()
             evidence[0][:] = 1e-9
             evidence[kind][:, where(reach)] = limit * factor
-            if kind == 2 and (reach < 0 or reach > examination.REACH):
+            if kind == 2 and (reach < 0 or reach > leak_checks.REACH):
                 found = found and reach > 0
-            assert bool(examination.judge(*evidence, BIT, examination.REACH, floor)) == found, (kind, factor)
+            assert bool(leak_checks.judge(*evidence, BIT, leak_checks.REACH, floor)) == found, (kind, factor)
     # a gain that is not more than chance, however large
     evidence = nothing()
-    evidence[0][:], evidence[2] = 1e-9, examination.LEAK * BIT * (1 + 30 * chance)
-    assert examination.judge(*evidence, BIT, examination.REACH, floor) is None
-    assert examination.judge(*nothing(), BIT, examination.REACH, floor) is None
+    evidence[0][:], evidence[2] = 1e-9, leak_checks.LEAK * BIT * (1 + 30 * chance)
+    assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, floor) is None
+    assert leak_checks.judge(*nothing(), BIT, leak_checks.REACH, floor) is None
 
 
 def test_neither_a_few_positions_nor_what_rounding_explains_decide():
     evidence = nothing()
     evidence[0][:3], evidence[1][:3] = 1.0, 10.0  # where rounding has flipped a choice
-    assert examination.judge(*evidence, BIT, examination.REACH, NONE) is None
-    assert examination.judge(*evidence, BIT, examination.REACH)  # the same rows asked again flip nothing
+    assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, NONE) is None
+    assert leak_checks.judge(*evidence, BIT, leak_checks.REACH)  # the same rows asked again flip nothing
     evidence[0][:9], evidence[1][:9] = 1.0, 10.0
-    assert examination.judge(*evidence, BIT, examination.REACH, NONE)
-    floor = examination.MOVED, examination.LEAK * BIT
-    for kind, limit in enumerate([examination.MOVED, examination.LEAK * BIT * examination.WIDE]):
+    assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, NONE)
+    floor = leak_checks.MOVED, leak_checks.LEAK * BIT
+    for kind, limit in enumerate([leak_checks.MOVED, leak_checks.LEAK * BIT * leak_checks.WIDE]):
         evidence = nothing()
         evidence[0][:] = 1e-9
         evidence[kind][:] = 1.9 * limit
-        assert examination.judge(*evidence, BIT, examination.REACH, NONE)
-        assert examination.judge(*evidence, BIT, examination.REACH, floor) is None
-    evidence[0][:] = 2.1 * examination.MOVED  # no rounding moves by as much
-    assert examination.judge(*evidence, BIT, examination.REACH, (1.0, 1.0))
+        assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, NONE)
+        assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, floor) is None
+    evidence[0][:] = 2.1 * leak_checks.MOVED  # no rounding moves by as much
+    assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, (1.0, 1.0))
 
 
 def test_what_stands_out_next_to_the_change_is_no_rounding():
     evidence = nothing()
-    evidence[0][:], evidence[1][:, :16] = 1e-9, 3 * examination.LEAK * BIT  # as a chunk rounds
-    assert examination.judge(*evidence, BIT, examination.REACH, NONE) is None
+    evidence[0][:], evidence[1][:, :16] = 1e-9, 3 * leak_checks.LEAK * BIT  # as a chunk rounds
+    assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, NONE) is None
     evidence[1][:, 1:] = 0
-    assert examination.judge(*evidence, BIT, examination.REACH, NONE)
+    assert leak_checks.judge(*evidence, BIT, leak_checks.REACH, NONE)
 
 
 @pytest.mark.parametrize("again, found", [((0.5, 0.5), True), ((0.5, 0.0), False), ((0.5,), False)])
@@ -1205,7 +1203,7 @@ def test_what_moved_most_counts_where_it_shows_in_every_other_row(again, found):
         columns[0, 31], columns[:, 32:] = moved, np.nan
         return row, 32, columns, None
 
-    questions = object.__new__(examination.Examination)
+    questions = object.__new__(leak_checks.Examination)
     questions.group, questions.found = 16, [answers(0, 0.5)] + [answers(0, 0.0)] * (PAIRS - 1)
     questions._ask = lambda cuts: [answers(1 + i, moved) for i, moved in enumerate(again)]
     refusals = []
@@ -1217,7 +1215,7 @@ def test_what_moved_most_counts_where_it_shows_in_every_other_row(again, found):
 
 def sides(favoured, share):
     """favoured: (exchanges, 2). share: of the vocabulary that moved as well, at every level."""
-    return np.hstack([favoured, np.full((len(favoured), len(examination.LEVELS)), share)])
+    return np.hstack([favoured, np.full((len(favoured), len(leak_checks.LEVELS)), share)])
 
 
 @pytest.mark.parametrize(
@@ -1232,11 +1230,11 @@ def sides(favoured, share):
 )
 def test_targets_that_move_alone_or_all_one_way_are_noticed(moved, share, found):
     favoured = np.zeros((100, 2))
-    favoured[:moved] = examination.LEAK * BIT * 100 / max(moved, 1)
-    assert bool(examination.aimed(sides(favoured, share), BIT)) == found
+    favoured[:moved] = leak_checks.LEAK * BIT * 100 / max(moved, 1)
+    assert bool(leak_checks.aimed(sides(favoured, share), BIT)) == found
     favoured[::2] *= -1  # as rounding has it
-    assert examination.aimed(sides(favoured, share), BIT) is None
-    assert examination.aimed(sides(np.abs(favoured) / 100, share), BIT) is None  # not worth it
+    assert leak_checks.aimed(sides(favoured, share), BIT) is None
+    assert leak_checks.aimed(sides(np.abs(favoured) / 100, share), BIT) is None  # not worth it
 
 
 def test_documents_that_are_held_out_and_trained_on_count_as_held_out():
@@ -1244,9 +1242,9 @@ def test_documents_that_are_held_out_and_trained_on_count_as_held_out():
         def hashes(self, split):
             return np.array({"train": [1, 2, 3], "val": [3, 4], "test": [5]}[split], np.uint64)
 
-    checks.data(np.array([1, 2], np.uint64), Cache(), None, [])
-    with pytest.raises(checks.Refused, match="of 3 documents served, 1 are held out, and 0 are not"):
-        checks.data(np.array([1, 2, 3], np.uint64), Cache(), None, [])
+    run_checks.data(np.array([1, 2], np.uint64), Cache(), None, [])
+    with pytest.raises(run_checks.Refused, match="of 3 documents served, 1 are held out, and 0 are not"):
+        run_checks.data(np.array([1, 2, 3], np.uint64), Cache(), None, [])
 
 
 # --- where causality is asked about ----------------------------------------------------------------
@@ -1254,7 +1252,7 @@ def test_documents_that_are_held_out_and_trained_on_count_as_held_out():
 
 @pytest.mark.parametrize("length", [2, 3, 17, 64, 256, 512, 2048])
 def test_cuts_are_inside_and_between_blocks_of_any_size(length):
-    cuts = examination.cut_points(length, 120, np.random.default_rng(0))
+    cuts = leak_checks.cut_points(length, 120, np.random.default_rng(0))
     assert len(cuts) == 120 and cuts.min() >= 1 and cuts.max() < length
     assert {1, length - 1} <= set(cuts.tolist())
     for size in range(2, length + 1):
@@ -1271,5 +1269,5 @@ def test_an_exchange_leaves_what_is_before_and_changes_what_comes_next(kind):
     for _ in range(200):
         row, other = rng.integers(0, 4, (2, 16))
         cut = int(rng.integers(1, 16))
-        new = examination.exchanged(row, cut, other, 4, kind, rng)
+        new = leak_checks.exchanged(row, cut, other, 4, kind, rng)
         assert (new[:cut] == row[:cut]).all() and new[cut] != row[cut] and 0 <= new.min() and new.max() < 4

@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_sources
-import downloads
 from data_sources import DATASETS, SPLITS, documents, fetch
+from harness import downloads
 
 ROOT = Path(data_sources.__file__).parent
 CLIMBMIX, TINYSTORIES, FILES, STDLIB = (DATASETS[name] for name in ("climbmix", "tinystories", "files", "stdlib"))

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 import pytest
 from conftest import Checkout
 
-import record
+from harness import record
 
 slow = pytest.mark.slow
 

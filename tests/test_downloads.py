@@ -12,8 +12,8 @@ import pytest
 import requests
 from hub import Hub, fresh_login, leftovers, listing, parquet, refusal, serving, texts
 
-import downloads
-from downloads import download, download_all
+from harness import downloads
+from harness.downloads import download, download_all
 
 ROOT = Path(downloads.__file__).parent
 

@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import examination
 import prepare
+from harness import leak_checks
 
 V = 512
 
@@ -185,7 +185,7 @@ def test_the_checks_ask_little_where_there_is_much_to_evaluate(tokenizer):
             asked.append(len(rows))
             return np.ones((len(rows), 64), np.float32) * math.log(V)
 
-        questions = examination.Examination(None, rows, 16, V, 1.0, ask, score)
+        questions = leak_checks.Examination(None, rows, 16, V, 1.0, ask, score)
         questions.before()
         questions.after(np.full((n, 64), math.log(V), np.float32))
-        assert sum(asked) <= max(examination.EXCHANGES[0] + examination.LOOKS[0], n // 20) + 5 * 16
+        assert sum(asked) <= max(leak_checks.EXCHANGES[0] + leak_checks.LOOKS[0], n // 20) + 5 * 16

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import nights  # noqa: E402
-from expected import Prior  # noqa: E402
+
+from scripts.judge.expected import Prior  # noqa: E402
 
 BASE = "".join(f"{name} = 1.5\n" for name in nights.CONSTANTS)  # what the ideas look for in train.py
 BASE += "".join(f"\n{place}:\n    def __call__:\n" for place in nights.LINES)

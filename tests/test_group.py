@@ -13,8 +13,7 @@ import pytest
 from conftest import ROOT, Checkout, small_laboratory
 from test_run import alive, started, wait_for
 
-import checks
-import record
+from harness import record, run_checks
 
 SMALL = {"DEVICE_BATCH_SIZE": 1}  # on all rows alone: sums in another order move these losses by 0.003
 SMALL |= {"WEIGHT_DECAY": 0.0, "WARMDOWN": 0.0}  # as it is, the rate hangs on the clock
@@ -56,7 +55,8 @@ def test_ranks_train_as_one_device_does(lab, ranks):
 
 
 PROGRAM = """
-import prepare, group, hashlib, json, os, sys
+from harness import devices as group
+import prepare, hashlib, json, os, sys
 import mlx.core as mx, numpy as np, train
 tokenizer = prepare.Tokenizer.load(prepare.get_dataset("files"))
 mx.random.seed(1)
@@ -76,7 +76,7 @@ if group.RANK == 0:
 def test_the_figure_and_the_rows_are_those_of_one_device(lab):
     (lab.path / "program.py").write_text(PROGRAM)
     found = []
-    for ranks, words in ((1, []), (2, ["scripts/launch.py"])):
+    for ranks, words in ((1, []), (2, ["-m", "scripts.run.launch"])):
         lab.run(sys.executable, *words, "program.py", f"found{ranks}", check=0, NPROC=str(ranks), PYTHONPATH=str(ROOT))
         found.append(json.loads((lab.path / f"found{ranks}").read_text()))
     assert found[0] == found[1]
@@ -84,15 +84,15 @@ def test_the_figure_and_the_rows_are_those_of_one_device(lab):
 
 def test_ranks_that_trained_models_of_their_own_are_refused():
     sketches = np.ones((2, 3, 2), np.float32)
-    checks.one_model(sketches)
+    run_checks.one_model(sketches)
     sketches[1, 2, 1] += 0.03
-    with pytest.raises(checks.Refused, match="ranks: the ranks' weights differ"):
-        checks.one_model(sketches)
+    with pytest.raises(run_checks.Refused, match="ranks: the ranks' weights differ"):
+        run_checks.one_model(sketches)
 
 
 # --- a rank that fails -------------------------------------------------------------------------------
 
-BEGIN = """import group, os, signal, sys, time
+BEGIN = """from harness import devices as group\nimport os, signal, sys, time
 import mlx.core as mx
 pids = group.told(str(os.getpid()))
 if not group.RANK:
@@ -115,9 +115,8 @@ FAULTS = {  # what rank 1 does: how it is named
 
 @pytest.fixture
 def group_of_two(session):
-    (session.path / "group.py").write_text((ROOT / "group.py").read_text())
-    session.git("add", "-A")
-    session.git("commit", "-q", "-m", "a group", "--", "group.py")
+        session.git("add", "-A")
+    
     session.git("update-ref", "refs/experiments/t/start", "HEAD")
     session.env["NPROC"] = "2"
     return session
@@ -157,7 +156,7 @@ def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path
     assert os.listdir(tmp_path / "tmp")
     process.kill()  # without a chance to clean up: that is left to the next run
     wait_for(lambda: not any(map(alive, pids)), "ranks gone")
-    where = "import group, tempfile\nprint(tempfile.gettempdir())\n"
+    where = "from harness import devices as group\nimport tempfile\nprint(tempfile.gettempdir())\n"
     group_of_two.write_train(where + "if not group.RANK: prepare.finish(1.4)")
     group_of_two.script("run", AGAIN="", check=0)
     assert str(tmp_path / "tmp") in (group_of_two.path / "run.log").read_text().splitlines()
@@ -166,7 +165,7 @@ def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path
 
 def test_a_group_that_ends_well_leaves_one_record(group_of_two):
     said = "print('half', end=' ', flush=True), time.sleep(1), print('a line')"
-    said = f"import group, time\nif group.RANK: time.sleep(0.5)\nelse: {said}\nprint('said')"
+    said = f"from harness import devices as group\nimport time\nif group.RANK: time.sleep(0.5)\nelse: {said}\nprint('said')"
     done = group_of_two.experiment(f"{said}\nif not group.RANK: prepare.finish(1.4)")
     assert done.returncode == 0 and "val_bpb             1.400000" in done.stdout
     log = (group_of_two.path / "run.log").read_text().splitlines()
@@ -176,7 +175,7 @@ def test_a_group_that_ends_well_leaves_one_record(group_of_two):
 def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
     host = {"ssh": "localhost", "ips": ["127.0.0.1"]}
     (tmp_path / "two.json").write_text(json.dumps([host, host]))
-    group_of_two.write_train("import group\nif not group.RANK: prepare.finish(1.4)\nprint(group.SIZE)")
+    group_of_two.write_train("from harness import devices as group\nif not group.RANK: prepare.finish(1.4)\nprint(group.SIZE)")
     done = group_of_two.script("run", HOSTS=str(tmp_path / "two.json"), NPROC="", check=0)
     assert "val_bpb             1.400000" in done.stdout
     assert {"2", "rank 1: 2"} <= set((group_of_two.path / "run.log").read_text().splitlines())
@@ -235,7 +234,7 @@ def test_another_host_that_differs_is_named_before_training(lab, tmp_path, befor
 
 def test_launches_at_once_have_ports_of_their_own(monkeypatch):
     """Between the look at a port and its use by a rank there is a second, in which another launch may look."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT)
     launch, hosts = importlib.import_module("launch"), 2 * [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]
     monkeypatch.setattr(launch, "FIRST_PORT", 23232)  # where no other test looks
     (first, port), (second, other) = launch.reserve_ports(hosts), launch.reserve_ports(hosts)

@@ -10,8 +10,8 @@ import pytest
 from conftest import sampled
 from gallery import HONEST, Network
 
-import examination
 import prepare
+from harness import leak_checks
 
 V = 512
 
@@ -157,10 +157,10 @@ def test_rounding_stays_far_from_what_is_refused(tokenizer, monkeypatch):
     def note(moved, information, gain, nats_per_bit, reach, floor=None):
         seen.append((np.nanmean(moved), np.nanmean(information) / nats_per_bit))
 
-    monkeypatch.setattr(examination, "judge", note)
+    monkeypatch.setattr(leak_checks, "judge", note)
     prepare.evaluate_bpb(NAMED["bfloat16, an FFT, 8 layers"](tokenizer), tokenizer, 8)
     moved, information = np.max(seen, axis=0)
-    assert 0 < moved < examination.MOVED / 10 and 0 < information < examination.LEAK / 3
+    assert 0 < moved < leak_checks.MOVED / 10 and 0 < information < leak_checks.LEAK / 3
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_a_loss_that_rounding_flips_at_random_is_not_bound_to_what_was_exchanged
             nats[:, here, None] = 1.4 * (rng.random(changed.shape) < np.where(changed > 1, 0.8, 0.3))
             yield nats
 
-    questions = examination.Examination(lambda ids: None, rows, 8, V, 3.0, ask=flips, score=None)
+    questions = leak_checks.Examination(lambda ids: None, rows, 8, V, 3.0, ask=flips, score=None)
     questions._steady = lambda row: None
     for _ in range(1000):
         questions._confirm(np.zeros((16, length)), 0, here + 1, here)

@@ -15,13 +15,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data_sources
-import record
-import token_cache
+from harness import record, token_cache
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import lock  # noqa: E402
-import session as sessions  # noqa: E402
-import summary  # noqa: E402
+from scripts import session as sessions  # noqa: E402
+from scripts.run import lock  # noqa: E402
+from scripts.show import summary  # noqa: E402
 
 HOSTILE = {
     "commands": "$(touch owned) `touch owned` ; touch owned | touch owned && touch owned #",

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-import batches
 import data_sources
-import kernels
-import model_state
 import train
+from harness import batches, kernels, model_state
 
 VOCAB, T = 61, 24
 

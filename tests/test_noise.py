@@ -17,12 +17,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+sys.path.insert(0, str(ROOT))
 
-import verdict  # noqa: E402
-from verdict import LOOKS, RUNS, Side, decide, in_t  # noqa: E402
-
-import record  # noqa: E402
+from harness import record  # noqa: E402
+from scripts.judge import verdict  # noqa: E402
+from scripts.judge.verdict import LOOKS, RUNS, Side, decide, in_t  # noqa: E402
 
 SIGMA, SPEED = 0.004, 0.03  # of one run: val_bpb in bits per byte, throughput as a share
 COST, SHARE = 0.1, 0.5  # what a load costs: bits per byte, and the share of the throughput that is left

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import batches
-import token_cache
-from batches import Batches, packed_rows
-from token_cache import TokenCache, Tokenizer
+from harness import batches, token_cache
+from harness.batches import Batches, packed_rows
+from harness.token_cache import TokenCache, Tokenizer
 
 START = 9999  # the document start of the made-up documents here
 

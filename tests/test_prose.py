@@ -49,7 +49,7 @@ def method_names(module, cls):
 def scripts():
     """The modules of scripts/."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
+        patch.syspath_prepend(str(ROOT))
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("run", "session", "verdict")})
 
 
@@ -338,7 +338,7 @@ def test_every_target_and_variable_is_in_the_readme():
 
 
 def test_the_defaults_that_are_told():
-    import record
+    from harness import record
 
     timeout = re.search(r"\$\{TIMEOUT:-(\d+)", SOURCES).group(1)
     defaults = {"BUDGET": f"{record.BUDGET:g}", "TIMEOUT": timeout, "SEED": str(record.SEED)}

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 import prepare
-import record
+from harness import record
 
 ROOT = Path(prepare.__file__).parent
 
@@ -41,7 +41,7 @@ def write(**content):
 # Meanwhile, and afterwards, whatever stands under the record's name is read.
 KILLED = """
 import json, os, pathlib, random, signal, sys, time
-import record
+from harness import record
 
 record.DATA = record.STORE = pathlib.Path(sys.argv[1])
 last, chance, seen, rounds = record.DATA / "last_run.json", random.Random(0), [], 40

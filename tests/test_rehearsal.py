@@ -16,18 +16,15 @@ import test_honest
 from conftest import HARNESS
 from gallery import Network
 
-import checks
-import examination
-import model_state
 import prepare
-import record
 import train
+from harness import leak_checks, model_state, record, run_checks
 
 V = 512
 
 
 def rehearse(model, tokenizer, batch_size=8):
-    prepare.rehearsal(model, tokenizer, batch_size, examination.SECONDS)
+    prepare.rehearsal(model, tokenizer, batch_size, leak_checks.SECONDS)
 
 
 def begins_at_zero(mixes):
@@ -44,14 +41,14 @@ def begins_at_zero(mixes):
 @pytest.mark.parametrize("name", test_cheats.SEES_LATER)
 def test_a_model_that_sees_later_tokens_is_refused_before_it_is_trained(tokenizer, name):
     for make in (lambda mixes: Network(V, mixes), begins_at_zero):
-        with pytest.raises(checks.Refused, match="^causality: .*Look for"):
+        with pytest.raises(run_checks.Refused, match="^causality: .*Look for"):
             rehearse(make(test_cheats.SEES_LATER[name]), tokenizer)
 
 
 @pytest.mark.parametrize("name", test_cheats.OTHERS)
 def test_what_knows_more_than_its_row_is_refused_as_well(tokenizer, name):
     check, make = test_cheats.OTHERS[name]  # experts that share a capacity see later tokens, too
-    with pytest.raises(checks.Refused, match=f"^(rows|order|stateless|parameters|{check}): "):
+    with pytest.raises(run_checks.Refused, match=f"^(rows|order|stateless|parameters|{check}): "):
         rehearse(make(), tokenizer)
 
 
@@ -60,7 +57,7 @@ def test_what_knows_more_than_its_row_is_refused_as_well(tokenizer, name):
 )  # which may not be asked about
 def test_so_is_what_is_no_distribution(tokenizer, name):
     check, model = test_cheats.UNFIT[name]
-    with pytest.raises(checks.Refused, match=f"^{check}: "):
+    with pytest.raises(run_checks.Refused, match=f"^{check}: "):
         rehearse(model, tokenizer)
 
 
@@ -123,7 +120,7 @@ def test_all_is_put_back_bit_for_bit(tokenizer):
 
 def test_a_refused_model_is_put_back_too(tokenizer):
     model = begins_at_zero([test_cheats.NoMask])
-    with pytest.raises(checks.Refused):
+    with pytest.raises(run_checks.Refused):
         rehearse(model, tokenizer)
     assert not mx.any(model.head) and not mx.any(model.mixes[0].wo)
 
@@ -171,7 +168,7 @@ class TrainsInItsFirstCall(nn.Module):
 def test_a_model_that_trains_in_a_call_is_refused_however_it_is_wrapped(tokenizer):
     wrapped = TrainsInItsFirstCall()
     for model in (TrainsInItsFirstCall(), lambda ids: wrapped(ids), TrainsInItsFirstCall().__call__):
-        with pytest.raises(checks.Refused, match="^parameters: .*bias is not what it was"):
+        with pytest.raises(run_checks.Refused, match="^parameters: .*bias is not what it was"):
             rehearse(model, tokenizer)
 
 
@@ -179,7 +176,7 @@ def test_what_is_out_of_memory_is_told_as_that(tokenizer):
     def model(ids):
         raise RuntimeError("[malloc] Unable to allocate 99999999 bytes.")
 
-    with pytest.raises(checks.Refused, match="^memory: an evaluation of 8 x 64 tokens"):
+    with pytest.raises(run_checks.Refused, match="^memory: an evaluation of 8 x 64 tokens"):
         rehearse(model, tokenizer)
 
 

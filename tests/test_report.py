@@ -17,7 +17,7 @@ import nights
 import pytest
 from conftest import ROOT, STANDIN, Checkout, clean_environment, new_checkout
 
-import record
+from harness import record
 
 COUNT = 24  # experiments of the night that most tests read
 HOSTILE = [
@@ -190,7 +190,7 @@ def another_night_beside(clone):
 @pytest.mark.parametrize("damage", [no_archive, damaged_archive, by_hand, no_events, no_git, unfinished])
 def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
     missing = damage(night)
-    done = night.run(night.env["PYTHON"], "scripts/report.py", "--tags=t", check=0)
+    done = night.run(night.env["PYTHON"], "-m", "scripts.show.report", "--tags=t", check=0)
     assert missing in done.stdout and not done.stderr
     text = Words(page(night)).text
     assert missing in text
@@ -199,7 +199,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
             assert row.split("\t")[5] in text
     if damage is unfinished:
         assert "on held-out text the gain is +0.0123, by one pair" in text and "measured on held-out" not in text
-        brief = night.run(night.env["PYTHON"], "scripts/brief.py", "--tag=t", check=0).stdout
+        brief = night.run(night.env["PYTHON"], "-m", "scripts.show.brief", "--tag=t", check=0).stdout
         assert len(brief.splitlines()) <= 60 and "held out +0.0123" in brief
 
 
@@ -471,7 +471,7 @@ def hostile(lab, tmp_path):
 @pytest.mark.parametrize("width", [390, 1400])
 def test_no_text_injects_anything(hostile, opened, width):
     tag = 'x"><b>'
-    hostile.run(hostile.env["PYTHON"], "scripts/report.py", f"--tags={tag}", check=0)
+    hostile.run(hostile.env["PYTHON"], "-m", "scripts.show.report", f"--tags={tag}", check=0)
     shown = opened(hostile, width)
     for button in shown.locator("tr.row button").all():
         button.click()
@@ -492,8 +492,8 @@ def test_no_text_injects_anything(hostile, opened, width):
 def test_a_thousand_experiments_are_one_page_that_a_phone_can_hold(lab, tmp_path, opened):
     clone = a_copy(lab, tmp_path)
     nights.make(clone.path, 1000)
-    clone.run(clone.env["PYTHON"], "scripts/report.py", "--tags=t", check=0)
+    clone.run(clone.env["PYTHON"], "-m", "scripts.show.report", "--tags=t", check=0)
     assert (clone.path / "data" / "report.html").stat().st_size < 5e6
     shown = opened(clone)
     assert len(column(shown, 1)) == 1000
-    assert len(clone.run(clone.env["PYTHON"], "scripts/brief.py", "--tag=t", check=0).stdout.splitlines()) <= 60
+    assert len(clone.run(clone.env["PYTHON"], "-m", "scripts.show.brief", "--tag=t", check=0).stdout.splitlines()) <= 60

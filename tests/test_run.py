@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, sampled
 
-import record
+from harness import record
 
 HANG = "import time\nwhile True: time.sleep(0.05)"
 
@@ -170,7 +170,7 @@ def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(sess
 
 
 def test_ctrl_c_on_a_terminal(session):
-    """A person's Ctrl-C goes to everything in the foreground: make and run.sh, and the run ends."""
+    """A person's Ctrl-C goes to everything in the foreground: make and experiment.sh, and the run ends."""
     session.write_train("import sys\nprint('a terminal:', sys.stdout.isatty(), flush=True)" + FAMILY)
     process, terminal = on_a_terminal(session, "make", "run")
     wait_for(lambda: (session.path / "pids").exists(), "train.py starts")
@@ -371,13 +371,13 @@ def closed_pipe():
 
 
 def test_a_full_disk_is_no_crash_of_the_idea(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import run
+    monkeypatch.syspath_prepend(ROOT)
+    from scripts.run import experiment
 
     ended = {"pid": 1, "code": 1, "late": None, "wall": 2.0, "found": None, "before": None}
-    assert run.outcome({}, **ended)[0] == "crash"
+    assert experiment.outcome({}, **ended)[0] == "crash"
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
-    assert run.outcome({}, **ended)[:2] == (
+    assert experiment.outcome({}, **ended)[:2] == (
         "paused",
         "the disk is full, and train.py ended with exit 1: free some space",
     )

@@ -22,9 +22,8 @@ from hypothesis import strategies as st
 
 import data_sources
 import prepare
-import record
-import token_cache
 from data_sources import DATASETS, SPLITS, documents
+from harness import record, token_cache
 from prepare import TokenCache, Tokenizer
 
 ROOT = Path(prepare.__file__).parent

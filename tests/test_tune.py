@@ -10,14 +10,14 @@ import pytest
 from conftest import FOLDER, HARNESS, ROOT, new_checkout
 
 import train
-from record import blob_hash
+from harness.record import blob_hash
 
 
 @pytest.fixture(scope="module")
 def tune():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        import tune
+        patch.syspath_prepend(str(ROOT))
+        from scripts.run import tune
 
         yield tune
 
@@ -64,7 +64,7 @@ def machine(speed, memory=lambda depth, rows: 100.0, asked=None):
     def measure(depth, total, rows):
         if asked is not None:
             asked.append((depth, total, rows))
-        import tune
+        from scripts.run import tune
 
         figures = {"tok_sec": speed / tune.size_of(depth, 8192, 2048)[1], "train_peak_mb": memory(depth, rows)}
         return {"depth": depth, "total": total, "rows": rows, **figures}
@@ -145,7 +145,7 @@ def test_a_whole_tuning(tmp_path):
     texts.mkdir()
     for i in range(200):
         (texts / f"{i}.txt").write_text(" ".join(f"{(i * j) % 97} sheep and {j} goats." for j in range(40)))
-    script = checkout.path / "scripts" / "tune.py"
+    script = checkout.path / "scripts" / "run" / "tune.py"
     quiet = script.read_text()
     script.write_text(quiet.replace("BUSY = 0.4", "BUSY = -1"))
     done = checkout.script("tune", check=1)

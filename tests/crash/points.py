@@ -31,18 +31,18 @@ import numpy  # noqa: F401  # once for all: what a verb imports is not what is t
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("killed", "lost", "empty")
-RUN = ["scripts/run.py", "--tag=t", "--head=HEAD", "--session"]
+RUN = ["-m", "scripts.run.experiment", "--tag=t", "--head=HEAD", "--session"]
 VERBS = {  # what is typed; a Python helper is called without its shell script, which changes nothing by itself
-    "log-result": ["scripts/log_result.py", "--tag=t", "--status=keep", "--description=warmer", "--found=much",
+    "log-result": ["-m", "scripts.judge.log_result", "--tag=t", "--status=keep", "--description=warmer", "--found=much",
                    "--open=how far?"],
     "run": RUN,
     "run REFERENCE=1": [*RUN, "--reference"],
-    "holdout": ["scripts/holdout.py", "--tag=t", "--head=HEAD", "--runs=1"],
-    "baseline": ["scripts/log_result.py", "--tag=t", "--status=keep", "--description=baseline", "--new-table"],
+    "holdout": ["-m", "scripts.judge.holdout", "--tag=t", "--head=HEAD", "--runs=1"],
+    "baseline": ["-m", "scripts.judge.log_result", "--tag=t", "--status=keep", "--description=baseline", "--new-table"],
     "discard": ["scripts/discard.sh"],
     "setup": ["scripts/setup.sh"],
-    "results": ["scripts/results.py", "--tag=t"],
-    "report": ["scripts/report.py", "--tags=t"],
+    "results": ["-m", "scripts.show.results", "--tag=t"],
+    "report": ["-m", "scripts.show.report", "--tags=t"],
     "prepare": ["prepare.py", "--dataset=files"],  # of the texts beside FOLDER
 }  # fmt: skip
 
@@ -109,10 +109,13 @@ class Lab:
                 os.environ.update(env)
                 if at is not None:
                     runpy.run_path(str(HERE / "sitecustomize.py"))["install"]()
-                sys.path[:0] = [str(self.folder / "scripts"), str(self.folder)]
-                sys.argv, code = self.words, 0
+                sys.path.insert(0, str(self.folder))
+                for name in [n for n in sys.modules if n.partition(".")[0] in ("harness", "scripts")]:
+                    del sys.modules[name]
+                module = self.words[1] if self.words[0] == "-m" else self.words[0].removesuffix(".py")
+                sys.argv, code = self.words[self.words[0] == "-m" :], 0
                 try:
-                    runpy.run_path(self.words[0], run_name="__main__")
+                    runpy.run_module(module, run_name="__main__", alter_sys=True)
                 except SystemExit as ended:
                     code = ended.code or 0
                     if isinstance(code, str):

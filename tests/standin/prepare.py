@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import record
+from harness import record
 
 START = time.monotonic()
 DATA = Path(__file__).resolve().parent / "data"

@@ -10,9 +10,9 @@ import time
 import mlx.core
 import numpy as np
 
-import group
 from data_sources import SPLITS
-from token_cache import document_hash
+from harness import devices
+from harness.token_cache import document_hash
 
 PACKING_BUFFER = 1000  # documents to choose from when a row is filled
 
@@ -51,13 +51,13 @@ def cut_step(total, rows, length):
 
     rows: as many at once as memory allows; fewer where the devices of a group would together take more than a step.
     """
-    if group.SIZE > 1:
-        rows = min(rows, max(1, total // (length * group.SIZE)))
-    at_once = rows * length * group.SIZE
+    if devices.SIZE > 1:
+        rows = min(rows, max(1, total // (length * devices.SIZE)))
+    at_once = rows * length * devices.SIZE
     if rows < 1 or total % at_once:
         sys.exit(
             f"error: TOTAL_BATCH_SIZE = {total} is not a multiple of DEVICE_BATCH_SIZE x sequence length"
-            f"{' x devices' * (group.SIZE > 1)} = {rows} x {length}{f' x {group.SIZE}' * (group.SIZE > 1)}"
+            f"{' x devices' * (devices.SIZE > 1)} = {rows} x {length}{f' x {devices.SIZE}' * (devices.SIZE > 1)}"
         )
     return rows, total // at_once
 

@@ -10,13 +10,14 @@ import math
 import sys
 
 import numpy as np
-import run
-import session
-import summary
-import verdict
-from night import Night
-from notify import notify
-from session import Refused, Session, counted, options, record, run_command, tell
+
+from scripts import session
+from scripts.judge import verdict
+from scripts.run import experiment
+from scripts.run.notify import notify
+from scripts.session import Refused, Session, counted, options, record, run_command, tell
+from scripts.show import summary
+from scripts.show.night import Night
 
 
 def interval(differences):
@@ -30,7 +31,7 @@ def interval(differences):
 def main(args):
     sitting = Session(args.tag)
     sitting.link()
-    run.clear_up(sitting)
+    experiment.clear_up(sitting)
     if not args.head:
         raise Refused("holdout needs git: it runs commits in worktrees of their own")
     night = Night(args.tag)
@@ -39,17 +40,18 @@ def main(args):
         raise Refused("nothing was kept yet: make baseline")
     if first is best:
         raise Refused("the baseline is the best kept program: there is no gain to measure")
-    run.take_charge()
-    used, looks = [*run.seeds_of(sitting, first.blob), *run.seeds_of(sitting, best.blob)], []
+    experiment.take_charge()
+    used, looks = [*experiment.seeds_of(sitting, first.blob), *experiment.seeds_of(sitting, best.blob)], []
     before = sum(event["event"] == "holdout" for event in sitting.events())
     for number in range(args.runs or 3):
-        seed, found = run.unused(used), {}
+        seed, found = experiment.unused(used), {}
         used.append(seed)
         for row in (first, best) if number % 2 == 0 else (best, first):
-            attempt = run.run_once(sitting, "holdout", row.commit, args.head, seed)
+            attempt = experiment.run_once(sitting, "holdout", row.commit, args.head, seed)
             if attempt["status"] != "valid":
                 print("\n".join(summary.failure(attempt)[:-1]))
-                sys.exit(128 + run.stopped_by[0] if run.stopped_by else run.EXIT[attempt["status"]])
+                stopped = experiment.stopped_by
+                sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
             found[row.commit] = record.bpb(session.record_of(attempt)), attempt["test"]["bpb"]
         looks.append([a - b for a, b in zip(found[first.commit], found[best.commit], strict=True)])
         words = f"gain {looks[-1][0]:+.6f} on validation, {looks[-1][1]:+.6f} on test"

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from contextlib import suppress
 
-from session import record
+from scripts.session import record
 
 LIMIT = 60.0  # seconds
 OURS = ("LD_PRELOAD", "GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS")  # meant for train.py alone
@@ -26,7 +26,8 @@ def notify(text):
     with suppress(OSError), tempfile.TemporaryFile() as note:
         note.write(text.encode("utf-8", "replace") + b"\n")
         note.seek(0)
-        subprocess.Popen([sys.executable, __file__], stdin=note, env=environment, cwd=record.ROOT, **quiet)
+        words = [sys.executable, "-m", "scripts.run.notify"]
+        subprocess.Popen(words, stdin=note, env=environment, cwd=record.ROOT, **quiet)
 
 
 def deliver():

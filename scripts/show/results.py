@@ -4,9 +4,10 @@ usage: results.py --tag TAG [--all]
 """
 
 import numpy as np
-import verdict
-from night import Night
-from session import Session, options, run_command, say, tags
+
+from scripts.judge import verdict
+from scripts.session import Session, options, run_command, say, tags
+from scripts.show.night import Night
 
 
 def show(args):

@@ -2,9 +2,9 @@
 
 import re
 
-import session
-import verdict
-from session import ROOT, Refused, blanked, counted, one_line, record
+from scripts import session
+from scripts.judge import verdict
+from scripts.session import ROOT, Refused, blanked, counted, one_line, record
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 FIGURES = {"val_bpb": 6, "peak_memory_mb": 1, "avg_tok_sec": 0, "total_steps": 0, "eval_seconds": 1}  # and decimals

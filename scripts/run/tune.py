@@ -15,20 +15,18 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import mlx.core as mx
 
-import mlx.core as mx  # noqa: E402
-
-import record  # noqa: E402
+from harness import record
+from harness.record import ROOT
 
 if __name__ == "__main__":
     record.one_line_for("make tune")
 
 import bench  # noqa: E402
-import machine  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
+from harness import machine  # noqa: E402
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
 TIME_LIMIT = 150  # seconds; no further size is timed after it

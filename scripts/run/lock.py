@@ -17,7 +17,7 @@ import sys
 import time
 from contextlib import suppress
 
-from session import LOCK, ROOT, Refused, one_line, record, run_command
+from scripts.session import LOCK, ROOT, Refused, one_line, record, run_command
 
 PAUSE = 0.5  # seconds between two looks whether a device is free
 

@@ -6,9 +6,9 @@ usage: brief.py --tag TAG
 import math
 import textwrap
 
-import verdict
-from night import Night, clock, wide
-from session import Session, counted, cut, one_line, options, run_command, tags
+from scripts.judge import verdict
+from scripts.session import Session, counted, cut, one_line, options, run_command, tags
+from scripts.show.night import Night, clock, wide
 
 WIDTH, LINES = 120, 60
 KEPT, NEAR, DEAD, OPEN, SISTERS = 12, 6, 14, 8, 3  # of each at most

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
-import session
-from session import Refused, Session, counted, options, record, run_command
+
+from scripts import session
+from scripts.session import Refused, Session, counted, options, record, run_command
 
 # --- the thresholds ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-import group
+from harness import devices
 
 
 class Trainer:
@@ -42,7 +42,7 @@ class Trainer:
     def _update(self, totals):
         """Apply the sum of the streams' gradients; returns that of their losses."""
         loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
-        self.optimizer.update(self.model, group.averaged(gradients))
+        self.optimizer.update(self.model, devices.averaged(gradients))
         return loss
 
     def split(self, tokens):

@@ -11,7 +11,7 @@ import sys
 import time
 from datetime import datetime
 
-from session import PROGRESS, Session, blanked, cut, one_line, options, record, run_command
+from scripts.session import PROGRESS, Session, blanked, cut, one_line, options, record, run_command
 
 EVERY = 1.0  # seconds
 ROWS = 10

@@ -15,10 +15,11 @@ from datetime import datetime
 from statistics import NormalDist
 
 import numpy as np
-import session
-import verdict
-from expected import Prior
-from session import Session, one_line, record
+
+from scripts import session
+from scripts.judge import verdict
+from scripts.judge.expected import Prior
+from scripts.session import Session, one_line, record
 
 PART = re.compile(r"(?:def|class) (\w+)|([A-Z][A-Z0-9_]*) *(?::[^=]*)?=|    def (\w+)")
 SURE = NormalDist().inv_cdf(0.975)  # standard errors on either side of a 95 % interval

@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 
 from mlx._distributed_utils import launch
-from session import ROOT, TEMPORARY, Refused, record, run_command
 
-from group import SIGN as MARK, SILENCE  # isort: skip  (found by what session does to the path)
+from harness.devices import SIGN as MARK
+from harness.devices import SILENCE
+from scripts.session import ROOT, TEMPORARY, Refused, record, run_command
 
 START = 30  # seconds until the first
 STEP = 20.0  # seconds that a step may take at least, and three times as long as the longest before it
@@ -43,7 +44,7 @@ SIGN = re.compile(MARK + rb"(-?\d+)\r?\n")
 def facts(dataset, address=None, port=None):
     """What must be the same on all hosts, and whether a port is free here."""
     import data_sources  # here: they take a while, and are of no use to the launcher itself
-    import token_cache
+    from harness import token_cache
 
     cache = token_cache.TokenCache.read(data_sources.cache_dir(data_sources.get_dataset(dataset)) / "tokens")
     files = sorted(path for path in ROOT.glob("*.py") if path.name != "train.py")
@@ -138,7 +139,8 @@ def look_at(hosts, port, program):
             continue
         ours = ours or facts(dataset)
         asked_for = f"--facts {dataset} {host['ips'][0]} {port + rank}"
-        command = f"cd {shlex.quote(str(ROOT))} && env {shlex.join(carried())} {python} scripts/launch.py {asked_for}"
+        command = f"cd {shlex.quote(str(ROOT))} && env {shlex.join(carried())} {python}"
+        command += f" -m scripts.run.launch {asked_for}"
         options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "LogLevel=ERROR"]
         asked = subprocess.run(["ssh", *options, name, command], input=program, capture_output=True, text=True)
         said = (asked.stderr.strip().splitlines() or ["no word"])[-1]
@@ -236,7 +238,7 @@ def supervise(kind, arguments, verbose=False, elsewhere=()):
             number += 1
         else:
             env = [*env, *carried(), f"PYTHONPATH={ROOT}"]
-            command = [command[0], "scripts/lock.py", "--", command[0], "data/group/program.py", *command[2:]]
+            command = [command[0], "-m", "scripts.run.lock", "--", command[0], "data/group/program.py", *command[2:]]
             ranks.append(Rank(kind, rank, host, python, str(ROOT), files, env, command))
     sys.exit(to_the_end(ranks))
 

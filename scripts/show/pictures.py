@@ -11,9 +11,10 @@ import warnings
 
 import matplotlib
 import numpy as np
-import verdict
-from night import clock, parsed
-from session import counted, cut, one_line, record
+
+from scripts.judge import verdict
+from scripts.session import counted, cut, one_line, record
+from scripts.show.night import clock, parsed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

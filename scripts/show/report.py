@@ -13,18 +13,20 @@ import sys
 from collections import Counter
 
 try:
-    import progress
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup, escape
     from pygments.lexers import PythonLexer
     from pygments.token import STANDARD_TYPES
+
+    from scripts.show import pictures
 except ImportError as error:
     sys.exit(f"error: the report needs the package {error.name}: unset PYTHON, and the project's environment has it")
 import numpy as np
-import session
-import verdict
-from night import Night, clock, diff
-from session import Refused, counted, one_line, record, run_command, shown
+
+from scripts import session
+from scripts.judge import verdict
+from scripts.session import Refused, counted, one_line, record, run_command, shown
+from scripts.show.night import Night, clock, diff
 
 ROOM = 1_200_000  # characters of diffs, and as many of journal entries, that the page holds for all experiments
 KEPT_LINES = 600  # of the diff of a kept change
@@ -40,7 +42,7 @@ class Page:
         self.id = re.sub("[^A-Za-z0-9]", "-", night.tag)
 
     def place(self, e):
-        return progress.place(self.night, e)
+        return pictures.place(self.night, e)
 
     def signed(self, value, error=math.nan):
         """A gain as a person reads it, with its error where that is known."""
@@ -202,10 +204,10 @@ class Page:
         """The two views as SVG, each for a desk and for a phone."""
         n, alt = self.night, "val_bpb of every experiment over time; the table below has the figures"
         other = "val_bpb against tokens a second and against memory"
-        drawn = [progress.svg(progress.progress([n], (12, 6.2)), f"{self.id}-wide", alt),
-                 progress.svg(progress.progress([n], (4.6, 4.4), labels=False), f"{self.id}-narrow", alt),
-                 progress.svg(progress.price(n), f"{self.id}-price", other),
-                 progress.svg(progress.price(n, (4.6, 6.4)), f"{self.id}-price-narrow", other)]  # fmt: skip
+        drawn = [pictures.svg(pictures.progress([n], (12, 6.2)), f"{self.id}-wide", alt),
+                 pictures.svg(pictures.progress([n], (4.6, 4.4), labels=False), f"{self.id}-narrow", alt),
+                 pictures.svg(pictures.price(n), f"{self.id}-price", other),
+                 pictures.svg(pictures.price(n, (4.6, 6.4)), f"{self.id}-price-narrow", other)]  # fmt: skip
         return [Markup(text) for text in drawn]
 
     @property
@@ -245,11 +247,11 @@ def write(args):
     folder = FileSystemLoader(str(record.ROOT / "scripts"))
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clock": clock, "counted": counted, "one_line": one_line}
-    together = Markup(progress.svg(progress.progress(nights, (12, 5.5)), "all", "the sessions")) if nights[1:] else ""
+    together = Markup(pictures.svg(pictures.progress(nights, (12, 5.5)), "all", "the sessions")) if nights[1:] else ""
     text = environment.get_template("report.html.j2").render(pages=[Page(n) for n in nights], together=together)
     text = text.encode("utf-8", "replace").decode("utf-8")
     record.write_atomically(record.DATA / "report.html", text)
-    record.write_atomically(record.DATA / "progress.png", progress.png(progress.progress(nights)))
+    record.write_atomically(record.DATA / "progress.png", pictures.png(pictures.progress(nights)))
     print(f"report   {shown(record.DATA / 'report.html')}, {len(text.encode()) / 1e6:.1f} MB; open it in a browser")
     print(f"picture  {shown(record.DATA / 'progress.png')}")
     for night in nights:

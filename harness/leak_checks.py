@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from model_state import CHANGED, Refused, arrays_of, copies_of, mx, same
+from harness.model_state import CHANGED, Refused, arrays_of, copies_of, mx, same
 
 CLOCK = time.monotonic  # bound here, so that whoever replaces it later does not reach this
 

@@ -13,10 +13,10 @@ import subprocess
 from contextlib import suppress
 from datetime import datetime
 
-import session
-import summary
-import verdict
-from session import HEADER, JOURNAL, Refused, Session, one_line, options, record, run_command, shown
+from scripts import session
+from scripts.judge import verdict
+from scripts.session import HEADER, JOURNAL, Refused, Session, one_line, options, record, run_command, shown
+from scripts.show import summary
 
 
 def log(args):

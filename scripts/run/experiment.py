@@ -26,12 +26,12 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import log_result
-import session
-import summary
-from notify import notify
-from session import PROGRESS, ROOT, TEMPORARY, Refused, Session, options, record, run_command, say, tell
-from summary import EXIT
+from scripts import session
+from scripts.judge import log_result
+from scripts.run.notify import notify
+from scripts.session import PROGRESS, ROOT, TEMPORARY, Refused, Session, options, record, run_command, say, tell
+from scripts.show import summary
+from scripts.show.summary import EXIT
 
 PATIENCE = 3.0  # seconds between asking a process to end and killing it
 ROOM = 2**20  # bytes that are free on a disk that is not full
@@ -177,7 +177,7 @@ def last_state(line):
 def words_of_group(*options):
     """What runs a program: Python, and for more than one device (NPROC, HOSTS) its launcher."""
     alone = os.environ.get("NPROC") in (None, "", "1") and not os.environ.get("HOSTS")
-    return [sys.executable] if alone else [sys.executable, str(ROOT / "scripts" / "launch.py"), *options]
+    return [sys.executable] if alone else [sys.executable, "-m", "scripts.run.launch", *options]
 
 
 def locks():
