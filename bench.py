@@ -23,10 +23,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import prepare
-from harness import batches, machine, model_state, record
+from harness import batches, files, machine, model_state, project
 
 if __name__ == "__main__":
-    record.one_line_for("make bench")
+    files.one_line_for("make bench")
 
 import train  # noqa: E402
 
@@ -234,7 +234,7 @@ def moved(before, after):
 
 def last_bench(profile):
     """The newest archived bench of the same machine and dataset, or None."""
-    for path in sorted(record.STORE.glob("bench_*.json"), reverse=True):
+    for path in sorted(project.STORE.glob("bench_*.json"), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or not ours
             old = json.loads(path.read_text())
             same = [old["device"][key] == profile["device"][key] for key in ("name", "backend")]
@@ -262,7 +262,7 @@ def main():
     training = Training(rows, 5.0)
     present, compiled = training.figures, training.trainer.compiled
     start = [sys.executable, "-c", "import train"]
-    note({"import_seconds": seconds_of(lambda: subprocess.run(start, cwd=record.ROOT, check=True), 0.0)} | present)
+    note({"import_seconds": seconds_of(lambda: subprocess.run(start, cwd=project.ROOT, check=True), 0.0)} | present)
     note(training.parts() | training.arithmetic())
     note(training.attention())
     note(training.packing() | training.evaluation())
@@ -281,14 +281,14 @@ def main():
     print(f"fastest that fits: DEVICE_BATCH_SIZE = {fastest}")
     now, seconds = datetime.now().astimezone(), time.monotonic() - prepare.PROCESS_START
     profile = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "seconds": seconds}
-    profile |= {"commit": record.git("rev-parse", "HEAD"), "train_blob": record.blob_hash(record.ROOT / "train.py")}
+    profile |= {"commit": project.git("rev-parse", "HEAD"), "train_blob": project.blob_hash(project.ROOT / "train.py")}
     profile |= {"device": device, "load": load, "dataset": dataset.name, "total_batch_size": train.TOTAL_BATCH_SIZE}
     profile |= {"device_batch_size": rows, "fastest": fastest, "figures": figures, "sweep": sizes}
     if before := last_bench(profile):
         print(f"since the bench of {before.get('timestamp')} (machines are noisy: identical runs differ by 3 to 5 %)")
         print(*(list(moved(before["figures"], figures)) or ["  nothing moved by more than 5 %"]), sep="\n")
-    archive = record.STORE / f"bench_{now:%Y%m%d_%H%M%S}.json"
-    record.write_atomically(archive, json.dumps(profile, indent=1))
+    archive = project.STORE / f"bench_{now:%Y%m%d_%H%M%S}.json"
+    files.write_atomically(archive, json.dumps(profile, indent=1))
     print(f"archived in data/{archive.name} after {seconds:.0f} s")
 
 

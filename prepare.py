@@ -32,10 +32,10 @@ from mlx.utils import tree_flatten
 
 import data_sources
 from data_sources import get_dataset
-from harness import batches, devices, leak_checks, machine, model_state, record, run_checks, token_cache
+from harness import batches, devices, files, leak_checks, machine, model_state, project, record, run_checks, token_cache
 from harness.batches import Batches, evaluation_rows, sealed_rows
 from harness.model_state import mx
-from harness.record import dataset_of_train
+from harness.project import dataset_of_train
 from harness.token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare
 
 HARNESS_MODULES = (  # what is measured, and how
@@ -43,7 +43,7 @@ HARNESS_MODULES = (  # what is measured, and how
     data_sources,
 )  # fmt: skip
 HARNESS_FILES = tuple(Path(module.__file__).resolve() for module in HARNESS_MODULES)
-HARNESS = record.code_hash(HARNESS_FILES)  # of the files that this process loaded, whatever happens to them later
+HARNESS = project.code_hash(HARNESS_FILES)  # of the files that this process loaded, whatever happens to them later
 
 # --- the metric --------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ def bits_per_byte(bits, size):
 
 # --- one run: its clock, its log, its end ----------------------------------------------------------
 
-HOLDOUT = "--holdout" in sys.argv[1:] and (record.DATA / ".holdout").exists()  # scripts/holdout.py's own worktrees
+HOLDOUT = "--holdout" in sys.argv[1:] and (project.DATA / ".holdout").exists()  # scripts/holdout.py's own worktrees
 CHECK_ONLY = "--check" in sys.argv[1:]  # `train.py --check`: the dress rehearsal alone
 WEIGHTS = sys.argv[2:] if sys.argv[1:2] == ["--weights"] else None  # `train.py --weights FILE`: score these alone
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
@@ -276,10 +276,10 @@ class Run:
                 "error: train.py trains when it is imported: what begins a run belongs below if __name__ == '__main__'"
             )
         self.dataset = get_dataset(dataset_name)
-        self.budget, self.seed = record.settings()
+        self.budget, self.seed = project.settings()
         self.tokenizer = Tokenizer.load(self.dataset)
         self.cache = TokenCache.load(self.dataset)
-        self.train_blob = record.blob_hash(record.ROOT / "train.py")
+        self.train_blob = project.blob_hash(project.ROOT / "train.py")
         self.warm_up_seconds = self.rehearsal_seconds = 0.0
         self._stream = self._start = self._pending = None
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
@@ -470,7 +470,7 @@ class Run:
             with devices.agreement(run_checks.Refused):
                 run_checks.data(served, self.cache, self._changed_file, self._opened.strange())
                 now = run_checks.definitions(*HARNESS_MODULES)
-                run_checks.harness(HARNESS, record.code_hash(HARNESS_FILES), DEFINED, now)
+                run_checks.harness(HARNESS, project.code_hash(HARNESS_FILES), DEFINED, now)
             with run_checks.harness_reads():
                 rows = sealed_rows(self.cache, self.dataset, len(evaluation.row_bits))
             bits, size = score_test(model, rows, self.tokenizer, batch_size)
@@ -483,7 +483,7 @@ class Run:
                 rows = evaluation_rows(self.cache, self.dataset, "test")
             bpb, stderr = bits_per_byte(*score_test(model, rows, self.tokenizer, batch_size))
             if not devices.RANK:
-                record.write_atomically(record.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
+                files.write_atomically(project.DATA / "holdout.json", json.dumps({"bpb": bpb, "stderr": stderr}))
         self._end(
             reason,
             model={
@@ -511,7 +511,7 @@ class Run:
         startup_seconds, startup_peak, _ = self._startup or (time.monotonic() - PROCESS_START, 0, 0)
         written = record.write(
             train=self.train_blob,
-            commit=record.git("rev-parse", "--verify", "HEAD"),
+            commit=project.git("rev-parse", "--verify", "HEAD"),
             status="invalid" if reason else "valid",
             reason=reason,
             harness=HARNESS,
@@ -564,13 +564,13 @@ def save_weights(parameters, train_blob):
 
     The file names the program that it is of: after a pair data/last_run.json may be another's.
     """
-    path = record.DATA / "last_run.safetensors"
+    path = project.DATA / "last_run.safetensors"
     try:
-        record.make_folder(record.DATA)
+        files.make_folder(project.DATA)
         arrays, of = dict(tree_flatten(parameters)), {"train_blob": train_blob}
         mx.save_safetensors(str(path.with_name(".part.safetensors")), arrays, of)
         with run_checks.harness_reads():  # it opens them, to have them on the disk
-            record.move_into_place(path.with_name(".part.safetensors"), path)
+            files.move_into_place(path.with_name(".part.safetensors"), path)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"note: the weights were not kept: {error}")
 

@@ -1,1 +1,1 @@
-"""What a run is made of. Nobody edits it during a session: a run is refused where it differs from the session's start."""
+"""What a run is made of, and nobody edits: a run is refused where this differs from its session's start."""

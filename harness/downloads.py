@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import requests
 import urllib3
 
-from harness.record import make_folder, move_into_place, printable, remove_leftovers
+from harness.files import make_folder, move_into_place, printable, remove_leftovers
 
 WORKERS = 8  # files at once
 ATTEMPTS = 6  # tries a file

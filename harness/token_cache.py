@@ -23,7 +23,7 @@ import tiktoken
 import data_sources
 from data_sources import SPLITS, cache_dir
 from harness.downloads import file_hash, printable, remove_leftovers
-from harness.record import folder_to_disk, make_folder, one_at_a_time, read_json, to_disk, what_failed, write_atomically
+from harness.files import folder_to_disk, make_folder, one_at_a_time, read_json, to_disk, what_failed, write_atomically
 
 # --- tokenizer ---------------------------------------------------------------------------------
 

@@ -43,14 +43,14 @@ whole() { # NAME VALUE: a whole number, 0 or more
   [[ "$2" =~ ^[0-9]{1,10}$ ]] || die "$1=$2 is not a whole number"
 }
 
-# Settings reach Python through the environment; what holds where nothing is set, record.settings knows.
+# Settings reach Python through the environment; what holds where nothing is set, project.settings knows.
 export_settings() {
   [ -z "${BUDGET:-}" ] || { positive BUDGET "$BUDGET" && export AUTORESEARCH_BUDGET=$BUDGET; }
   [ -z "${SEED:-}" ] || { whole SEED "$SEED" && export AUTORESEARCH_SEED=$SEED; }
   [ -z "${FILES:-}" ] || export AUTORESEARCH_FILES=$FILES
 }
 
-dataset_of_train() { "$PYTHON" -c 'from harness import record; print(record.dataset_of_train())'; }
+dataset_of_train() { "$PYTHON" -c 'from harness import project; print(project.dataset_of_train())'; }
 
 # A run trains on the dataset that train.py names; another one in DATASET would be ignored, so it is refused.
 same_dataset() {

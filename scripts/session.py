@@ -18,13 +18,13 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from harness import record
+from harness import files, project, record
 from harness.record import HOME, ROOT, STORE, git  # noqa: E402
 
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
 ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|crash)\t([^\t]*)")
 LINK = ROOT / "results.tsv"
-PROGRESS = record.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
+PROGRESS = project.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
 JOURNAL = HOME / "internal" / "log"
 TEMPORARY = "autoresearch-"  # begins the names of our folders for temporary files; after it, whose they are
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
@@ -69,7 +69,7 @@ class Session:
         """Make results.tsv in the root this session's table; a file that stands in its place is never lost."""
         if self.tag == "none" and not self.table.exists() and not LINK.exists():
             return
-        record.make_folder(self.folder)
+        files.make_folder(self.folder)
         target = os.path.relpath(self.table, ROOT)
         if LINK.is_symlink():
             if os.readlink(LINK) == target:
@@ -82,7 +82,7 @@ class Session:
             elif LINK.read_bytes() == self.table.read_bytes():
                 LINK.unlink()
             else:
-                aside = record.free_name(STORE, "results", ".tsv")
+                aside = files.free_name(STORE, "results", ".tsv")
                 LINK.rename(aside)
                 say(f"note: results.tsv was another file than this session's table; it is now {shown(aside)}")
         self.restore()
@@ -97,7 +97,7 @@ class Session:
         logged, done = self.logged(), self.completed()
         if logged:
             lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in done)]
-            record.write_atomically(self.table, "\n".join(lines) + "\n")
+            files.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
         elif known := len(self.numbered()):
             say(
@@ -129,17 +129,17 @@ class Session:
     def archive_table(self):
         """Begin a new table; the old one stays beside it under a name of its own."""
         if self.table.exists():
-            old = record.free_name(self.folder, "results", ".tsv")
+            old = files.free_name(self.folder, "results", ".tsv")
             self.note("table", archived=old.name)  # first: a table that is missing would be restored
             self.table.rename(old)
-            record.folder_to_disk(self.folder)
+            files.folder_to_disk(self.folder)
             say(f"note: the older results.tsv is now {shown(old)}")
 
     # --- events ---
 
     def note(self, event, **content):
         time = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        record.append(self.log, json.dumps({"event": event, "time": time, **content}) + "\n")
+        files.append(self.log, json.dumps({"event": event, "time": time, **content}) + "\n")
 
     def events(self):
         """Everything noted, in order; a line that was cut short does not count."""
@@ -211,7 +211,7 @@ def tags():
 def alive(attempt):
     """Whether the run still holds its device's lock (see lock.py)."""
     path, launcher = attempt.get("lock") or LOCK, attempt["launcher"]
-    if (record.read_json(path) or {}).get("pid") != launcher:
+    if (files.read_json(path) or {}).get("pid") != launcher:
         return False
     try:
         with suppress(PermissionError):
@@ -227,7 +227,7 @@ def alive(attempt):
 
 def record_of(attempt):
     """The record of a valid run, or None where it is gone or was changed."""
-    for run in (record.read_json(record.DATA / "last_run.json") or {}, *record.archived()):
+    for run in (files.read_json(project.DATA / "last_run.json") or {}, *record.archived()):
         if run.get("run_id") == attempt["run_id"] and record.seal_fits(run):
             return run
     return None
@@ -236,8 +236,8 @@ def record_of(attempt):
 @contextmanager
 def one_writer():
     """One writer at a time in the archive."""
-    record.make_folder(STORE)
-    with record.one_at_a_time(STORE):
+    files.make_folder(STORE)
+    with files.one_at_a_time(STORE):
         yield
 
 
@@ -247,7 +247,7 @@ def one_writer():
 def text_of(blob):
     """The text of a train.py that git knows, or that stands here; None where neither."""
     here = ROOT / "train.py"
-    if here.exists() and record.blob_hash(here) == blob:
+    if here.exists() and project.blob_hash(here) == blob:
         return here.read_text("utf-8", "replace")
     return git("cat-file", "blob", blob) if blob else None
 
@@ -335,7 +335,7 @@ def run_command(function, *arguments):
         name = shown(path if path.exists() else path.absolute().parent)  # what cannot be made: its folder
         sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
-        reason = record.what_failed(error)
+        reason = files.what_failed(error)
         sys.exit(f"error: {error.filename or 'writing'}: {reason}; mend that, and run the same again")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -343,4 +343,4 @@ def run_command(function, *arguments):
 
 if __name__ == "__main__":  # for lib.sh: what it is given becomes train.py
     content = sys.stdin.buffer.read() or sys.exit("error: git has no train.py there")
-    run_command(record.write_atomically, ROOT / "train.py", content)
+    run_command(files.write_atomically, ROOT / "train.py", content)

@@ -88,7 +88,7 @@ if [ -z "$start" ]; then
     tree=$(git ls-tree HEAD | sed "s/^\([0-9]* blob \)[0-9a-f]*\(${tab}train\.py\)\$/\1$blob\2/" | git mktree)
     start=$(git commit-tree "$tree" -p HEAD -m "Session $tag: train on $name")
   fi
-elif [ "$(git cat-file blob "$start:train.py" | "$PYTHON" -c 'from harness import record; print(record.dataset_of_train("/dev/stdin"))')" != "$name" ]; then
+elif [ "$(git cat-file blob "$start:train.py" | "$PYTHON" -c 'from harness import project; print(project.dataset_of_train("/dev/stdin"))')" != "$name" ]; then
   die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/$tag"
 fi
 # In this order: a branch that is there is a session with a start, and HEAD comes last.

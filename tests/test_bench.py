@@ -12,7 +12,7 @@ import bench
 import prepare
 import train
 from harness import machine
-from harness.record import blob_hash
+from harness.project import blob_hash
 
 TINY = {"DATASET": '"files"', "DEPTH": 1, "ASPECT_RATIO": 32, "HEAD_DIM": 32, "TOTAL_BATCH_SIZE": 128,
         "DEVICE_BATCH_SIZE": 2, "EVAL_BATCH_SIZE": 2}  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_train_py_of_another_shape_is_told_in_one_line(tiny, tmp_path, old, ne
     tune = other / "scripts" / "run" / "tune.py"
     tune.write_text(tune.read_text().replace("\nBUSY = 0.4", "\nBUSY = 1e9"))
     for tool in (["bench.py"], ["-m", "scripts.run.tune"]):
-        done = Checkout(other, tiny.env).run(sys.executable, tool)
+        done = Checkout(other, tiny.env).run(sys.executable, *tool)
         assert done.stderr.count("\n") == 1 and said in done.stderr and done.stderr.startswith("error: "), done.stderr
 
 

@@ -92,6 +92,7 @@ def test_ranks_that_trained_models_of_their_own_are_refused():
 
 # --- a rank that fails -------------------------------------------------------------------------------
 
+GROUP = "from harness import devices as group"
 BEGIN = """from harness import devices as group\nimport os, signal, sys, time
 import mlx.core as mx
 pids = group.told(str(os.getpid()))
@@ -115,8 +116,6 @@ FAULTS = {  # what rank 1 does: how it is named
 
 @pytest.fixture
 def group_of_two(session):
-        session.git("add", "-A")
-    
     session.git("update-ref", "refs/experiments/t/start", "HEAD")
     session.env["NPROC"] = "2"
     return session
@@ -165,7 +164,8 @@ def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path
 
 def test_a_group_that_ends_well_leaves_one_record(group_of_two):
     said = "print('half', end=' ', flush=True), time.sleep(1), print('a line')"
-    said = f"from harness import devices as group\nimport time\nif group.RANK: time.sleep(0.5)\nelse: {said}\nprint('said')"
+    said = f"if group.RANK: time.sleep(0.5)\nelse: {said}\nprint('said')"
+    said = f"import time\nfrom harness import devices as group\n{said}"
     done = group_of_two.experiment(f"{said}\nif not group.RANK: prepare.finish(1.4)")
     assert done.returncode == 0 and "val_bpb             1.400000" in done.stdout
     log = (group_of_two.path / "run.log").read_text().splitlines()
@@ -175,7 +175,7 @@ def test_a_group_that_ends_well_leaves_one_record(group_of_two):
 def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
     host = {"ssh": "localhost", "ips": ["127.0.0.1"]}
     (tmp_path / "two.json").write_text(json.dumps([host, host]))
-    group_of_two.write_train("from harness import devices as group\nif not group.RANK: prepare.finish(1.4)\nprint(group.SIZE)")
+    group_of_two.write_train(f"{GROUP}\nif not group.RANK: prepare.finish(1.4)\nprint(group.SIZE)")
     done = group_of_two.script("run", HOSTS=str(tmp_path / "two.json"), NPROC="", check=0)
     assert "val_bpb             1.400000" in done.stdout
     assert {"2", "rank 1: 2"} <= set((group_of_two.path / "run.log").read_text().splitlines())

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data_sources
-from harness import record, token_cache
+from harness import files, project, record, token_cache
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from scripts import session as sessions  # noqa: E402
@@ -156,7 +156,7 @@ def test_events_of_any_kind_are_read_with_doubt(sitting, events, junk):
 def test_a_record_is_an_object_or_nothing(tmp_path, content):
     path = tmp_path / "run_1.json"
     path.write_bytes(content)
-    found = record.read_json(path)
+    found = files.read_json(path)
     assert found is None or (isinstance(found, dict) and not record.seal_fits(found))
 
 
@@ -166,7 +166,7 @@ def test_the_dataset_of_any_train_py(tmp_path, before, line):
     path = tmp_path / "train.py"
     path.write_bytes(before + b"\nDATASET = " + line.encode())
     try:
-        assert re.fullmatch(r"\w+", record.dataset_of_train(path))
+        assert re.fullmatch(r"\w+", project.dataset_of_train(path))
     except SystemExit as ended:
         assert ended.code.startswith("error: ") and "\n" not in ended.code
 
@@ -175,7 +175,7 @@ def test_the_dataset_of_any_train_py(tmp_path, before, line):
 @given(st.text(max_size=30) | st.from_regex(r"[0-9.eE_+-]+", fullmatch=True))
 @example("9" * 5000)
 def test_a_number_is_one_or_is_refused(text):
-    for read in (record.positive, record.whole):
+    for read in (project.positive, project.whole):
         try:
             assert read("X", text) >= 0
         except SystemExit as ended:

@@ -200,8 +200,9 @@ def test_two_at_once_log_one_row(ran):
 def test_appends_from_many_processes_lose_no_row(checkout):
     code = """
 import sys, record
+from harness import project, files
 for n in range(50):
-    record.append(record.ROOT / "results.tsv", f"{sys.argv[1]} {n}\\n", "head\\n")
+    files.append(project.ROOT / "results.tsv", f"{sys.argv[1]} {n}\\n", "head\\n")
 """
     (checkout.path / "results.tsv").write_text("head\n")
     command = [checkout.env["PYTHON"], "-c", code]

@@ -17,6 +17,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import HARNESS, ROOT, small_laboratory
 
+from harness import project
+
 PLUGIN = ROOT / "experiment-plugin"
 SKILL = PLUGIN / "skills" / "model" / "SKILL.md"
 PAGES = {name: ROOT / name for name in ("program.md", "README.md", "CLAUDE.md", "AGENTS.md")} | {"SKILL.md": SKILL}
@@ -338,10 +340,9 @@ def test_every_target_and_variable_is_in_the_readme():
 
 
 def test_the_defaults_that_are_told():
-    from harness import record
 
     timeout = re.search(r"\$\{TIMEOUT:-(\d+)", SOURCES).group(1)
-    defaults = {"BUDGET": f"{record.BUDGET:g}", "TIMEOUT": timeout, "SEED": str(record.SEED)}
+    defaults = {"BUDGET": f"{project.BUDGET:g}", "TIMEOUT": timeout, "SEED": str(project.SEED)}
     table = re.findall(r"^\| `([A-Z]+)` \| (\d+) \|", PAGES["README.md"].read_text(), re.MULTILINE)
     assert dict(table) == defaults
     text = PAGES["program.md"].read_text()

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 import prepare
-from harness import record
+from harness import project, record
 
 ROOT = Path(prepare.__file__).parent
 
@@ -43,8 +43,8 @@ KILLED = """
 import json, os, pathlib, random, signal, sys, time
 from harness import record
 
-record.DATA = record.STORE = pathlib.Path(sys.argv[1])
-last, chance, seen, rounds = record.DATA / "last_run.json", random.Random(0), [], 40
+project.DATA = project.STORE = pathlib.Path(sys.argv[1])
+last, chance, seen, rounds = project.DATA / "last_run.json", random.Random(0), [], 40
 curve = {"step": list(range(200)), "loss": [chance.random() for _ in range(200)]}
 
 def read():
@@ -66,7 +66,7 @@ for i in range(rounds):
     if last.exists():
         seen.append(read())
 assert seen == sorted(seen)  # the old one or the new one: never an older one
-for archive in record.STORE.glob("run_*.json"):
+for archive in project.STORE.glob("run_*.json"):
     assert record.seal_fits(json.loads(archive.read_text()))
 print(len({number // 10**6 for number in seen}), len(set(seen)))
 """
@@ -226,7 +226,7 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     for part, names in RECORD.items():
         assert not set(names.split()) - set(found[part] if part else found), part
     assert found["status"] == "valid" and record.seal_fits(found)
-    assert found["train_blob"] == record.blob_hash(ROOT / "train.py")
+    assert found["train_blob"] == project.blob_hash(ROOT / "train.py")
     training, result, curve = found["training"], found["result"], found["curve"]
     assert (found["pid"], found["budget"], found["seed"], found["dataset"]) == (os.getpid(), 1.5, 42, "files")
     assert training["total_tokens"] == training["total_steps"] * 2 * 4 * 64

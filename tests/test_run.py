@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, sampled
 
-from harness import record
+from harness import files
 
 HANG = "import time\nwhile True: time.sleep(0.05)"
 
@@ -34,7 +34,7 @@ def wait_for(condition, what, seconds=20):
 def alive(pid):
     """Whether a process runs; one that has ended and was not yet collected does not."""
     if os.path.exists("/proc/self/stat"):
-        return record.is_alive(pid)
+        return files.is_alive(pid)
     shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return bool(shown) and not shown.startswith("Z")
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import data_sources
 import prepare
 from data_sources import DATASETS, SPLITS, documents
-from harness import record, token_cache
+from harness import files, record, token_cache
 from prepare import TokenCache, Tokenizer
 
 ROOT = Path(prepare.__file__).parent
@@ -486,7 +486,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(small_files, full_disk, cac
     assert line == f"error: {full_disk / 'files'}: the disk is full; AUTORESEARCH_CACHE moves the cache elsewhere"
     assert list((full_disk / "files").iterdir()) == []
     numpy_says = OSError("797250 requested and 767936 written")  # as tofile does, with no number of an error
-    assert record.what_failed(numpy_says) == "the disk is full"
+    assert files.what_failed(numpy_says) == "the disk is full"
 
 
 # --- the command -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from conftest import FOLDER, HARNESS, ROOT, new_checkout
 
 import train
-from harness.record import blob_hash
+from harness.project import blob_hash
 
 
 @pytest.fixture(scope="module")

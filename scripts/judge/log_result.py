@@ -13,9 +13,10 @@ import subprocess
 from contextlib import suppress
 from datetime import datetime
 
+from harness import files, project
 from scripts import session
 from scripts.judge import verdict
-from scripts.session import HEADER, JOURNAL, Refused, Session, one_line, options, record, run_command, shown
+from scripts.session import HEADER, JOURNAL, Refused, Session, one_line, options, run_command, shown
 from scripts.show import summary
 
 
@@ -76,9 +77,9 @@ def add_once(path, text, place):
     whole = (lead + text).encode()
     there = path.read_bytes() if path.exists() else b""
     if whole.startswith(there[at:]):
-        record.append(path, lead + text, there=len(there[at:]))
+        files.append(path, lead + text, there=len(there[at:]))
     elif text.encode() not in there:  # somebody else wrote there meanwhile
-        record.append(path, text)
+        files.append(path, text)
 
 
 def today():
@@ -138,8 +139,8 @@ def intended(sitting, attempt, args):
         "gain": decision.gain if decision and decision.old else None,
         "error": decision.error if decision and decision.error > 0 else None, "pairs": decision and decision.pairs,
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
-        "table_at": record.end_of(sitting.table, HEADER + "\n"),
-        "journal_at": record.end_of(JOURNAL / journal, f"# Research journal, {datetime.now():%Y-%m-%d}\n"),
+        "table_at": files.end_of(sitting.table, HEADER + "\n"),
+        "journal_at": files.end_of(JOURNAL / journal, f"# Research journal, {datetime.now():%Y-%m-%d}\n"),
         "entry": entry(sitting, attempt, args, number, description, decision, reference),
     }  # fmt: skip
 
@@ -182,12 +183,12 @@ def failed_before(sitting, attempt):
 
 def keep_weights(attempt):
     """The weights of the newest kept program stay, as data/best.safetensors."""
-    weights, of = record.DATA / "last_run.safetensors", None
+    weights, of = project.DATA / "last_run.safetensors", None
     with suppress(OSError, ValueError, KeyError, TypeError), weights.open("rb") as file:  # none, or not the harness's
         size = int.from_bytes(file.read(8), "little")
         of = json.loads(file.read(min(size, 2**24)))["__metadata__"]["train_blob"]
     if of == attempt["train_blob"]:
-        record.move_into_place(weights, record.DATA / "best.safetensors")
+        files.move_into_place(weights, project.DATA / "best.safetensors")
 
 
 def open_table(args):
@@ -195,7 +196,7 @@ def open_table(args):
     with session.one_writer():
         sitting = Session(args.tag)
         if not sitting.table.exists():
-            record.write_atomically(sitting.table, HEADER + "\n")
+            files.write_atomically(sitting.table, HEADER + "\n")
         sitting.link()
 
 

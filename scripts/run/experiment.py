@@ -26,6 +26,7 @@ import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from harness import files, project
 from scripts import session
 from scripts.judge import log_result
 from scripts.run.notify import notify
@@ -222,17 +223,17 @@ def watch(folder, timeout, *options):
 def clear_up(sitting):
     """What killed commands left: a row half logged is completed, temporary files and folders go."""
     log_result.complete_begun(sitting)
-    for folder in (record.DATA, record.STORE):  # found out now, not when the budget is spent
-        record.make_folder(folder)
+    for folder in (project.DATA, project.STORE):  # found out now, not when the budget is spent
+        files.make_folder(folder)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    for folder in (ROOT, record.DATA, record.STORE, sitting.folder):
-        record.remove_leftovers(folder)
+    for folder in (ROOT, project.DATA, project.STORE, sitting.folder):
+        files.remove_leftovers(folder)
     known = re.findall(r"(?m)^worktree (.*)/tree$", session.git("worktree", "list", "--porcelain") or "")  # and gone
     lost = {Path(name) for name in known if not os.path.lexists(name) and Path(name).name.startswith(TEMPORARY)}
     for folder in {*Path(tempfile.gettempdir()).glob(TEMPORARY + "*-*"), *lost}:
         pid, mine = folder.name.split("-")[1], folder in lost or folder.lstat().st_uid == os.getuid()
-        if pid.isdecimal() and mine and not record.is_alive(int(pid)):
+        if pid.isdecimal() and mine and not files.is_alive(int(pid)):
             ours = session.git("worktree", "remove", "--force", "--force", str(folder / "tree")) is not None
             if ours or not (folder / "tree" / ".git").exists():  # else another clone's
                 shutil.rmtree(folder, ignore_errors=True)
@@ -261,7 +262,7 @@ def given(budget):
     """What was typed behind `make run`, budget and devices, so that it can be typed again."""
     usual = {"TIMEOUT": "600", "NPROC": "1", "HOSTS": "", "DEVICE": ""}
     found = {name: os.environ.get(name) or default for name, default in usual.items()}
-    words = [f"BUDGET={budget:g}"] * (budget != record.BUDGET)
+    words = [f"BUDGET={budget:g}"] * (budget != project.BUDGET)
     words += [f"{name}={shlex.quote(value)}" for name, value in found.items() if value != usual[name]]
     return "".join(" " + word for word in words)
 
@@ -272,32 +273,32 @@ def run_once(sitting, role, commit, head, seed, pair=None):
     role: candidate, reference or holdout; the last one's `test` holds what was found on the test split.
     commit: what is checked out for it, or None for the folder at hand.
     """
-    budget, timeout = record.settings()[0], record.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
+    budget, timeout = project.settings()[0], project.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     with checked_out(commit) as folder:
         last = folder / "data" / "last_run.json"
         attempt = {
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
-            "train_blob": record.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
+            "train_blob": project.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
             "given": given(budget), "launcher": os.getpid(), "lock": session.LOCK,
             "waited": float(os.environ.pop("AUTORESEARCH_WAITED", 0)),
         }  # fmt: skip
-        before = (record.read_json(last) or {}).get("run_id")
+        before = (files.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
         os.environ["AUTORESEARCH_SEED"], start = str(seed), time.monotonic()
         os.environ["AUTORESEARCH_PROGRESS"] = f"{attempt['id']} {PROGRESS}"
         if role == "holdout":
-            record.write_atomically(folder / "data" / ".holdout", attempt["id"])
+            files.write_atomically(folder / "data" / ".holdout", attempt["id"])
         pid, code, late = watch(folder, timeout, *["--holdout"] * (role == "holdout"))
         wall = time.monotonic() - start
-        found = record.read_json(last)
+        found = files.read_json(last)
         status, reason, run = outcome(attempt, pid, code, timeout if late else None, wall, found, before)
         if run and run.get("run_id") and commit:
-            record.write_atomically(record.DATA / "last_run.json", last.read_text())
+            files.write_atomically(project.DATA / "last_run.json", last.read_text())
         ended = {"status": status, "reason": reason, "exit_code": code, "wall_seconds": round(wall, 1)}
         ended["run_id"] = run["run_id"] if run else None
         if role == "holdout" and status == "valid":
-            ended["test"] = record.read_json(folder / "data" / "holdout.json")
+            ended["test"] = files.read_json(folder / "data" / "holdout.json")
         sitting.note("end", id=attempt["id"], **ended)
     return {**attempt, **ended, "row": None}
 
@@ -357,19 +358,19 @@ def how_it_died(code, wall):
 
 def seeds_of(sitting, blob):
     """The seeds of a program's runs that could be compared with one made now, a seed for each run."""
-    budget = record.settings()[0]
+    budget = project.settings()[0]
     alike = [a for a in sitting.attempts() if a["status"] == "valid" and a["budget"] == budget]
     like = session.record_of(alike[-1]) if alike else None
     return [r["seed"] for r in record.runs_of(blob, like)] if like else []
 
 
 def unused(seeds):
-    return next(seed for seed in range(record.SEED, record.SEED + len(seeds) + 1) if seed not in seeds)
+    return next(seed for seed in range(project.SEED, project.SEED + len(seeds) + 1) if seed not in seeds)
 
 
 def refuse_seen(sitting, args):
     """Refuse a train.py that was run before, and say what came of it; and whatever would push a result aside."""
-    blob, (budget, seed), rows = record.blob_hash(ROOT / "train.py"), record.settings(), sitting.rows()[0]
+    blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), sitting.rows()[0]
     attempts = [a for a in sitting.attempts() if a["role"] == "candidate"]
     if attempts and not attempts[-1].get("logged"):
         last = attempts[-1]
@@ -416,7 +417,7 @@ def refuse_modules(sitting, args):
 
 def plan(sitting, args):
     """The runs to make: [(role, commit or None, seed, pair), …]."""
-    seed, blob = record.settings()[1], record.blob_hash(ROOT / "train.py")
+    seed, blob = project.settings()[1], project.blob_hash(ROOT / "train.py")
     chosen = seed if os.environ.get("AUTORESEARCH_SEED") else None
     if not (args.reference or args.pair):
         if not args.again:

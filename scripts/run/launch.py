@@ -26,9 +26,10 @@ from pathlib import Path
 
 from mlx._distributed_utils import launch
 
+from harness import files, project
 from harness.devices import SIGN as MARK
 from harness.devices import SILENCE
-from scripts.session import ROOT, TEMPORARY, Refused, record, run_command
+from scripts.session import ROOT, TEMPORARY, Refused, run_command
 
 START = 30  # seconds until the first
 STEP = 20.0  # seconds that a step may take at least, and three times as long as the longest before it
@@ -49,7 +50,7 @@ def facts(dataset, address=None, port=None):
     cache = token_cache.TokenCache.read(data_sources.cache_dir(data_sources.get_dataset(dataset)) / "tokens")
     files = sorted(path for path in ROOT.glob("*.py") if path.name != "train.py")
     return {
-        "code": record.code_hash(files),
+        "code": project.code_hash(files),
         "version of MLX": launch.mx.__version__,
         "token cache": cache.hash if cache else None,
         "port": port is None or can_bind(address, int(port)),
@@ -132,7 +133,7 @@ def carried():
 
 def look_at(hosts, port, program):
     """Refuse hosts that cannot be reached or differ from this one; each gets the program."""
-    ours, dataset, python = None, record.dataset_of_train(), shlex.quote(sys.executable)
+    ours, dataset, python = None, project.dataset_of_train(), shlex.quote(sys.executable)
     for rank, host in enumerate(hosts):
         name = host["ssh"]
         if name == "127.0.0.1":
@@ -227,7 +228,7 @@ def supervise(kind, arguments, verbose=False, elsewhere=()):
     here = [words[1] for words, _ in arguments].count("127.0.0.1")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     ranks, number = [], 0
-    for (rank, host, python, _, files, env, command), _ in arguments:
+    for (rank, host, python, _, held, env, command), _ in arguments:
         if host == "127.0.0.1":
             env = [*env, f"CUDA_VISIBLE_DEVICES={devices[number]}"] if number < len(devices) and devices[0] else env
             command = ["env", *elsewhere, *command]
@@ -286,7 +287,7 @@ def main(words):
     if words[0] == "--facts":
         program, place = sys.stdin.read(), ROOT / "data" / "group" / "program.py"
         print(json.dumps(facts(*words[1:])))
-        record.write_atomically(place, program)
+        files.write_atomically(place, program)
         return
     check, words = words[0] == "--check", words[words[0] == "--check" :]
     group = hostfile()

@@ -17,7 +17,8 @@ import sys
 import time
 from contextlib import suppress
 
-from scripts.session import LOCK, ROOT, Refused, one_line, record, run_command
+from harness import files
+from scripts.session import LOCK, ROOT, Refused, one_line, run_command
 
 PAUSE = 0.5  # seconds between two looks whether a device is free
 
@@ -56,7 +57,7 @@ def open_lock(path):
 
 
 def holder(path):
-    note = record.read_json(path) or {}
+    note = files.read_json(path) or {}
     try:
         age = max(0, round(time.monotonic() - note["clock"]))
         return f": pid {int(note['pid'])}, for {age // 60} min {age % 60} s, in {one_line(note['folder'])[:300]}"

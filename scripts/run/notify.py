@@ -11,7 +11,7 @@ import sys
 import tempfile
 from contextlib import suppress
 
-from scripts.session import record
+from harness import files, project
 
 LIMIT = 60.0  # seconds
 OURS = ("LD_PRELOAD", "GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS")  # meant for train.py alone
@@ -27,7 +27,7 @@ def notify(text):
         note.write(text.encode("utf-8", "replace") + b"\n")
         note.seek(0)
         words = [sys.executable, "-m", "scripts.run.notify"]
-        subprocess.Popen(words, stdin=note, env=environment, cwd=record.ROOT, **quiet)
+        subprocess.Popen(words, stdin=note, env=environment, cwd=project.ROOT, **quiet)
 
 
 def deliver():
@@ -39,7 +39,7 @@ def deliver():
         words = f"ON_RESULT ran past {LIMIT:g} s and was killed"
     with suppress(OSError):
         os.killpg(child.pid, signal.SIGKILL)
-    record.write_atomically(record.DATA / "on_result.log", words + "\n")
+    files.write_atomically(project.DATA / "on_result.log", words + "\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from harness import record
-from harness.record import ROOT
+from harness import files, project
+from harness.project import ROOT
 
 if __name__ == "__main__":
-    record.one_line_for("make tune")
+    files.one_line_for("make tune")
 
 import bench  # noqa: E402
 import prepare  # noqa: E402
@@ -157,8 +157,8 @@ def written(text, constants):
 
 def known(device, dataset, budget):
     """(file name, content) of the newest archived tuning of this machine, dataset and budget; None without one."""
-    for path in sorted(record.STORE.glob("tune_*.json"), reverse=True):
-        found = record.read_json(path) or {}
+    for path in sorted(project.STORE.glob("tune_*.json"), reverse=True):
+        found = files.read_json(path) or {}
         if (found.get("dataset"), found.get("budget")) == (dataset.name, budget):
             if all(found["device"].get(key) == device[key] for key in ("name", "memory_gb", "backend")):
                 return path.name, found
@@ -166,12 +166,12 @@ def known(device, dataset, budget):
 
 
 def main():
-    budget = record.settings()[0]
+    budget = project.settings()[0]
     dataset, device = prepare.get_dataset(train.DATASET), machine.describe()
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
     path = ROOT / "train.py"
     if "--known" in sys.argv and (found := known(device, dataset, budget)):
-        record.write_atomically(path, written(path.read_text(), found[1]["constants"]))
+        files.write_atomically(path, written(path.read_text(), found[1]["constants"]))
         print(f"tune     as found before, data/{found[0]}: {found[1]['why']}")
         return
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -210,9 +210,9 @@ def main():
     found = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "device": device, "load": load}
     found |= {"dataset": dataset.name, "budget": budget, "limit_mb": limit_mb if free else None}
     found |= {"constants": constants, "why": why, "timed": done}
-    archive = record.STORE / f"tune_{now:%Y%m%d_%H%M%S}.json"
-    record.write_atomically(archive, json.dumps(found, indent=1))
-    record.write_atomically(path, text)
+    archive = project.STORE / f"tune_{now:%Y%m%d_%H%M%S}.json"
+    files.write_atomically(archive, json.dumps(found, indent=1))
+    files.write_atomically(path, text)
     print(why)
     print(*(f"{name} = {value}" for name, value in constants.items()), sep=", ", end=" ")
     print(f"written to train.py; archived in data/{archive.name} after {time.monotonic() - start:.0f} s")

@@ -16,6 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
+from harness import project
 from scripts import session
 from scripts.judge import verdict
 from scripts.judge.expected import Prior
@@ -376,11 +377,12 @@ class Night:
 def texts(blobs):
     """{blob: text} of the programs that git knows, from one process."""
     wanted = sorted({blob for blob in blobs if blob})
-    if not wanted or not (record.ROOT / ".git").exists():
+    if not wanted or not (project.ROOT / ".git").exists():
         return {}
     try:
         asked = "".join(blob + "\n" for blob in wanted).encode()
-        found = subprocess.run(["git", "cat-file", "--batch"], cwd=record.ROOT, input=asked, capture_output=True).stdout
+        words = ["git", "cat-file", "--batch"]
+        found = subprocess.run(words, cwd=project.ROOT, input=asked, capture_output=True).stdout
     except OSError:
         return {}
     programs, place = {}, 0

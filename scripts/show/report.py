@@ -23,9 +23,10 @@ except ImportError as error:
     sys.exit(f"error: the report needs the package {error.name}: unset PYTHON, and the project's environment has it")
 import numpy as np
 
+from harness import files, project
 from scripts import session
 from scripts.judge import verdict
-from scripts.session import Refused, counted, one_line, record, run_command, shown
+from scripts.session import Refused, counted, one_line, run_command, shown
 from scripts.show.night import Night, clock, diff
 
 ROOM = 1_200_000  # characters of diffs, and as many of journal entries, that the page holds for all experiments
@@ -244,16 +245,16 @@ def write(args):
     for night in nights:
         if not night.experiments and not night.attempts:
             raise Refused(f"there is no session '{night.tag}' in data/sessions: make setup opens one")
-    folder = FileSystemLoader(str(record.ROOT / "scripts"))
+    folder = FileSystemLoader(str(project.ROOT / "scripts"))
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clock": clock, "counted": counted, "one_line": one_line}
     together = Markup(pictures.svg(pictures.progress(nights, (12, 5.5)), "all", "the sessions")) if nights[1:] else ""
     text = environment.get_template("report.html.j2").render(pages=[Page(n) for n in nights], together=together)
     text = text.encode("utf-8", "replace").decode("utf-8")
-    record.write_atomically(record.DATA / "report.html", text)
-    record.write_atomically(record.DATA / "progress.png", pictures.png(pictures.progress(nights)))
-    print(f"report   {shown(record.DATA / 'report.html')}, {len(text.encode()) / 1e6:.1f} MB; open it in a browser")
-    print(f"picture  {shown(record.DATA / 'progress.png')}")
+    files.write_atomically(project.DATA / "report.html", text)
+    files.write_atomically(project.DATA / "progress.png", pictures.png(pictures.progress(nights)))
+    print(f"report   {shown(project.DATA / 'report.html')}, {len(text.encode()) / 1e6:.1f} MB; open it in a browser")
+    print(f"picture  {shown(project.DATA / 'progress.png')}")
     for night in nights:
         for words in night.missing:
             print(f"note     {night.tag}: {words}")

@@ -11,7 +11,8 @@ import sys
 import time
 from datetime import datetime
 
-from scripts.session import PROGRESS, Session, blanked, cut, one_line, options, record, run_command
+from harness import files
+from scripts.session import PROGRESS, Session, blanked, cut, one_line, options, run_command
 
 EVERY = 1.0  # seconds
 ROWS = 10
@@ -47,7 +48,7 @@ def running(attempts, width):
         ended = f", {last['wall_seconds']:.0f} s in all" if last.get("wall_seconds") else ""
         return [f"last   {name}: {last['status']}{ended}", one_line(last.get("reason"))][: 1 + bool(last.get("reason"))]
     since = (datetime.now().astimezone() - datetime.fromisoformat(last["started"])).total_seconds()
-    now = record.read_json(PROGRESS) or {}
+    now = files.read_json(PROGRESS) or {}
     if now.get("attempt") != last["id"]:
         return [f"run    {name}: starting, {since:.0f} s"]
     share = min(1.0, now["seconds"] / now["budget"])

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from harness import record
+from harness import files, project, record
 
 START = time.monotonic()
 DATA = Path(__file__).resolve().parent / "data"
@@ -27,7 +27,7 @@ def is_prepared(dataset):
 
 def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **changes):
     """Write the record of a run that took no time. `changes` replace top-level fields."""
-    budget, seed = record.settings()
+    budget, seed = project.settings()
     content = {
         "status": "valid",
         "reason": None,
@@ -62,16 +62,16 @@ def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **ch
     if content["status"] != "valid":
         content["result"] = {"val_bpb": None, "val_bpb_stderr": None}
     if (DATA / ".holdout").exists():
-        record.write_atomically(DATA / "holdout.json", json.dumps({"bpb": val_bpb + 0.25, "stderr": 0.0}))
+        files.write_atomically(DATA / "holdout.json", json.dumps({"bpb": val_bpb + 0.25, "stderr": 0.0}))
     by_hand = content.pop("seal", None)
-    train = content.pop("train_blob", record.blob_hash(record.ROOT / "train.py"))
-    commit = content.pop("commit", record.git("rev-parse", "-q", "--verify", "HEAD"))
+    train = content.pop("train_blob", project.blob_hash(project.ROOT / "train.py"))
+    commit = content.pop("commit", project.git("rev-parse", "-q", "--verify", "HEAD"))
     head = json.dumps({"__metadata__": {"train_blob": train}}).encode()  # a safetensors file of no arrays
-    record.make_folder(DATA)
+    files.make_folder(DATA)
     (DATA / "last_run.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
     written = record.write(train, commit, **content)
     if by_hand:
-        record.write_atomically(DATA / "last_run.json", json.dumps({**written, "seal": by_hand}))
+        files.write_atomically(DATA / "last_run.json", json.dumps({**written, "seal": by_hand}))
     record.tell(written)
     if content["status"] != "valid":
         sys.exit(2)

@@ -1,0 +1,180 @@
+"""Files that are whole or not there at all, and are on the disk when a call returns; what they hold is others' affair."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+
+def to_disk(descriptor):
+    """Return once what was written is on the disk itself, which on macOS takes more than fsync."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # not every file system there knows it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def folder_to_disk(path):
+    """A new or renamed file outlives a power cut only once its folder is on the disk as well."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path):
+    """A folder, and those above it, that outlive a power cut themselves."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        folder_to_disk(path.parent)
+
+
+def write_atomically(path, content):
+    """Write a file, text or bytes, so that `path` holds the old content or the new, whatever happens."""
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
+            if path.exists():
+                os.fchmod(out.fileno(), stat.S_IMODE(path.stat().st_mode))
+            out.flush()
+            to_disk(out.fileno())
+        temporary.replace(path)
+        folder_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def move_into_place(temporary, path):
+    """Give a finished file its name, so that it is whole under it even after a power cut."""
+    with open(temporary, "rb") as file:
+        to_disk(file.fileno())
+    temporary.replace(path)
+    folder_to_disk(path.parent)
+
+
+def end_of(path, header=""):
+    """(length of a file in bytes, what goes before a text appended to it): a line that was cut short ends there."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            return size, "" if file.read(1) == b"\n" else "\n"
+    return 0, header
+
+
+def append(path, text, header="", there=None):
+    """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten.
+
+    there: so many bytes of `text` stand there already, from a write that was cut short.
+    """
+    make_folder(path.parent)
+    new = not path.exists()
+    if not new and not path.stat().st_mode & 0o222:  # root could write it all the same
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size, lead = end_of(path, header)
+        content = (lead + text).encode() if there is None else text.encode()[there:]
+        try:
+            if os.write(descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            to_disk(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            error.filename = str(path)
+            raise
+    finally:
+        os.close(descriptor)
+    folder_to_disk(path.parent)  # each time: whoever made the file may have been killed before this
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """Hold the lock of a folder, and wait where another process does: the kernel drops a dead one's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder):
+    """Delete the temporary `NAME.PID.part` and `.NAME.PID.tmp` of processes that were killed."""
+    for path in [*folder.glob("*.part"), *folder.glob(".*.tmp")]:
+        pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
+        if pid.isdecimal() and not is_alive(int(pid)):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # another user's
+    with suppress(OSError):  # one that has ended and was not collected yet
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    return True
+
+
+def read_json(path):
+    """The object in a JSON file, or None where there is none that is whole."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def free_name(folder, prefix, suffix):
+    """A path in `folder`, named after this second, that nothing has yet."""
+    stem, number = f"{prefix}_{datetime.now():%Y%m%d_%H%M%S}", 1
+    while (path := folder / (stem + (f"_{number}" if number > 1 else "") + suffix)).exists():
+        number += 1
+    return path
+
+
+def what_failed(error):
+    """An OSError's reason in plain words. NumPy tells a full disk by how many items were written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search(r"requested and \d+ written", str(error)):
+        return "the disk is full"
+    return error.strerror or error
+
+
+def one_line_for(tool):
+    """From here on an exception ends the program with one line, which says what `tool` needs of train.py."""
+
+    def tell(kind, error, trace):
+        if not issubclass(kind, Exception):
+            return sys.__excepthook__(kind, error, trace)
+        while trace.tb_next:
+            trace = trace.tb_next
+        place, text = Path(trace.tb_frame.f_code.co_filename).name, " ".join(str(error).split())
+        print(
+            f"error: {tool} does not work with this train.py, whose model, step and constants it uses by their names: "
+            f"{place}, line {trace.tb_lineno}: {kind.__name__}: {text}",
+            file=sys.stderr,
+        )
+
+    sys.excepthook = tell
+
+
+def printable(text):
+    """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+

@@ -1,0 +1,118 @@
+"""Where this checkout keeps things, what a person sets for a run, and which program and which harness it is."""
+
+import ast
+import hashlib
+import math
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from harness.files import printable
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main_worktree():
+    """The folder of the clone that ROOT is a linked git worktree of; ROOT itself where it is none.
+
+    Results belong to the clone: `git worktree remove` takes nothing of them along.
+    """
+    with suppress(OSError, ValueError):
+        folder = ROOT / (ROOT / ".git").read_text().strip().removeprefix("gitdir: ")
+        common = (folder / (folder / "commondir").read_text().strip()).resolve()
+        return common.parent if common.name == ".git" else common / "autoresearch"
+    return ROOT
+
+
+HOME = main_worktree()
+DATA = ROOT / "data"  # of this folder: the newest run
+STORE = HOME / "data"  # of the clone: the archive of all runs
+
+# --- settings, programs, harness -------------------------------------------------------------------
+
+BUDGET, SEED = 300.0, 42  # what holds where nothing is set
+
+
+def positive(name, text):
+    """`text` as a positive finite number, or the program ends with one line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        sys.exit(f"error: {name}={printable(text)} is not a positive number")
+    return value
+
+
+def whole(name, text):
+    """`text` as a whole number from 0 to 2^32 - 1, or the program ends with one line."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**32):
+        sys.exit(f"error: {name}={printable(text)} is not a whole number (0 to {2**32 - 1})")
+    return int(text)
+
+
+def settings():
+    """(budget in seconds, seed) of a run, from the environment."""
+    budget = positive("BUDGET", os.environ.get("AUTORESEARCH_BUDGET") or str(BUDGET))
+    return budget, whole("SEED", os.environ.get("AUTORESEARCH_SEED") or str(SEED))
+
+
+def blob_hash(path):
+    """The hash that git gives a file's content, computed without git: it names a program."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def git(*words, text=None):
+    """What git prints; None without git or a repository of our own, or where git refuses. `text`: its input."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, input=text, capture_output=True, text=True, errors="replace")
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def dataset_of_train(path=ROOT / "train.py"):
+    """The constant DATASET of train.py, read without running it."""
+    try:
+        text = Path(path).read_text("utf-8", "replace")
+    except FileNotFoundError:
+        sys.exit("error: train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard")
+    except OSError as error:
+        sys.exit(f"error: train.py cannot be read: {error.strerror}")
+    found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
+    if not found:
+        sys.exit('error: train.py has no line of the form DATASET = "name"')
+    return found.group(1)
+
+
+class _WithoutWords(ast.NodeTransformer):
+    """Drops what is said: docstrings, and all that is printed, raised or ended with."""
+
+    SAYING = {"print", "exit", "Refused", "RuntimeError", "ValueError", "add_argument", "ArgumentParser"}
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if (getattr(node.func, "id", None) or getattr(node.func, "attr", None)) in self.SAYING:
+            node.args, node.keywords = [], []
+        return node
+
+    def visit_Expr(self, node):
+        self.generic_visit(node)
+        return ast.Pass() if isinstance(node.value, ast.Constant) else node
+
+
+def code_hash(paths):
+    """SHA-256 over what Python files do: a changed comment, docstring or message makes no other harness."""
+    digest = hashlib.sha256()
+    for path in paths:
+        tree = _WithoutWords().visit(ast.parse(path.read_text("utf-8")))
+        digest.update(path.name.encode() + b"\0" + ast.dump(tree).encode() + b"\0")
+    return digest.hexdigest()
+
+
