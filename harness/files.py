@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and are on the disk when a call returns; what they hold is others' affair."""
+"""Files that are whole or not there at all, and are on the disk when a call returns."""
 
 import errno
 import fcntl

@@ -43,8 +43,8 @@ KILLED = """
 import json, os, pathlib, random, signal, sys, time
 from harness import record
 
-project.DATA = project.STORE = pathlib.Path(sys.argv[1])
-last, chance, seen, rounds = project.DATA / "last_run.json", random.Random(0), [], 40
+record.DATA = record.STORE = pathlib.Path(sys.argv[1])
+last, chance, seen, rounds = record.DATA / "last_run.json", random.Random(0), [], 40
 curve = {"step": list(range(200)), "loss": [chance.random() for _ in range(200)]}
 
 def read():

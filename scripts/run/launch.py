@@ -228,11 +228,11 @@ def supervise(kind, arguments, verbose=False, elsewhere=()):
     here = [words[1] for words, _ in arguments].count("127.0.0.1")
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     ranks, number = [], 0
-    for (rank, host, python, _, held, env, command), _ in arguments:
+    for (rank, host, python, _, kept, env, command), _ in arguments:
         if host == "127.0.0.1":
             env = [*env, f"CUDA_VISIBLE_DEVICES={devices[number]}"] if number < len(devices) and devices[0] else env
             command = ["env", *elsewhere, *command]
-            ranks.append(Rank(kind, rank, host, python, os.getcwd(), files, env, command))
+            ranks.append(Rank(kind, rank, host, python, os.getcwd(), kept, env, command))
             if cores:
                 part = cores[number * len(cores) // here : (number + 1) * len(cores) // here]
                 os.sched_setaffinity(ranks[-1].process.pid, part or [cores[number % len(cores)]])
@@ -240,7 +240,7 @@ def supervise(kind, arguments, verbose=False, elsewhere=()):
         else:
             env = [*env, *carried(), f"PYTHONPATH={ROOT}"]
             command = [command[0], "-m", "scripts.run.lock", "--", command[0], "data/group/program.py", *command[2:]]
-            ranks.append(Rank(kind, rank, host, python, str(ROOT), files, env, command))
+            ranks.append(Rank(kind, rank, host, python, str(ROOT), kept, env, command))
     sys.exit(to_the_end(ranks))
 
 
