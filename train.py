@@ -2,15 +2,16 @@
 
     python train.py        (or `make run`, which also watches over it)
 
-Data, the budget's clock, the metric and the record belong to prepare.py and are the same for every
-experiment. The model follows karpathy/nanochat's GPT; the sources of single ideas are named where they stand.
-Read it from the top: constants, model, optimizer, schedules; what only serves memory and speed comes after them.
+Data, the budget's clock, the metric and the record belong to prepare.py and are the same for every experiment.
+The model follows karpathy/nanochat's GPT; each idea names its source where it stands. Read from the top:
+constants, model, loss, optimizer, schedules, training.
+
+`@fast(form)` above a function names a faster way to compute the same. It is taken only while the function, and what
+it calls in this file, is the one that the form was made for. Edit the function, and your text is what runs.
 """
 
 import math
-import os
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
@@ -21,49 +22,52 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from harness import kernels
 from harness.batches import cut_step
-from harness.trainer import Trainer
+from harness.fast import fast
+from harness.trainer import StackedOptimizer, Trainer
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
 
 # --- constants -----------------------------------------------------------------------------------
 # Presets by backend: CUDA, else Metal, else a CPU, which sees a hundredth of the tokens. `make setup` writes
-# DATASET, `make tune` writes DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE: what this machine's budget can feed.
+# DATASET; `make tune` writes DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE to fit this machine and budget.
 
 DATASET = "stdlib"  # one of data_sources.DATASETS
 SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
-DEPTH = 8 if CUDA else 4 if GPU else 2  # layers; more learn more a token and see fewer tokens
+DEPTH = 8 if CUDA else 4 if GPU else 2  # layers; a deeper model learns more from each token and sees fewer tokens
 TOTAL_BATCH_SIZE = 2**16 if CUDA else 2**14 if GPU else 2**12  # tokens an optimizer step; fewer buy more steps
 DEVICE_BATCH_SIZE = max(1, (2**16 if CUDA else 2**14 if GPU else 2**12) // SEQUENCE_LENGTH)  # rows at once: memory
-EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 4 if CUDA else DEVICE_BATCH_SIZE // 2)  # rows whose logits stand whole
+EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 4 if CUDA else DEVICE_BATCH_SIZE // 2)  # rows; all their logits exist
 
 ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
-WINDOWS = "SL" if CUDA else "L"  # a layer each, repeated: L sees all before it, S what its half of the context holds
+WINDOWS = "SL" if CUDA else "L"  # block-local attention, a letter a layer: L one block of all the context, S two halves
 MLP_RATIO = 4  # hidden channels of an MLP, in widths
-GATE_CHANNELS = 32  # leading channels of the stream that a value gate looks at
+GATE_CHANNELS = 32  # leading channels of the stream that a value gate reads
+GATE_MAX = 2.0  # a value gate lies between 0 and this, and starts at half of it
 ROPE_BASE = 10000.0  # longest wavelength of the positions, over 2 pi
 SOFTCAP = 15.0  # logits are bounded to ±SOFTCAP
 MATRIX_INIT = 0.4  # standard deviation of matrices and value embeddings at the start, times width^-0.5
-HEAD_INIT = 0.001  # standard deviation of the head at the start: it begins by knowing nothing
-X0_INIT = 0.1  # share of the first embedding that each layer begins by adding
+HEAD_INIT = 0.001  # standard deviation of the head at the start: it begins by predicting all tokens alike
+X0_INIT = 0.1  # share of the token embedding that each layer adds at the start
 
-MATRIX_LR = 0.02 if CUDA else 0.03  # Muon, all matrices of the blocks
-EMBEDDING_LR = 0.3  # AdamW, token and value embeddings (scaled with width^-0.5, as the next)
-HEAD_LR = 0.008  # AdamW, output head, value gates and shifts
-X0_LR = 0.5  # AdamW, x0_lambdas
-RESID_LR = 0.005  # AdamW, resid_lambdas
-ADAM_BETAS = (0.8, 0.95)  # AdamW; the second is Muon's second moment too
+MATRIX_LR = 0.02 if CUDA else 0.03  # Muon: matrices of the blocks
+EMBEDDING_LR = 0.3  # AdamW: token and value embeddings; scaled by (width / 768)^-0.5, as HEAD_LR
+HEAD_LR = 0.008  # AdamW: output head, value gates and shifts
+X0_LR = 0.5  # AdamW: x0_lambdas
+RESID_LR = 0.005  # AdamW: resid_lambdas
+ADAM_BETAS = (0.8, 0.95)  # AdamW; the second one also for Muon's second moment
 MOMENTUM = (0.85, 0.95, 300)  # Muon: from, to, over so many steps
 WEIGHT_DECAY = 0.1  # Muon; falls linearly to 0 over the budget
-EMBEDDING_DECAY = 0.002 if CUDA else 0.0  # AdamW, as a share of the rate; where a budget sees its text several times
+EMBEDDING_DECAY = 0.002 if CUDA else 0.0  # AdamW, times the rate; helps where a budget sees its text several times
 HEAD_DECAY = 0.01 if CUDA else 0.0
 WARMUP = 0.0  # first share of the budget, in which learning rates rise linearly
 WARMDOWN = 0.5  # last share of the budget, in which they fall linearly
 FINAL_LR = 0.0  # ... to this share of their value
 
 COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
-LOGITS_AT_ONCE = 2**26 if CUDA else 2**24 if GPU else 2**19  # elements of the logits that exist at one time in training
+LOGITS_AT_ONCE = 2**26 if CUDA else 2**24 if GPU else 2**19  # elements of the logits that exist at once in training
+KERNELS = CUDA and HEAD_DIM in (64, 128)  # what the CUDA kernels for attention and the stream are written for
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -86,7 +90,7 @@ class GPTConfig:
         return self.n_head * self.head_dim
 
     def window(self, layer):
-        """Into pieces of how many positions the context of a layer is cut; the last layer's is whole."""
+        """Positions of an attention block; the last layer's holds all the context."""
         short = self.windows[layer % len(self.windows)] == "S" and layer < self.depth - 1
         return math.ceil(self.sequence_length / 2) if short else self.sequence_length
 
@@ -112,18 +116,9 @@ class Linear(nn.Module):
         return x @ self.weight.reshape(-1, x.shape[-1]).astype(x.dtype).T
 
 
-class Embedding(nn.Module):
-    """Rows of a float32 weight (vocab, channels), in COMPUTE_DTYPE."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def __call__(self, tokens):
-        return rows_of(self.weight, tokens)
-
-
-def rows_of(table, tokens):
+@fast(kernels.embed, when=KERNELS)
+def embed(table, tokens):
+    """Rows (…, channels) of a float32 table (vocab, channels), in COMPUTE_DTYPE."""
     return table[tokens].astype(COMPUTE_DTYPE)
 
 
@@ -137,11 +132,13 @@ def rope(x):
     return mx.fast.rope(x, dims=x.shape[-1], traditional=False, base=ROPE_BASE, scale=1.0, offset=0)
 
 
+@fast(kernels.mix, when=KERNELS)
 def mix(x, y, x0=None, a=None, b=None, shift=None):
-    """The stream x with y added to it, scaled and mixed with the first embedding x0; its norm; x0 as it was, if any.
+    """What stands between two parts of a block: (new stream, its norm, x0 where it was given).
 
-    To the norm comes a share of that of the token before, channel by channel (token shift, arXiv:2305.13048).
-    x, y, x0: (B, T, n_embd); a, b: (1,), float32; shift: (n_embd,), float32.
+    The stream x gains y, the output of the part before. Given the token embedding x0, it becomes a * x + b * x0
+    (per-layer scalars, as in nanochat). The norm gains a share of the previous token's, channel by channel (token
+    shift, arXiv:2305.13048). x, y, x0: (B, T, n_embd); a, b: (1,), float32; shift: (n_embd,), float32.
     """
     x = x + y
     if x0 is not None:
@@ -152,27 +149,29 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
     return (x, h) if x0 is None else (x, h, x0)
 
 
+@fast(kernels.heads, when=KERNELS)
 def heads(qkv, gate, table, tokens):
     """Queries, keys and values, each (B, heads, T, head_dim), of qkv (B, T, 3, heads, head_dim).
 
-    Queries and keys are normalised (QK-norm, arXiv:2010.04245) and know their positions. Values gain an
-    embedding of their token, gated per head (arXiv:2410.17897), where there is one.
-    gate: (B, T, heads) or None; table: (vocab, heads * head_dim), float32.
+    Queries and keys are normalised (QK-norm, arXiv:2010.04245), then rotated by their positions. Where a layer has a
+    table (vocab, heads * head_dim), float32, values gain their token's row of it, with a gate per head (value
+    embeddings, arXiv:2410.17897). gate: (B, T, heads), before the sigmoid, or None.
     """
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     if gate is not None:
-        v = v + 2 * mx.sigmoid(gate)[..., None] * table[tokens].astype(v.dtype).reshape(v.shape)
+        v = v + GATE_MAX * mx.sigmoid(gate)[..., None] * table[tokens].astype(v.dtype).reshape(v.shape)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (norm(q), norm(k), v))
     return rope(q), rope(k), v
 
 
+@fast(kernels.relu_squared)
 def relu_squared(x):
-    """max(x, 0)² (arXiv:2109.08668). As the fast forms below: an edit here needs one there."""
+    """max(x, 0)² (Primer, arXiv:2109.08668)."""
     return mx.square(mx.maximum(x, 0))
 
 
-def pieces(x, length):
-    """The positions of x (B, heads, T, head_dim) in pieces, each a row of its own: (B * n, heads, length, head_dim)."""
+def blocks_of(x, length):
+    """x (B, heads, T, head_dim) cut along T, padded with zeros: (B * n, heads, length, head_dim)."""
     x = x.transpose(0, 2, 1, 3)
     if x.shape[1] % length:
         x = mx.pad(x, [(0, 0), (0, -x.shape[1] % length), (0, 0), (0, 0)])
@@ -187,7 +186,7 @@ class Attention(nn.Module):
         self.out = Linear(mx.zeros((n, n)))
         self.shift = mx.zeros(n)
         if config.has_value_embedding(layer):
-            self.value_embedding = Embedding(uniform(config.vocab_size, n))
+            self.value_embedding = uniform(config.vocab_size, n)
             self.value_gate = Linear(mx.zeros((config.n_head, GATE_CHANNELS)))
         self._heads, self._scale, self._window = config.n_head, config.head_dim**-0.5, config.window(layer)
 
@@ -195,10 +194,10 @@ class Attention(nn.Module):
         B, T, C = x.shape
         gate = table = None
         if "value_embedding" in self:
-            gate, table = self.value_gate(x[..., :GATE_CHANNELS]), self.value_embedding.weight
+            gate, table = self.value_gate(x[..., :GATE_CHANNELS]), self.value_embedding
         q, k, v = heads(self.qkv(x).reshape(B, T, 3, self._heads, -1), gate, table, tokens)
-        if T > self._window:
-            q, k, v = (pieces(x, self._window) for x in (q, k, v))
+        if T > self._window:  # block-local attention (arXiv:1801.10198): a query sees what precedes it in its block
+            q, k, v = (blocks_of(x, self._window) for x in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
         return self.out(y.transpose(0, 2, 1, 3).reshape(B, -1, C)[:, :T])
 
@@ -224,16 +223,16 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         n, vocab = config.n_embd, config.vocab_size
-        # MLX works towards the gradients in this order: with these two last, a step takes 2 to 4 % more memory.
+        # These two first: MLX computes gradients in this order, and with them last a step takes 2 to 4 % more memory.
         self.resid_lambdas = mx.ones(config.depth)
         self.x0_lambdas = mx.full(config.depth, X0_INIT)
-        self.token_embedding = Embedding(mx.random.normal((vocab, n)))
+        self.token_embedding = mx.random.normal((vocab, n))
         self.blocks = [Block(config, layer) for layer in range(config.depth)]
-        self.head = Linear(mx.random.normal((vocab, n), scale=HEAD_INIT))
+        self.head = mx.random.normal((vocab, n), scale=HEAD_INIT)
 
     def hidden(self, tokens):
         """Final normalised states (B, T, n_embd) for token ids (B, T)."""
-        x = x0 = norm(self.token_embedding(tokens))
+        x = x0 = norm(embed(self.token_embedding, tokens))
         y = mx.zeros_like(x)
         lambdas = (mx.split(scalars, len(self.blocks)) for scalars in (self.resid_lambdas, self.x0_lambdas))
         for block, a, b in zip(self.blocks, *lambdas, strict=True):
@@ -245,7 +244,10 @@ class GPT(nn.Module):
 
     def __call__(self, tokens):
         """Logits (B, T, vocab_size), float32, for token ids (B, T)."""
-        return softcap(self.head(self.hidden(tokens)))
+        return logits_of(self.hidden(tokens), self.head)
+
+
+# --- loss ----------------------------------------------------------------------------------------
 
 
 def softcap(logits):
@@ -253,10 +255,30 @@ def softcap(logits):
     return SOFTCAP * mx.tanh(logits.astype(mx.float32) / SOFTCAP)
 
 
+def logits_of(hidden, head):
+    """What training and evaluation score: (…, vocab_size), of hidden (…, n_embd) and head (vocab_size, n_embd)."""
+    return softcap(hidden @ head.astype(hidden.dtype).T)
+
+
+def summed_loss(hidden, head, targets):
+    """Cross-entropy in nats, summed over rows. hidden: (N, n_embd); head: (vocab_size, n_embd); targets: (N,)."""
+    return mx.fast.cross_entropy(logits_of(hidden, head), targets).sum()
+
+
+@fast(kernels.loss_and_gradients, when=CUDA or not GPU)
+def loss_and_gradients(hidden, head, targets):
+    return mx.value_and_grad(summed_loss, argnums=(0, 1))(hidden, head, targets)
+
+
 def loss_fn(model, tokens):
-    """Mean cross-entropy in nats. tokens: (B, T + 1); column t + 1 is the target of column t."""
-    hidden = model.hidden(tokens[:, :-1])
-    return head_loss(hidden.reshape(-1, hidden.shape[-1]), model.head.weight, tokens[:, 1:].reshape(-1))
+    """Mean cross-entropy in nats. tokens: (B, T + 1); column t + 1 is the target of column t.
+
+    Plain: summed_loss(hidden, model.head, targets) / len(targets). Here logits and their gradient exist for
+    LOGITS_AT_ONCE elements at a time: in bfloat16 those of 65,536 rows and 8,192 tokens would take 2 GB.
+    """
+    hidden, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:].reshape(-1)
+    hidden = hidden.reshape(len(targets), -1)
+    return kernels.mean_in_chunks(loss_and_gradients, hidden, model.head, targets, LOGITS_AT_ONCE // len(model.head))
 
 
 # --- optimizer -----------------------------------------------------------------------------------
@@ -281,85 +303,41 @@ def orthogonalize(matrices):
     return x.astype(mx.float32)
 
 
-class Muon(optim.Optimizer):
-    """Momentum, orthogonalised (kellerjordan.github.io/posts/muon), as karpathy/autoresearch has it for PyTorch.
-
-    A parameter is a matrix (rows, columns) or a stack of them (n, rows, columns). Matrices of one shape, tall
-    ones on their side, are updated together as one stack, and the stacks are spread over `streams`.
-    """
+class Muon(StackedOptimizer):
+    """Momentum, orthogonalised (kellerjordan.github.io/posts/muon), as karpathy/autoresearch has it for PyTorch."""
 
     def __init__(self, learning_rate, streams=None):
-        super().__init__()
-        self.streams = streams or [mx.default_stream(mx.default_device())]
-        self.state |= {"learning_rate": mx.array(learning_rate), "momentum": mx.array(0.0), "decay": mx.array(0.0)}
+        super().__init__(learning_rate, streams)
+        self.state |= {"momentum": mx.array(0.0), "decay": mx.array(0.0)}
 
-    def init(self, parameters):
-        for name, paths in self.stacks(parameters).items():
-            n, rows, columns = stacked([parameters[path] for path in paths]).shape
-            self.state[name] = {"momentum": mx.zeros((n, rows, columns)), "second_moment": mx.zeros((n, 1, columns))}
-        self._initialized = True
+    def init_stack(self, n, rows, columns):
+        return {"momentum": mx.zeros((n, rows, columns)), "second_moment": mx.zeros((n, 1, columns))}
 
-    @staticmethod
-    def stacks(parameters):
-        """{"rows x columns": [path, …]} of {path: parameter}, rows <= columns."""
-        stacks = {}
-        for path, parameter in parameters.items():
-            stacks.setdefault("x".join(map(str, sorted(parameter.shape[-2:]))), []).append(path)
-        return stacks
-
-    def apply_gradients(self, gradients, parameters):
-        """{path: new parameter} of {path: gradient} and {path: parameter}."""
-        if not self._initialized:
-            self.init(gradients)
-        self.state["step"] = self.step + 1
-        updated = {}
-        for i, (name, paths) in enumerate(self.stacks(gradients).items()):
-            with mx.stream(self.streams[i % len(self.streams)]):
-                old = [parameters[path] for path in paths]
-                # Tall matrices move further, by the root of rows over columns.
-                far = [max(1, p.shape[-2] / p.shape[-1]) ** 0.5 for p in old for _ in range(math.prod(p.shape[:-2]))]
-                gradient, far = stacked([gradients[path] for path in paths]), mx.array(far)[:, None, None]
-                new = self.update_stack(gradient, stacked(old), far, self.state[name])
-                updated |= zip(paths, unstacked(new, old), strict=True)
-        return updated
-
-    def update_stack(self, gradient, weight, far, state):
-        """New weights. gradient, weight: (n, rows, columns), rows <= columns; far, which scales the rate: (n, 1, 1)."""
+    def update_stack(self, gradient, weight, aspect, state):
+        """New weights of a stack (n, rows, columns), rows <= columns; aspect (n, 1, 1): see StackedOptimizer."""
         # 1. momentum, looking one step ahead (Nesterov)
         momentum = self.state["momentum"]
         state["momentum"] = momentum * state["momentum"] + (1 - momentum) * gradient
         update = momentum * state["momentum"] + (1 - momentum) * gradient
         # 2. every direction equally far
         update = orthogonalize(update)
-        # 3. every column equally far, by its running second moment, as far as before in all (NorMuon, arXiv:2510.05491)
+        # 3. every column equally far, by its running second moment, at the same norm in all (NorMuon, arXiv:2510.05491)
         square = mx.square(update).sum(axis=1, keepdims=True)
         state["second_moment"] = ADAM_BETAS[1] * state["second_moment"] + (1 - ADAM_BETAS[1]) * square
         second_moment = mx.maximum(state["second_moment"], 1e-10)
         before, after = (mx.sqrt(m.sum(axis=(1, 2), keepdims=True)) for m in (square, square / second_moment))
         update = update * mx.rsqrt(second_moment) * (before / mx.maximum(after, 1e-10))
-        # 4. cautious decay: only where it pulls the way of the update (arXiv:2510.12402)
+        # 4. cautious decay: only where it pulls the same way as the update (arXiv:2510.12402)
         decay = self.state["decay"] * weight * (update * weight >= 0)
-        return weight - self.learning_rate * far * (update + decay)
-
-
-def stacked(parameters):
-    """All matrices of some parameters, (rows, columns) or (n, rows, columns), in one (n, rows, columns), none tall."""
-    wide = [p.swapaxes(-1, -2) if p.shape[-2] >= p.shape[-1] else p for p in parameters]
-    return mx.concatenate([p.reshape(-1, *p.shape[-2:]) for p in wide])
-
-
-def unstacked(stack, parameters):
-    """The matrices of a stack in the shapes of the parameters that it was made of."""
-    ends = np.cumsum([math.prod(p.shape[:-2]) for p in parameters]).tolist()
-    parts = zip(mx.split(stack, ends[:-1]), parameters, strict=True)
-    return [(x.swapaxes(1, 2) if p.shape[-2] >= p.shape[-1] else x).reshape(p.shape) for x, p in parts]
+        # 5. tall matrices further, by the root of rows over columns
+        return weight - self.learning_rate * mx.array(np.maximum(1, aspect) ** 0.5) * (update + decay)
 
 
 def parameter_group(path, parameter):
-    """Which optimizer of GPTOptimizer a parameter has. One that fits none is an error, not a fallback."""
-    if path.startswith("token_embedding.") or ".value_embedding." in path:
+    """Which of GPTOptimizer's optimizers updates a parameter; an error where none is meant to."""
+    if path.endswith("_embedding"):
         return "embeddings"
-    if path.startswith("head.") or ".value_gate." in path or path.endswith(".shift"):
+    if path == "head" or ".value_gate." in path or path.endswith(".shift"):
         return "head"
     if path in ("x0_lambdas", "resid_lambdas"):
         return path.split("_")[0]
@@ -369,10 +347,10 @@ def parameter_group(path, parameter):
 
 
 class AdamW(optim.Adam):
-    """Adam with weight decay (arXiv:1711.05101), which is an array, so that all groups share their kernels."""
+    """Adam with weight decay (arXiv:1711.05101). The decay is an array, so that all groups share compiled kernels."""
 
     def __init__(self, learning_rate, decay=0.0):
-        super().__init__(learning_rate, ADAM_BETAS, eps=1e-10)  # its bias is corrected by the rate, see schedule
+        super().__init__(learning_rate, ADAM_BETAS, eps=1e-10)  # schedule() corrects the bias by the rate
         self.state["decay"] = mx.array(decay)
 
     def apply_single(self, gradient, parameter, state):
@@ -402,25 +380,25 @@ class GPTOptimizer:
 
     def by_group(self, tree):
         """{group: {path: array}} of a parameter tree."""
-        found = {name: {} for name in self.groups}
+        groups = {name: {} for name in self.groups}
         for path, array in tree_flatten(tree):
-            found[parameter_group(path, array)][path] = array
-        return found
+            groups[parameter_group(path, array)][path] = array
+        return groups
 
     def update(self, model, gradients):
         parameters, new = self.by_group(model.trainable_parameters()), {}
-        for name, of_group in self.by_group(gradients).items():
-            new |= self.groups[name].apply_gradients(of_group, parameters[name])
+        for name, group in self.by_group(gradients).items():
+            new |= self.groups[name].apply_gradients(group, parameters[name])
         model.update(tree_unflatten(list(new.items())))
 
     def schedule(self, step, progress):
         """Set rates, momentum and decay for step number `step`, when `progress` (0 to 1) of the budget is used.
 
-        They are arrays in the optimizers' state: a compiled update sees the new values.
+        They are arrays in the optimizers' state, so a compiled update sees the new values.
         """
         for name, optimizer in self.groups.items():
             optimizer.learning_rate = self.rates[name] * learning_rate_factor(progress)
-            if isinstance(optimizer, AdamW):  # its averages begin at zero
+            if isinstance(optimizer, AdamW):  # bias correction: its averages begin at zero
                 first, second = (1 - beta ** (step + 1) for beta in optimizer.betas)
                 optimizer.learning_rate *= second**0.5 / first
         muon = self.groups["matrices"].state
@@ -446,52 +424,11 @@ def weight_decay(progress):
     return WEIGHT_DECAY * (1 - progress)
 
 
-# --- memory and speed ----------------------------------------------------------------------------
-# Nothing here changes what is computed, rounding aside. Figures: one H100, depth 8, 2^17 tokens a step.
-
-# What MLX sends to the GPU at once is freed at once. With its own setting, a step takes twice the memory.
-if CUDA:
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "80")
-# MLX walks a graph depth first, so that what nothing needs any more goes early; on a CPU breadth first, so that
-# each stream has work from the beginning.
-os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
-
-
-def head_loss(hidden, weight, targets):
-    """The mean cross-entropy of softcap(hidden @ weight.T).
-
-    Plain: nn.losses.cross_entropy(softcap(hidden @ weight.T), targets, reduction="mean"). Here logits and their
-    gradient exist for LOGITS_AT_ONCE elements at a time; whole they are 2 GB for 65,536 rows, in float32 4.
-    hidden: (N, n_embd); weight: (vocab_size, n_embd); targets: (N,).
-    """
-    return kernels.mean_in_chunks(chunk_loss_and_gradients, hidden, weight, targets, LOGITS_AT_ONCE // len(weight))
-
-
-def chunk_loss_and_gradients(hidden, weight, targets):
-    """Summed loss of some rows, and its gradients with respect to hidden and weight."""
-
-    def loss(hidden, weight):
-        return mx.fast.cross_entropy(softcap(hidden @ weight.T), targets).sum()
-
-    return mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight)
-
-
-# Fast forms of five functions above: each goes once over memory where a chain of MLX's operations goes several times.
-# For another form of one of them, leave it out here: the one above is then used.
-PLAIN = {f.__name__: f for f in (rows_of, mix, heads, relu_squared, chunk_loss_and_gradients)}
-relu_squared = kernels.relu_squared
-if CUDA and HEAD_DIM in (64, 128):
-    rows_of, mix = partial(kernels.rows_of, dtype=COMPUTE_DTYPE), kernels.mix
-    heads = partial(kernels.heads, rope_base=ROPE_BASE)
-    chunk_loss_and_gradients = partial(kernels.chunk_loss_and_gradients, cap=SOFTCAP)
-if not GPU:
-    chunk_loss_and_gradients = partial(kernels.cpu_chunk_loss_and_gradients, cap=SOFTCAP)
-
 # --- training ------------------------------------------------------------------------------------
 
 
 def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
-    """What is trained and what trains it, all new: (GPTConfig, Trainer). bench.py uses it too."""
+    """A new model with its optimizer: (GPTConfig, Trainer). bench.py and tune.py use it too."""
     config = GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length, depth=depth)
     model, streams = GPT(config), prepare.compute_streams()
     return config, Trainer(model, GPTOptimizer(model, config.n_embd, streams), loss_fn, streams, compiled)

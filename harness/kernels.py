@@ -1,8 +1,8 @@
-"""Fast forms of functions of train.py, which says what these compute; rounding aside they compute the same.
+"""Fast forms of functions of train.py: each computes, rounding aside, what the function of its name does there.
 
-For every backend a gradient that keeps less; for a CPU the head's loss by hand; for CUDA kernels in place of rows_of,
-mix, heads, relu_squared and chunk_loss_and_gradients. Arrays are as train.py's functions have them, in any 2- or
-4-byte float type; head_dim is 64 or 128. Figures: one H100, depth 8, forward and backward of 32,768 tokens.
+On every backend relu_squared, whose gradient keeps less; on a CPU the loss by hand; on CUDA kernels. Arguments are
+those of the plain functions, in any 2- or 4-byte float type; the CUDA kernels take head_dim 64 or 128. Figures: one
+H100, depth 8, forward and backward of 32,768 tokens.
 """
 
 import ctypes
@@ -10,6 +10,8 @@ from functools import cache
 from zlib import crc32
 
 import mlx.core as mx
+
+from harness.fast import made_for
 
 CUDA = mx.default_device().type == mx.gpu and mx.cuda.is_available()
 
@@ -56,25 +58,39 @@ def scaled(x, a, b):
     return launch("scaled", SCALED, x.size, {"x": x, "a": a}, outputs, constants)[0]
 
 
-@mx.custom_function
+@made_for("a77c9909")
 def relu_squared(x):
-    """train.relu_squared, whose gradient needs only the result, so that x need not be kept.
+    """The gradient needs only the result, so x is not kept: in MLX's own operations 134 MB less a layer."""
+    width = 8 if x.size % 8 == 0 else 1
+    constants, like_x = {"N": x.size, "T": x.dtype, "P": width}, (x.shape, x.dtype)
 
-    In MLX's own operations 358 -> 224 us for 32,768 rows of 2,048, and 134 MB less a layer.
-    """
+    @mx.custom_function
+    def forward(x):
+        if not CUDA:
+            return mx.square(mx.maximum(x, 0))
+        return launch("relu_squared", RELU_SQUARED, x.size // width, {"x": x}, {"out": like_x}, constants)[0]
+
+    @forward.vjp
+    def backward(x, cotangent, output):
+        if not CUDA:
+            return 2 * mx.sqrt(output) * cotangent
+        inputs = {"g": cotangent, "out": output}
+        return launch("relu_squared_vjp", RELU_SQUARED_VJP, x.size // width, inputs, {"gx": like_x}, constants)[0]
+
+    return forward(x)
+
+
+@made_for("00301491")
+def loss_and_gradients(hidden, head, targets, *, SOFTCAP):
+    """On CUDA 840 -> 140 us for 8,192 rows; on a CPU a step of two layers of 192 takes 24 % less processor time."""
     if not CUDA:
-        return mx.square(mx.maximum(x, 0))
-    constants, outputs = {"N": x.size, "T": x.dtype, "P": 8 if x.size % 8 == 0 else 1}, {"out": (x.shape, x.dtype)}
-    return launch("relu_squared", RELU_SQUARED, x.size // constants["P"], {"x": x}, outputs, constants)[0]
-
-
-@relu_squared.vjp
-def relu_squared_vjp(x, cotangent, output):
-    if not CUDA:
-        return 2 * mx.sqrt(output) * cotangent
-    constants = {"N": x.size, "T": x.dtype, "P": 8 if x.size % 8 == 0 else 1}
-    inputs, outputs = {"g": cotangent, "out": output}, {"gx": (x.shape, x.dtype)}
-    return launch("relu_squared_vjp", RELU_SQUARED_VJP, x.size // constants["P"], inputs, outputs, constants)[0]
+        return cpu_loss_and_gradients(hidden, head, targets, SOFTCAP)
+    (n, _), vocab = hidden.shape, len(head)
+    inputs = {"logits": hidden @ head.T, "targets": targets}
+    outputs = {"loss": ((n,), mx.float32), "gradient": ((n, vocab), hidden.dtype)}
+    constants = {"T": hidden.dtype, "V": vocab, "P": 8 if vocab % 8 == 0 else 1, "SOFTCAP": f"{float(SOFTCAP)}f"}
+    loss, gradient = launch("loss_and_gradients", LOSS, 512 * n, inputs, outputs, constants, block=512)
+    return loss.sum(), (gradient @ head, gradient.T @ hidden)
 
 
 # --- CPU -------------------------------------------------------------------------------------------
@@ -89,19 +105,16 @@ def exp(x):
     return power * mx.view((i.astype(mx.int32) + 127) << 23, mx.float32)
 
 
-def cpu_chunk_loss_and_gradients(hidden, weight, targets, cap):
-    """train.chunk_loss_and_gradients for a CPU, where MLX's exp and tanh take four times as long as the one above.
-
-    Without it a step of two layers of 192 takes 24 % more processor time.
-    """
-    logits, target = (hidden @ weight.T).astype(mx.float32), targets[:, None]
+def cpu_loss_and_gradients(hidden, head, targets, cap):
+    """Without MLX's own exp and tanh, which take four times as long as `exp` above."""
+    logits, target = (hidden @ head.T).astype(mx.float32), targets[:, None]
     t = 1 - 2 / (1 + exp(mx.clip(logits * (2 / cap), -20, 20)))  # tanh
-    e = exp(cap * t)  # of bounded logits, so no maximum needs to be subtracted
+    e = exp(cap * t)  # logits are bounded, so no maximum needs to be subtracted
     total, at_target = e.sum(axis=1, keepdims=True), mx.take_along_axis(t, target, axis=1)
     gradient = e / total * (1 - t * t)
     hit = mx.take_along_axis(gradient, target, axis=1) - (1 - at_target * at_target)
     gradient = mx.put_along_axis(gradient, target, hit, axis=1).astype(hidden.dtype)
-    return (mx.log(total) - cap * at_target).sum(), (gradient @ weight, gradient.T @ hidden)
+    return (mx.log(total) - cap * at_target).sum(), (gradient @ head, gradient.T @ hidden)
 
 
 # --- CUDA ------------------------------------------------------------------------------------------
@@ -122,8 +135,6 @@ HALF(bfloat, "{.reg .b16 zero; mov.b16 zero, 0; mov.b32 %0, {zero, %1};}", "cvt.
 template <typename X, int n> struct alignas(n * sizeof(X)) Pack { X x[n]; };  // read and written as one
 template <int n, typename X> __device__ Pack<X, n> load(const X* x) { return *(const Pack<X, n>*)x; }
 template <int n, typename X> __device__ void store(X* x, Pack<X, n> y) { *(Pack<X, n>*)x = y; }
-
-__device__ float twice_sigmoid(float x) { return 2 / (1 + __expf(-x)); }
 
 __device__ void add4(float* x, float a, float b, float c, float d) {
     #if __CUDA_ARCH__ >= 900
@@ -188,7 +199,7 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
 
 
 # A thread four channels of a token.
-ROWS = """
+EMBED = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
     if (n >= N) return;
     auto from = load<4>(table + tokens[n] * (size_t)C + channel);
@@ -196,7 +207,7 @@ ROWS = """
     for (int m = 0; m < 4; ++m) to.x[m] = (T)from.x[m];
     store(out + n * C + channel, to);
 """
-ROWS_VJP = """
+EMBED_VJP = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
     if (n >= N) return;
     auto x = load<4>(g + n * C + channel);
@@ -204,20 +215,21 @@ ROWS_VJP = """
 """
 
 
-def rows_of(table, tokens, dtype):
-    """train.rows_of, whose gradient is added up four channels at a time: 440 -> 80 us."""
-    (B, T), C = tokens.shape, table.shape[1]
-    threads, constants = B * T * C // 4, {"N": B * T, "T": dtype, "C": C}
+@made_for("7bccae56")
+def embed(table, tokens, *, COMPUTE_DTYPE):
+    """The gradient is added up four channels at a time: 440 -> 80 us."""
+    shape = (*tokens.shape, table.shape[1])
+    threads, constants = tokens.size * shape[-1] // 4, {"N": tokens.size, "T": COMPUTE_DTYPE, "C": shape[-1]}
 
     @mx.custom_function
     def forward(table):
-        outputs = {"out": ((B, T, C), dtype)}
-        return launch("rows", ROWS, threads, {"table": table, "tokens": tokens}, outputs, constants)[0]
+        inputs, outputs = {"table": table, "tokens": tokens}, {"out": (shape, COMPUTE_DTYPE)}
+        return launch("embed", EMBED, threads, inputs, outputs, constants)[0]
 
     @forward.vjp
     def backward(table, cotangent, output):
         inputs, outputs = {"g": cotangent, "tokens": tokens}, {"out": (table.shape, table.dtype)}
-        return launch("rows_vjp", ROWS_VJP, threads, inputs, outputs, constants, init_value=0)[0]
+        return launch("embed_vjp", EMBED_VJP, threads, inputs, outputs, constants, init_value=0)[0]
 
     return forward(table)
 
@@ -314,8 +326,9 @@ MIX_VJP = """
 """
 
 
+@made_for("348357d5")
 def mix(x, y, x0=None, a=None, b=None, shift=None):
-    """train.mix in one pass, and in another backward."""
+    """One pass over memory, and one backward."""
     (B, T, C), none, one = x.shape, mx.zeros(1, x.dtype), mx.ones(1)
     mixed, shifted = x0 is not None, shift is not None
     R, block = 16 if shifted else 1, 256
@@ -339,8 +352,8 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
         gx, gx0, gab, gshift = launch("mix_vjp", MIX_VJP, 32 * warps, inputs, outputs, constants, block)
         return gx, gx, gx0, *mx.split(gab.sum(axis=0), 2), gshift.sum(axis=0)
 
-    found = forward(x, y, *((x0, a, b) if mixed else (none, one, one)), shift if shifted else one)
-    return found if mixed else found[:2]
+    results = forward(x, y, *((x0, a, b) if mixed else (none, one, one)), shift if shifted else one)
+    return results if mixed else results[:2]
 
 
 # A warp a token: each lane holds channels LANE + 32 j of the first half of a head and, turned with them, of the second.
@@ -373,7 +386,7 @@ HEADS = (
         auto x = load<4>(qkv + (WARP * 3 + 2) * H * D + i);
         if (EMBEDDED) {
             auto e = load<4>(table + tokens[WARP] * (size_t)(H * D) + i);
-            float w = twice_sigmoid(gate[WARP * H + i / D]);
+            float w = GATE_MAX / (1 + __expf(-(float)gate[WARP * H + i / D]));
             for (int m = 0; m < 4; ++m) x.x[m] = (T)((float)x.x[m] + w * e.x[m]);
         }
         store(v + WARP * H * D + i, x);
@@ -418,20 +431,21 @@ EMBEDDING_VJP = """
     const size_t at = tokens[n] * (size_t)(H * D) + channel;
     auto g = load<4>(gv + n * H * D + channel);
     auto e = load<4>(table + at);
-    float w = twice_sigmoid(gate[n * H + channel / D]), dot = 0;
+    float w = GATE_MAX / (1 + __expf(-(float)gate[n * H + channel / D])), dot = 0;
     for (int m = 0; m < 4; ++m) dot += (float)g.x[m] * e.x[m];
     dot = sum_over(dot, D / 4);
-    if (channel % D == 0) ggate[n * H + channel / D] = (T)(dot * w * (1 - w / 2));
+    if (channel % D == 0) ggate[n * H + channel / D] = (T)(dot * w * (1 - w / GATE_MAX));
     add4(gtable + at, w * (float)g.x[0], w * (float)g.x[1], w * (float)g.x[2], w * (float)g.x[3]);
 """
 
 
-def heads(qkv, gate, table, tokens, rope_base):
-    """train.heads in one pass, and in two backward: 1.1 -> 0.25 ms a layer with an embedding."""
+@made_for("bb5f4bd5")
+def heads(qkv, gate, table, tokens, *, ROPE_BASE, GATE_MAX):
+    """One pass over memory, and two backward: 1.1 -> 0.25 ms a layer with a value embedding."""
     B, T, _, H, D = qkv.shape
     narrow, embedded = ((B, T, H, D), qkv.dtype), gate is not None
-    constants = {"N": B * T, "LENGTH": T, "T": qkv.dtype, "H": H, "D": D, "ROPE_BASE": f"{float(rope_base)}f"}
-    constants["EMBEDDED"] = int(embedded)
+    constants = {"N": B * T, "LENGTH": T, "T": qkv.dtype, "H": H, "D": D, "EMBEDDED": int(embedded)}
+    constants |= {"ROPE_BASE": f"{float(ROPE_BASE)}f", "GATE_MAX": f"{float(GATE_MAX)}f"}
 
     @mx.custom_function
     def forward(qkv, gate, table):
@@ -469,8 +483,8 @@ LOSS = """
         if (i >= V) continue;
         auto x = load<P>(logits + (size_t)row * V + i);
         for (int k = 0; k < P; ++k) {
-            t[j + k] = 1 - __fdividef(2, 1 + __expf((float)x.x[k] * (2 / CAP)));  // tanh
-            e[j + k] = __expf(CAP * t[j + k]);
+            t[j + k] = 1 - __fdividef(2, 1 + __expf((float)x.x[k] * (2 / SOFTCAP)));  // tanh
+            e[j + k] = __expf(SOFTCAP * t[j + k]);
             total += e[j + k];
         }
     }
@@ -484,22 +498,12 @@ LOSS = """
         if (i >= V) continue;
         Pack<T, P> g;
         for (int k = 0; k < P; ++k) {
-            if (i + k == target) loss[row] = logf(total) - CAP * t[j + k];
+            if (i + k == target) loss[row] = logf(total) - SOFTCAP * t[j + k];
             g.x[k] = (T)((e[j + k] / total - (i + k == target)) * (1 - t[j + k] * t[j + k]));
         }
         store(gradient + (size_t)row * V + i, g);
     }
 """
-
-
-def chunk_loss_and_gradients(hidden, weight, targets, cap):
-    """train.chunk_loss_and_gradients with one pass over the logits: 840 -> 140 us for 8,192 rows."""
-    (n, _), vocab = hidden.shape, len(weight)
-    inputs = {"logits": hidden @ weight.T, "targets": targets}
-    outputs = {"loss": ((n,), mx.float32), "gradient": ((n, vocab), hidden.dtype)}
-    constants = {"T": hidden.dtype, "V": vocab, "P": 8 if vocab % 8 == 0 else 1, "CAP": f"{float(cap)}f"}
-    loss, gradient = launch("loss", LOSS, 512 * n, inputs, outputs, constants, block=512)
-    return loss.sum(), (gradient @ weight, gradient.T @ hidden)
 
 
 # A thread P elements.

@@ -1,16 +1,27 @@
-"""How a step is carried out: its micro-batches, the streams and devices that share them, what is compiled.
+"""How a step is carried out: micro-batches, streams, devices, what is compiled, which matrices share an update.
 
-What is learnt, and how, is train.py's: the loss, the optimizer, the schedules.
+What is learnt, and how, is train.py's: the loss, the update rule, the schedules.
 """
 
 import math
+import os
 from functools import reduce
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_map
 
 from harness import devices
+
+GPU = mx.default_device().type == mx.gpu
+# MLX reads these once, at its first computation. What it sends to CUDA at once is freed at once: with its own limit a
+# step takes twice the memory. On a GPU it walks graphs depth first, so that what is not needed any more is freed
+# early; on a CPU breadth first, so that every stream has work from the beginning.
+if GPU and mx.cuda.is_available():
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "80")
+os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
 
 
 class Trainer:
@@ -31,26 +42,26 @@ class Trainer:
             self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
     def _accumulate(self, tokens, share, *total):
-        """The loss and the gradients of tokens (B, T + 1), times `share`, added to `total` where there is one."""
+        """(loss, gradients) of tokens (B, T + 1), times `share`, added to `total` where it is given."""
 
         def loss(model, tokens):
             return share * self.loss_fn(model, tokens)
 
-        found = nn.value_and_grad(self.model, loss)(self.model, tokens)
-        return tree_map(mx.add, *total, found) if total else found
+        part = nn.value_and_grad(self.model, loss)(self.model, tokens)
+        return tree_map(mx.add, *total, part) if total else part
 
     def _update(self, totals):
-        """Apply the sum of the streams' gradients; returns that of their losses."""
+        """Apply the sum of the streams' gradients; returns the sum of their losses."""
         loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
         self.optimizer.update(self.model, devices.averaged(gradients))
         return loss
 
     def split(self, tokens):
-        """The rows of `tokens` in equal parts, one for each stream that gets any."""
+        """The rows of `tokens` in equal parts, at most one for each stream."""
         return mx.split(tokens, math.gcd(len(tokens), len(self.streams)))
 
     def gradients(self, micro_batches):
-        """For each stream, its part of the mean loss of all micro-batches, and of the gradients."""
+        """[(loss, gradients)] of each stream; their sums are the means over all micro-batches."""
         totals = [[] for _ in self.split(micro_batches[0])]
         share = mx.array(1 / (len(totals) * len(micro_batches)))
         for tokens in micro_batches:
@@ -64,3 +75,58 @@ class Trainer:
         loss = self.update(self.gradients(micro_batches))
         mx.async_eval(loss, self.state)
         return loss
+
+
+class StackedOptimizer(optim.Optimizer):
+    """Updates all matrices of one shape together, as one stack (n, rows, columns); stacks are spread over `streams`.
+
+    A parameter is a matrix or a stack of them. In the update tall matrices are transposed, so that rows <= columns.
+    A subclass has init_stack(n, rows, columns), which returns a stack's state, and update_stack(gradient, weight,
+    aspect, state), which returns its new weights; aspect: float (n, 1, 1), rows over columns before transposing.
+    """
+
+    def __init__(self, learning_rate, streams=None):
+        super().__init__()
+        self.streams = streams or [mx.default_stream(mx.default_device())]
+        self.state["learning_rate"] = mx.array(learning_rate)
+
+    def init(self, parameters):
+        for name, paths in by_shape(parameters).items():
+            self.state[name] = self.init_stack(*stacked([parameters[path] for path in paths]).shape)
+        self._initialized = True
+
+    def apply_gradients(self, gradients, parameters):
+        """{path: new parameter} of {path: gradient} and {path: parameter}."""
+        if not self._initialized:
+            self.init(gradients)
+        self.state["step"] = self.step + 1
+        updated = {}
+        for i, (name, paths) in enumerate(by_shape(gradients).items()):
+            with mx.stream(self.streams[i % len(self.streams)]):
+                old = [parameters[path] for path in paths]
+                counts = [math.prod(p.shape[:-2]) for p in old]
+                aspect = np.repeat([p.shape[-2] / p.shape[-1] for p in old], counts)[:, None, None]
+                gradient = stacked([gradients[path] for path in paths])
+                new = self.update_stack(gradient, stacked(old), aspect, self.state[name])
+                parts = mx.split(new, np.cumsum(counts)[:-1].tolist())
+                for path, p, x in zip(paths, old, parts, strict=True):
+                    updated[path] = (x.swapaxes(1, 2) if is_tall(p) else x).reshape(p.shape)
+        return updated
+
+
+def by_shape(parameters):
+    """{"rows x columns": [path, …]} of {path: parameter}, rows <= columns."""
+    stacks = {}
+    for path, parameter in parameters.items():
+        stacks.setdefault("x".join(map(str, sorted(parameter.shape[-2:]))), []).append(path)
+    return stacks
+
+
+def is_tall(parameter):
+    return parameter.shape[-2] >= parameter.shape[-1]
+
+
+def stacked(parameters):
+    """All their matrices in one stack (n, rows, columns), rows <= columns."""
+    wide = [p.swapaxes(-1, -2) if is_tall(p) else p for p in parameters]
+    return mx.concatenate([p.reshape(-1, *p.shape[-2:]) for p in wide])

@@ -1,11 +1,11 @@
 """The baseline model and its training step: causal, exact, and the same however the work is divided."""
 
+import ast
+import importlib.util
 import inspect
 import math
 import re
 import shutil
-import sys
-import types
 from functools import partial
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map
 
 import data_sources
 import train
-from harness import batches, kernels, model_state
+from harness import batches, fast, kernels, model_state
 
 VOCAB, T = 61, 24
 
@@ -53,6 +53,57 @@ def assert_same(a, b, rtol):
     assert a.keys() == b.keys()
     for path in a:
         assert np.abs(a[path] - b[path]).max() <= rtol * max(np.abs(b[path]).max(), 1e-30), path
+
+
+# --- an edited train.py ----------------------------------------------------------------------------
+
+SOURCE = inspect.getsource(train)
+
+
+def loaded(folder, source):
+    """train.py with another text, as a module of its own."""
+    path = folder / "train.py"
+    path.write_text(source)
+    fast.functions_of.cache_clear()
+    spec = importlib.util.spec_from_file_location("edited_train", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def trained(module):
+    """Losses of three steps of a small model, some of its layers with shorter windows, and one of its evaluation's."""
+    mx.random.seed(0)
+    config, trainer = module.build(64, 32, compiled=False, depth=2)
+    trainer.model.blocks[0].attention._window = 16
+    tokens, losses = mx.random.randint(0, 64, (4, 33)), []
+    for step in range(3):
+        trainer.optimizer.schedule(step, 0.0)
+        losses.append(trainer.step([tokens]).item())
+    mx.eval(trainer.model(tokens))
+    return np.array(losses)
+
+
+def functions_of_train():
+    """Names of all functions and methods of train.py, the methods with their class."""
+    found = []
+    for node in ast.parse(SOURCE).body:
+        methods = node.body if isinstance(node, ast.ClassDef) else ()
+        found += [f"{node.name}.{m.name}" for m in methods if isinstance(m, ast.FunctionDef)]
+        found += [node.name] if isinstance(node, ast.FunctionDef) and node.name != "main" else []
+    return found
+
+
+def with_body(source, name, body):
+    """The text of train.py with another body of one function or method."""
+    *owner, name = name.split(".")
+    nodes = ast.parse(source).body
+    if owner:
+        nodes = next(node for node in nodes if getattr(node, "name", None) == owner[0]).body
+    node = next(node for node in nodes if getattr(node, "name", None) == name)
+    lines = source.splitlines(keepends=True)
+    first, last = node.body[0], node.end_lineno
+    return "".join([*lines[: first.lineno - 1], " " * first.col_offset + body + "\n", *lines[last:]])
 
 
 # --- attention -------------------------------------------------------------------------------------
@@ -148,47 +199,49 @@ def test_value_embeddings_stand_on_alternate_layers_and_on_the_last():
 # --- the loss --------------------------------------------------------------------------------------
 
 
+def plain(name):
+    """A function of train.py as it is written, without its fast form."""
+    return inspect.unwrap(getattr(train, name))
+
+
 def plain_loss(hidden, weight, targets):
     logits = train.SOFTCAP * mx.tanh(hidden @ weight.T / train.SOFTCAP)
     return nn.losses.cross_entropy(logits, targets, reduction="mean")
 
 
-CHUNKS = [train.PLAIN["chunk_loss_and_gradients"], partial(kernels.cpu_chunk_loss_and_gradients, cap=train.SOFTCAP)]
+FORMS = [plain("loss_and_gradients"), partial(kernels.loss_and_gradients, SOFTCAP=train.SOFTCAP)]
 
 
-@pytest.mark.parametrize("chunk", CHUNKS, ids=["plain", "cpu"])
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "cpu"])
 @pytest.mark.parametrize("rows", [1, 7, 16, 50, 1000])  # of 50: several chunks, a ragged last one, one alone
-def test_the_head_s_loss_and_gradients_are_those_of_a_plain_cross_entropy(monkeypatch, rows, chunk):
-    monkeypatch.setattr(train, "LOGITS_AT_ONCE", rows * VOCAB)
-    monkeypatch.setattr(train, "chunk_loss_and_gradients", chunk)
+def test_the_loss_in_chunks_and_its_gradients_are_those_of_a_plain_cross_entropy(rows, form):
     mx.random.seed(1)
     hidden, weight = mx.random.normal((50, 16)), 3 * mx.random.normal((VOCAB, 16))
     targets = mx.random.randint(0, VOCAB, (50,))
 
-    def found(hidden, weight):  # what follows the loss scales its gradient
-        return 3 * train.head_loss(hidden, weight, targets)
+    def in_chunks(hidden, weight):  # what follows the loss scales its gradient
+        return 3 * kernels.mean_in_chunks(form, hidden, weight, targets, rows)
 
     def expected(hidden, weight):
         return 3 * plain_loss(hidden, weight, targets)
 
-    a, b = (mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight) for loss in (found, expected))
+    a, b = (mx.value_and_grad(loss, argnums=(0, 1))(hidden, weight) for loss in (in_chunks, expected))
     assert a[0].item() == pytest.approx(b[0].item(), rel=1e-5)
     for x, y in zip(a[1], b[1], strict=True):
         assert mx.abs(x - y).max().item() < 1e-5 * mx.abs(y).max().item()
 
 
-@pytest.mark.parametrize("chunk", CHUNKS, ids=["plain", "cpu"])
-def test_the_logits_never_stand_whole(monkeypatch, chunk):
-    monkeypatch.setattr(train, "chunk_loss_and_gradients", chunk)
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "cpu"])
+def test_the_logits_never_stand_whole(form):
     n, vocab = 2048, 512
-    monkeypatch.setattr(train, "LOGITS_AT_ONCE", n * vocab // 64)
     hidden, weight, targets = mx.random.normal((n, 8)), mx.random.normal((vocab, 8)), mx.random.randint(0, vocab, (n,))
+    loss = partial(kernels.mean_in_chunks, form, targets=targets, rows=n // 64)
     mx.eval(hidden, weight, targets)
     limit = mx.set_memory_limit(1)  # nothing is begun before what went before has ended
     try:
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(mx.value_and_grad(train.head_loss, argnums=(0, 1))(hidden, weight, targets))
+        mx.eval(mx.value_and_grad(lambda h, w: loss(h, w), argnums=(0, 1))(hidden, weight))
         assert mx.get_peak_memory() - before < 4 * n * vocab / 4
     finally:
         mx.set_memory_limit(limit)
@@ -208,9 +261,9 @@ def test_the_stream_is_mixed_in_full_precision_and_keeps_its_own(dtype):
 
 def test_a_norm_takes_along_a_share_of_that_of_the_token_before():
     x, shift = mx.random.normal((2, 5, 8)), mx.random.normal((8,))
-    plain, shifted = (np.array(train.PLAIN["mix"](x, 0 * x, shift=s)[1]) for s in (None, shift))
-    expected = plain.copy()
-    expected[:, 1:] += np.array(shift) * plain[:, :-1]
+    unshifted, shifted = (np.array(plain("mix")(x, 0 * x, shift=s)[1]) for s in (None, shift))
+    expected = unshifted.copy()
+    expected[:, 1:] += np.array(shift) * unshifted[:, :-1]
     np.testing.assert_allclose(shifted, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -229,11 +282,11 @@ def test_the_cap_is_soft_and_exact():
     assert np.abs(np.array(kernels.exp(y), np.float64) / np.exp(np.array(y, np.float64)) - 1).max() < 1e-5
 
 
-@pytest.mark.parametrize("where", ["hidden", "weight"])
+@pytest.mark.parametrize("where", ["hidden", "head"])
 def test_a_nan_reaches_the_loss(where):
-    arrays = {"hidden": mx.ones((4, 16)), "weight": mx.ones((VOCAB, 16))}
+    arrays = {"hidden": mx.ones((4, 16)), "head": mx.ones((VOCAB, 16))}
     arrays[where][2, 3] = math.nan
-    assert math.isnan(train.head_loss(**arrays, targets=mx.array([0, 1, 2, 3])).item())
+    assert math.isnan(train.loss_and_gradients(**arrays, targets=mx.array([0, 1, 2, 3]))[0].item())
 
 
 def test_the_gradient_of_relu_squared():
@@ -351,44 +404,129 @@ def test_a_total_batch_that_does_not_divide_is_refused(rows, length, total):
 
 
 @pytest.mark.parametrize("name", data_sources.DATASETS)
-def test_the_preset_serves_every_dataset(monkeypatch, name):
+def test_the_preset_serves_every_dataset(tmp_path, name):
     """What `make setup` does: only the line with DATASET changes."""
-    source = re.sub(r'^DATASET = ".*?"', f'DATASET = "{name}"', inspect.getsource(train), flags=re.MULTILINE)
-    other = types.ModuleType("train_on_another_dataset")
-    monkeypatch.setitem(sys.modules, other.__name__, other)
-    exec(compile(source, "train.py", "exec"), other.__dict__)
+    other = loaded(tmp_path, re.sub(r'^DATASET = ".*?"', f'DATASET = "{name}"', SOURCE, flags=re.MULTILINE))
     assert other.DATASET == name
     length = data_sources.DATASETS[name].sequence_length
     assert batches.cut_step(other.TOTAL_BATCH_SIZE, other.DEVICE_BATCH_SIZE, length)[1] >= 1
 
 
-# --- kernels ---------------------------------------------------------------------------------------
+# --- fast forms ------------------------------------------------------------------------------------
+
+CHANGED = {  # each function with a fast form, or called by one: an edit, and the forms that it puts out of use
+    "norm": ("x, None, 1e-6", "x + 0.1, None, 1e-6", ["heads", "mix"]),
+    "rope": ("scale=1.0", "scale=0.5", ["heads"]),
+    "mix": ("x = x + y", "x = x + 2 * y", ["mix"]),
+    "heads": ("return rope(q), rope(k), v", "return rope(q), rope(k), 2 * v", ["heads"]),
+    "embed": ("return table[tokens]", "return (1 - table[tokens])", ["embed"]),
+    "relu_squared": ("mx.square(mx.maximum(x, 0))", "mx.maximum(x, 0) ** 3", ["relu_squared"]),
+    "softcap": ("mx.tanh(", "mx.sin(", ["loss_and_gradients"]),
+    "logits_of": ("softcap(hidden", "1.1 * softcap(hidden", ["loss_and_gradients"]),
+    "summed_loss": (".sum()", ".max()", ["loss_and_gradients"]),
+    "loss_and_gradients": ("grad(summed_loss", "grad(lambda *a: 2 * summed_loss(*a)", ["loss_and_gradients"]),
+}
+FORWARD = {"embed", "mix", "heads", "relu_squared", "loss_and_gradients"}
+BACKWARD = {"embed_vjp", "mix_vjp", "heads_vjp", "embedding_vjp", "relu_squared_vjp", "scaled"}
 
 
-def test_a_step_hands_the_kernels_what_their_sources_name(monkeypatch):
-    """Where there is no CUDA: a launch that computes nothing, in a step that takes every one of them."""
-    launched, config = set(), train.GPTConfig(vocab_size=64, sequence_length=32, depth=2, aspect_ratio=64, head_dim=64)
+def edited(name, source=SOURCE):
+    old, new, _ = CHANGED[name]
+    assert source.count(old) == 1, old
+    return source.replace(old, new)
+
+
+def notes(forms):
+    words = "or what it calls, was edited: it runs as it is written, without its fast form"
+    return [f"note: {form}, {words}" for form in forms]
+
+
+def test_every_fast_form_is_made_for_the_function_that_it_stands_at():
+    pairs = re.findall(r"^@fast\(kernels\.(\w+).*\)\ndef (\w+)\(", SOURCE, re.MULTILINE)
+    assert [form for form, _ in pairs] == [name for _, name in pairs] and len(pairs) == SOURCE.count("\n@fast(")
+    assert {name for _, name in pairs} == FORWARD == {form for _, _, forms in CHANGED.values() for form in forms}
+    for name in FORWARD:
+        form, source = getattr(kernels, name), fast.source_hash(plain(name))
+        assert form.made_for == source, f"does kernels.{name} still compute the same? then: @made_for({source!r})"
+        named = {p.name for p in inspect.signature(form).parameters.values() if p.kind is p.KEYWORD_ONLY}
+        assert named <= set(vars(train)), name
+
+
+@pytest.mark.parametrize("name", functions_of_train())
+def test_no_function_of_train_is_without_effect(tmp_path, name):
+    module = loaded(tmp_path, with_body(SOURCE, name, "raise ValueError('edited')"))
+    with pytest.raises(ValueError, match="edited"):
+        trained(module)
+
+
+@pytest.fixture(scope="module")
+def unedited():
+    return trained(train)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_an_edit_of_a_function_with_a_fast_form_changes_the_training_loss(tmp_path, capfd, unedited, name):
+    assert np.abs(trained(loaded(tmp_path, edited(name))) - unedited).max() > 1e-4
+    forms = {"relu_squared", "loss_and_gradients"} & {*CHANGED[name][2]}  # those of a CPU
+    assert capfd.readouterr().err.splitlines() == notes(forms)  # once, in many calls
+
+
+def test_words_layout_and_constants_are_no_edit(tmp_path, capfd, unedited):
+    other = re.sub('"""max.*"""\n', "# the same\n\n", SOURCE).replace("SOFTCAP = 15.0", "SOFTCAP = 0.5")
+    assert other.count("# the same") == 1
+    assert np.abs(trained(loaded(tmp_path, other)) - unedited).max() > 1e-4
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["norm = nn.RMSNorm(1)", "norm = lambda x: x", "def norm(x):\n    return x"])
+def test_a_function_that_is_bound_anew_is_an_edit(tmp_path, way):
+    module = loaded(tmp_path, SOURCE.replace("\n# --- optimizer", f"\n{way}\n\n\n# --- optimizer", 1))
+    assert fast.source_hash(inspect.unwrap(module.mix)) != kernels.mix.made_for
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """{kernel: its constants} of all that is launched: where there is no CUDA, a launch that computes nothing."""
+    launched = {}
 
     def launch(name, body, threads, inputs, outputs, constants, block=256, init_value=None):
         types = [*(x.dtype for x in inputs.values()), *(kind for _, kind in outputs.values())]
         assert threads > 0 and {*types} <= {*kernels.NAMES}
         assert not [word for word in (*inputs, *outputs) if not re.search(rf"\b{word}\b", body)]
-        launched.add(name)
+        launched[name] = constants
         return [mx.full(shape, 0.01, kind) for shape, kind in outputs.values()]
 
     monkeypatch.setattr(kernels, "launch", launch)
     monkeypatch.setattr(kernels, "CUDA", True)
-    monkeypatch.setattr(train, "rows_of", partial(kernels.rows_of, dtype=mx.bfloat16))
-    monkeypatch.setattr(train, "mix", kernels.mix)
-    monkeypatch.setattr(train, "heads", partial(kernels.heads, rope_base=train.ROPE_BASE))
-    monkeypatch.setattr(train, "chunk_loss_and_gradients", partial(kernels.chunk_loss_and_gradients, cap=train.SOFTCAP))
-    model = train.GPT(config)
-    loss, gradients = nn.value_and_grad(model, train.loss_fn)(model, mx.random.randint(0, 64, (4, 33)))
-    mx.eval(loss, gradients)
-    shapes = [{path: array.shape for path, array in tree_flatten(t)} for t in (gradients, model.trainable_parameters())]
-    assert shapes[0] == shapes[1]
-    backward = {"rows_vjp", "mix_vjp", "heads_vjp", "embedding_vjp", "relu_squared_vjp", "scaled"}
-    assert launched == {"rows", "mix", "heads", "relu_squared", "loss"} | backward
+    return launched
+
+
+ON_CUDA = SOURCE.replace("\nCUDA = GPU and mx.cuda.is_available()\n", "\nCUDA = True\n")
+
+
+def test_a_step_on_cuda_hands_the_kernels_what_their_sources_name(tmp_path, capfd, launches):
+    constants = {"ROPE_BASE": 500.0, "SOFTCAP": 7.0, "GATE_MAX": 3.0}
+    module = loaded(tmp_path, ON_CUDA)
+    for name, value in constants.items():
+        setattr(module, name, value)
+    _, trainer = module.build(64, 32, compiled=False, depth=2)
+    gradients = nn.value_and_grad(trainer.model, module.loss_fn)(trainer.model, mx.random.randint(0, 64, (4, 33)))[1]
+    mx.eval(gradients)
+    shapes = [{path: x.shape for path, x in tree_flatten(t)} for t in (gradients, trainer.model.trainable_parameters())]
+    assert shapes[0] == shapes[1] and set(launches) == FORWARD | BACKWARD and not capfd.readouterr().err
+    assert launches["heads"]["ROPE_BASE"] == launches["heads_vjp"]["ROPE_BASE"] == "500.0f"
+    assert launches["heads"]["GATE_MAX"] == launches["embedding_vjp"]["GATE_MAX"] == "3.0f"
+    assert launches["loss_and_gradients"]["SOFTCAP"] == "7.0f"
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_an_edit_takes_the_place_of_its_kernel_on_cuda(tmp_path, capfd, launches, name):
+    trained(loaded(tmp_path, edited(name, ON_CUDA)))
+    forms = CHANGED[name][2]
+    assert FORWARD - set(launches) == set(forms)
+    assert sorted(capfd.readouterr().err.splitlines()) == notes(forms)
+    with pytest.raises(ValueError, match="edited"):
+        trained(loaded(tmp_path, with_body(ON_CUDA, name, "raise ValueError('edited')")))
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="kernels for CUDA")
@@ -397,12 +535,12 @@ def test_a_step_hands_the_kernels_what_their_sources_name(monkeypatch):
 def test_the_kernels_compute_what_the_plain_functions_do(dtype, limit, B, length, H, D):
     """Results and gradients, the plain ones in float32."""
 
-    def compare(kernel, plain, inputs):
+    def compare(kernel, plain_form, inputs):
         full = [x.astype(mx.float32) for x in inputs]
-        weights = [mx.random.normal(x.shape) for x in plain(*full)]
+        weights = [mx.random.normal(x.shape) for x in plain_form(*full)]
         found, expected = (
             sum(mx.vjp(f, x, [w.astype(o.dtype) for w, o in zip(weights, f(*x), strict=True)]), [])
-            for f, x in ((kernel, inputs), (plain, full))
+            for f, x in ((kernel, inputs), (plain_form, full))
         )
         for a, b in zip(found, expected, strict=True):
             apart, size = (mx.sqrt(mx.square(y).sum()).item() for y in (a.astype(mx.float32) - b, b))
@@ -411,23 +549,21 @@ def test_the_kernels_compute_what_the_plain_functions_do(dtype, limit, B, length
 
     with mx.stream(mx.gpu):
         x, y, x0 = (mx.random.normal((B, length, H * D)).astype(dtype) for _ in range(3))
-        compare(kernels.mix, train.PLAIN["mix"], [x, y])
         mixed, shift = [x, y, x0, mx.array([0.8]), mx.array([-0.3])], mx.random.normal((H * D,))
-        compare(kernels.mix, train.PLAIN["mix"], mixed)
-        compare(kernels.mix, train.PLAIN["mix"], [*mixed, shift])
-        alone = [partial(mix, x0=None, a=None, b=None) for mix in (kernels.mix, train.PLAIN["mix"])]
-        compare(*(lambda x, y, s, f=f: f(x, y, shift=s) for f in alone), [x, y, shift])
-        compare(lambda x: [kernels.relu_squared(x)], lambda x: [mx.square(mx.maximum(x, 0))], [x])
+        for inputs in ([x, y], mixed, [*mixed, shift]):
+            compare(kernels.mix, plain("mix"), inputs)
+        compare(*(lambda x, y, s, f=f: f(x, y, shift=s) for f in (kernels.mix, plain("mix"))), [x, y, shift])
+        compare(lambda x: [kernels.relu_squared(x)], lambda x: [plain("relu_squared")(x)], [x])
         *inputs, tokens = heads_inputs(B, length, H, D, dtype)
-        plain = train.PLAIN["heads"]
-        compare(lambda *a: kernels.heads(*a, tokens, train.ROPE_BASE), lambda *a: plain(*a, tokens), inputs)
+        constants = {"ROPE_BASE": train.ROPE_BASE, "GATE_MAX": train.GATE_MAX}
+        compare(lambda *a: kernels.heads(*a, tokens, **constants), lambda *a: plain("heads")(*a, tokens), inputs)
         table = mx.random.normal((VOCAB, H * D))
-        compare(lambda t: [kernels.rows_of(t, tokens, dtype)], lambda t: [t[tokens]], [table])
+        compare(lambda t: [kernels.embed(t, tokens, COMPUTE_DTYPE=dtype)], lambda t: [t[tokens]], [table])
         for vocab in (VOCAB, 8192):
             h, w = mx.random.normal((50, 64)).astype(dtype), mx.random.normal((vocab, 64)).astype(dtype)
-            targets, plain = mx.random.randint(0, vocab, (50,)), train.PLAIN["chunk_loss_and_gradients"]
-            found = kernels.chunk_loss_and_gradients(h, w, targets, train.SOFTCAP)
-            expected = plain(h.astype(mx.float32), w.astype(mx.float32), targets)
-            for a, b in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+            targets = mx.random.randint(0, vocab, (50,))
+            computed = kernels.loss_and_gradients(h, w, targets, SOFTCAP=train.SOFTCAP)
+            expected = plain("loss_and_gradients")(h.astype(mx.float32), w.astype(mx.float32), targets)
+            for a, b in zip((computed[0], *computed[1]), (expected[0], *expected[1]), strict=True):
                 apart = mx.sqrt(mx.square(a.astype(mx.float32) - b).sum())
                 assert apart.item() <= limit * mx.sqrt(mx.square(b).sum()).item()

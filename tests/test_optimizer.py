@@ -85,7 +85,7 @@ def reference_of(path, weight, n_embd):
     width = math.sqrt(768 / n_embd)
     if "embedding" in path:
         return AdamReference(weight, train.EMBEDDING_LR * width, 0.8, 0.95, train.EMBEDDING_DECAY)
-    if path == "head.weight" or "value_gate" in path or "shift" in path:
+    if path == "head" or "value_gate" in path or "shift" in path:
         return AdamReference(weight, train.HEAD_LR * width, 0.8, 0.95, train.HEAD_DECAY)
     if path == "x0_lambdas":
         return AdamReference(weight, train.X0_LR, 0.8, 0.95)
@@ -215,8 +215,8 @@ def test_decay_takes_hold_only_where_update_and_weight_agree():
 
 EXPECTED = {
     "matrices": ["attention.qkv.", "attention.out.", "mlp.up.", "mlp.down."],
-    "embeddings": ["token_embedding.", "attention.value_embedding."],
-    "head": ["head.", "attention.value_gate.", "attention.shift", "mlp.shift"],
+    "embeddings": ["token_embedding", "attention.value_embedding"],
+    "head": ["head", "attention.value_gate.", "attention.shift", "mlp.shift"],
     "x0": ["x0_lambdas"],
     "resid": ["resid_lambdas"],
 }

@@ -1,0 +1,83 @@
+"""Fast forms: another way to compute a function of train.py, used only while that function is as it was."""
+
+import ast
+import hashlib
+import inspect
+import sys
+from functools import cache, wraps
+from pathlib import Path
+
+
+def made_for(source):
+    """Decorator of a fast form: the hash (`source_hash`) of the function that it computes."""
+
+    def note(form):
+        form.made_for = source
+        return form
+
+    return note
+
+
+def fast(form, when=True):
+    """Decorator: run `form` in place of the plain function below, unless that was edited since `form` was made.
+
+    The constants of train.py that `form` needs are its keyword-only arguments, by the same names. After an edit of the
+    function, or of one that it calls in the same file, the plain function runs, and stderr says so once.
+    when: whether this machine has the fast form.
+    """
+    constants = [p.name for p in inspect.signature(form).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    def decorate(plain):
+        functions_of(plain.__code__.co_filename)  # now, while the file is what was imported
+        same = None
+
+        @wraps(plain)
+        def chosen(*arguments, **named):
+            nonlocal same
+            if same is None:  # at the first call, when all that the file defines is there
+                same = source_hash(plain) == form.made_for
+                if not same:
+                    words = "or what it calls, was edited: it runs as it is written, without its fast form"
+                    print(f"note: {plain.__name__}, {words}", file=sys.stderr)
+            if not same:
+                return plain(*arguments, **named)
+            return form(*arguments, **named, **{name: plain.__globals__[name] for name in constants})
+
+        return chosen
+
+    return decorate if when else lambda plain: plain
+
+
+@cache
+def functions_of(path):
+    """{name: syntax tree} of the functions of a Python file, as it is when this is first asked."""
+    try:
+        tree = ast.parse(Path(path).read_text("utf-8"))
+    except (OSError, SyntaxError):  # code that came from no file: nothing is known to be as it was
+        return {}
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def source_hash(function):
+    """Eight hex digits of what a function computes: its text and that of all that it calls in its own file.
+
+    Layout, comments, docstrings and values of constants make no difference. A called name that is no longer a
+    function of the file does.
+    """
+    trees, names = functions_of(function.__code__.co_filename), function.__globals__
+    texts, left = set(), [function]
+    while left:
+        called = inspect.unwrap(left.pop())
+        tree = trees.get(called.__name__) if getattr(called, "__globals__", None) is names else None
+        text = text_of(tree) if tree else repr(type(called))
+        if text not in texts:
+            texts.add(text)
+            inside = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} if tree else ()
+            left += [names[name] for name in inside if callable(names.get(name))]
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:8]
+
+
+def text_of(tree):
+    """A function's text without decorators and docstring, in one layout."""
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    return ast.unparse(ast.FunctionDef(tree.name, tree.args, body, [], tree.returns, lineno=0, type_params=[]))
