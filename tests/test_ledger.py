@@ -251,4 +251,4 @@ def test_results_are_aligned_and_the_best_is_marked(session):
     assert [n for n, line in enumerate(lines[1:5], 1) if "*" in line] == [2]
     words = ["baseline", "better", "faster", "no luck"]
     assert len({line.index(word) for line, word in zip(lines[1:5], words, strict=True)}) == 1
-    assert lines[5].startswith("* best of 3 kept, 4 tried")
+    assert lines[5].startswith("* the best")

@@ -35,12 +35,13 @@ def main(args):
     if not args.head:
         raise Refused("holdout needs git: it runs commits in worktrees of their own")
     night = Night(args.tag)
-    first, best, (seen, _) = night.first, night.best, night.gain
+    first, best = night.first, night.best
     if not best:
         raise Refused("nothing was kept yet: make baseline")
     if first is best:
         raise Refused("the baseline is the best kept program: there is no gain to measure")
     experiment.take_charge()
+    seen = night.gain.gain
     used, looks = [*experiment.seeds_of(sitting, first.blob), *experiment.seeds_of(sitting, best.blob)], []
     before = sum(event["event"] == "holdout" for event in sitting.events())
     for number in range(args.runs or 3):

@@ -2,7 +2,7 @@
 
 usage: watch.py --tag TAG
 
-It reads files and nothing else, so a run does not notice it.
+It reads files and nothing else, and looks at the whole session only when that has changed: a run does not notice it.
 """
 
 import os
@@ -12,33 +12,29 @@ import time
 from datetime import datetime
 
 from harness import files
-from scripts.session import PROGRESS, Session, blanked, cut, one_line, options, run_command
+from scripts.session import PROGRESS, Session, blanked, counted, cut, one_line, options, run_command
+from scripts.show.night import Night, gain_words
 
 EVERY = 1.0  # seconds
 ROWS = 10
 
 
-def screen(sitting, width, height):
+def screen(night, width, height):
     """What there is to see, as lines that fit."""
-    rows, attempts = sitting.rows()[0], sitting.attempts()
-    kept = [row for row in rows if row.status == "keep"]
-    best = min(kept, key=lambda row: row.bpb, default=None)
-    load = os.getloadavg()[0]
-    lines = [f"{sitting.tag}  {len(rows)} experiments, {len(kept)} kept   load {load:.1f} of {os.cpu_count()}"]
-    if best:
-        lines.append(f"best   {best.bpb:.6f}  ({best.bpb - kept[0].bpb:+.6f} to the baseline), row {best.number}")
-    lines += ["", *running(attempts, width), ""]
-    shown = rows[-max(1, min(ROWS, height - len(lines) - 2)) :]
-    for row in reversed(shown):
-        mark = "*" if row is best else " "
-        value = f"{row.bpb:.6f}" if row.status != "crash" else "-"
-        lines.append(f"{row.number:4}{mark} {row.status:8}{value:>9}  {row.description}")
-    if not rows:
-        lines.append("no results yet")
+    load, kept = os.getloadavg()[0], len(night.kept)
+    tried = counted(len(night.experiments), "experiment")
+    lines = [f"{night.tag}  {tried}, {kept} kept   load {load:.1f} of {os.cpu_count()}"]
+    if night.best:
+        gain = f", gain {gain_words(night.gain)}" if night.gain else ""
+        lines.append(f"best   {night.best.bpb:.6f}, row {night.best.number}{gain}")
+    lines += ["", *newest(night.attempts, width), ""]
+    for e in night.experiments[: -1 - max(1, min(ROWS, height - len(lines) - 2)) : -1]:
+        mark, gain = "*" if e is night.best else " ", gain_words(e.gain) if e.gain else ""
+        lines.append(f"{e.number:4}{mark} {f'{e.status} {e.trust}':13} {gain:25} {e.description}")
     return [cut(blanked(line), width) for line in lines][:height]
 
 
-def running(attempts, width):
+def newest(attempts, width):
     """The run that goes on, or how the last one ended."""
     if not attempts:
         return ["no run yet"]
@@ -54,18 +50,20 @@ def running(attempts, width):
     share = min(1.0, now["seconds"] / now["budget"])
     room = max(10, min(40, width - 30))
     bar = "#" * round(room * share) + "-" * (room - round(room * share))
-    left = max(0.0, now["budget"] - now["seconds"])
-    state = f"{left:.0f} s left" if share < 1 else "evaluating"
+    state = f"{now['budget'] - now['seconds']:.0f} s left" if share < 1 else "evaluating"
     return [f"run    {name}, {since:.0f} s", f"       [{bar}] {100 * share:.0f} %, {state}",
             f"       step {now['step']}, loss {now['loss']:.4f}, {now['tok_sec']:,.0f} tok/s"]  # fmt: skip
 
 
 def watch(args):
-    sitting, terminal = Session(args.tag), sys.stdout.isatty()
+    session, terminal, seen, night = Session(args.tag), sys.stdout.isatty(), (), None
     try:
         while True:
+            now = [path.stat().st_mtime_ns for path in (session.log, session.table) if path.exists()]
+            if now != seen:
+                seen, night = now, Night(args.tag)
             width, height = shutil.get_terminal_size() if terminal else (100, 40)
-            lines = screen(sitting, width, height - 1)
+            lines = screen(night, width, height - 1)
             if not terminal:
                 print("\n".join(lines))
                 return
