@@ -8,8 +8,9 @@
 # exit: as `make run`
 . "$(dirname "$0")/lib.sh"
 
+read_git
 need_python
-same_dataset
+export_settings
 export PYTHON # built once, known to the others
 scripts/prepare.sh
 BASELINE=1 scripts/run.sh

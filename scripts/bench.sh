@@ -6,7 +6,7 @@
 # exit: 0 done · 1 refused or failed, and why
 . "$(dirname "$0")/lib.sh"
 
-export_settings
+read_git
 need_python
-same_dataset
+export_settings
 locked "${LAUNCH[@]}" bench.py

@@ -7,7 +7,7 @@
 # exit: 0 passed · 1 refused or failed, and why · 2 the model is not valid, and why
 . "$(dirname "$0")/lib.sh"
 
-export_settings
+read_git
 need_python
-same_dataset
+export_settings
 locked "${LAUNCH[@]}" train.py --check

@@ -8,10 +8,8 @@
 # exit: 0 measured · 1 refused, and why · otherwise as `make run`
 . "$(dirname "$0")/lib.sh"
 
-positive TIMEOUT "${TIMEOUT:-600}"
-[ -z "${N:-}" ] || { whole N "$N" && [ "$N" -gt 0 ] || die "N=$N is not a number of runs"; }
-export_settings
 read_git
 refuse_detached
 need_python
+export_settings
 locked "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}

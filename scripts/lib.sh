@@ -35,29 +35,11 @@ for name in AGAIN REFERENCE PAIR WAIT ALL; do # `AGAIN=0` is a no
   case ${!name:-} in 0 | no | No | NO | false | off) unset "$name" ;; esac
 done
 
-positive() { # NAME VALUE: a plain decimal number above 0
-  [[ "$2" =~ ^[0-9]*\.?[0-9]+$ && "$2" =~ [1-9] ]] || die "$1=$2 is not a positive number"
-}
-
-whole() { # NAME VALUE: a whole number, 0 or more
-  [[ "$2" =~ ^[0-9]{1,10}$ ]] || die "$1=$2 is not a whole number"
-}
-
-# Settings reach Python through the environment; what holds where nothing is set, project.settings knows.
+# Exports what holds for this command: the session's settings (scripts/settings.py) and a SEED that was typed.
 export_settings() {
-  [ -z "${BUDGET:-}" ] || { positive BUDGET "$BUDGET" && export AUTORESEARCH_BUDGET=$BUDGET; }
-  [ -z "${SEED:-}" ] || { whole SEED "$SEED" && export AUTORESEARCH_SEED=$SEED; }
-  [ -z "${FILES:-}" ] || export AUTORESEARCH_FILES=$FILES
-}
-
-dataset_of_train() { "$PYTHON" -c 'from harness import project; print(project.dataset_of_train())'; }
-
-# A run trains on the dataset that train.py names; another one in DATASET would be ignored, so it is refused.
-same_dataset() {
-  local of_train
-  of_train=$(dataset_of_train) || exit 1
-  [ -z "${DATASET:-}" ] || [ "$DATASET" = "$of_train" ] ||
-    die "train.py trains on '$of_train', not on '$DATASET': make setup TAG=name DATASET=$DATASET opens a session on it"
+  local exports
+  exports=$(helper session --tag="$TAG" ${ANY_DATASET:+--any-dataset}) || exit 1
+  eval "$exports"
 }
 
 # --- Python --------------------------------------------------------------------------------------
@@ -133,8 +115,6 @@ helper() { # NAME [OPTION …]: a Python module of this folder
 
 # Goes over to COMMAND, which then holds the lock of its device: one run at a time on each.
 locked() { # COMMAND …
-  local name
-  for name in NPROC DEVICE; do [ -z "${!name:-}" ] || whole "$name" "${!name}"; done
   exec "$PYTHON" -m scripts.run.lock ${WAIT:+--wait} -- "$@"
 }
 
@@ -171,9 +151,10 @@ refuse_detached() {
   [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout $SESSIONS/${session%/start}"
 }
 
-# COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment; git writes it in place.
+# COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment: git would write into it.
 put_train() {
-  git cat-file blob "$1:train.py" | helper session
+  git cat-file blob "$1:train.py" >".train.py.$$.tmp"
+  mv -f ".train.py.$$.tmp" train.py
   git restore --source="$1" --staged -- train.py
 }
 

@@ -8,7 +8,7 @@
 # exit: 0 ready · 1 not prepared, and why
 . "$(dirname "$0")/lib.sh"
 
-export_settings
-[ -z "${COLUMN:-}" ] || export AUTORESEARCH_COLUMN=$COLUMN
+read_git
 need_python
+ANY_DATASET=1 export_settings
 exec "${LAUNCH[@]}" prepare.py ${DATASET:+--dataset="$DATASET"}

@@ -15,10 +15,7 @@
 #       killed · 128 + n a signal (Ctrl-C: 130) interrupted it
 . "$(dirname "$0")/lib.sh"
 
-positive TIMEOUT "${TIMEOUT:-600}"
-[ -z "${N:-}" ] || { whole N "$N" && [ "$N" -gt 0 ] || die "N=$N is not a number of runs"; }
 case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
-export_settings
 [ -f train.py ] || die "train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard"
 read_git
 refuse_detached
@@ -31,6 +28,6 @@ if [ -n "$HEAD" ]; then
     "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"
 fi
 need_python
-same_dataset
+export_settings
 locked "${LAUNCH[@]}" -m scripts.run.experiment --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
   ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} ${BASELINE:+--baseline}

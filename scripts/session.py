@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from urllib.parse import quote, unquote
 
 from harness import files, project, record
 from harness.project import HOME, ROOT, STORE, git
+from scripts import settings
 
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
 ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|crash)\t([^\t]*)")
@@ -62,6 +64,23 @@ class Session:
     def __init__(self, tag):
         self.tag, self.folder = tag, STORE / "sessions" / quote(tag, safe="")
         self.table, self.log = self.folder / "results.tsv", self.folder / "events.jsonl"
+
+    # --- settings ---
+
+    @property
+    def settings(self):
+        """{name: text} of what it was opened with: BUDGET, TIMEOUT, NPROC, HOSTS; DEVICE, FILES, COLUMN where given."""
+        return settings.complete(self.stored_settings()[0])
+
+    def stored_settings(self):
+        """({name: text}, whether another value is refused). An older session's are those of its newest run."""
+        stored = settings.read(self.folder / "settings.json")
+        if stored is None and git("rev-parse", "-q", "--verify", f"refs/experiments/{self.tag}/start"):
+            for attempt in self.attempts()[-1:]:
+                with suppress(ValueError, TypeError, KeyError, AttributeError):
+                    words = shlex.split(attempt.get("given", ""))
+                    return {"BUDGET": f"{attempt['budget']:.12g}"} | dict(word.split("=", 1) for word in words), False
+        return stored or {}, stored is not None
 
     # --- the table ---
 
@@ -341,6 +360,31 @@ def run_command(function, *arguments):
         sys.exit(130)
 
 
-if __name__ == "__main__":  # for lib.sh: what it is given becomes train.py
-    content = sys.stdin.buffer.read() or sys.exit("error: git has no train.py there")
-    run_command(files.write_atomically, ROOT / "train.py", content)
+def open_session(sitting):
+    """Write the settings and the empty table of a session that begins."""
+    content = json.dumps(settings.in_force({}, False), indent=1) + "\n"
+    with one_writer():
+        files.write_atomically(sitting.folder / "settings.json", content)
+        if not sitting.table.exists():
+            files.write_atomically(sitting.table, HEADER + "\n")
+        sitting.link()
+
+
+def main(arguments):
+    """For lib.sh: prints the command that exports what holds for this command."""
+    sitting = Session(arguments.tag)
+    if arguments.open:
+        return open_session(sitting)
+    found, given = settings.in_force(*sitting.stored_settings()), settings.typed()
+    if not arguments.any_dataset:  # a prepared dataset does not need its source, which may change or go
+        found = {name: text for name, text in found.items() if name not in ("FILES", "COLUMN") or name in given}
+    exported = {settings.TO_PYTHON.get(name, name): text for name, text in found.items()}
+    exported |= settings.of_one_command(arguments.any_dataset)
+    print("export", *(f"{name}={shlex.quote(text)}" for name, text in exported.items()))
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--open", action="store_true", help="begin a session with the settings that were typed")
+    parser.add_argument("--any-dataset", action="store_true", help="DATASET may be another than train.py's")
+    run_command(main, parser.parse_args())

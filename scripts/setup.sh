@@ -63,9 +63,9 @@ dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' '
 [ -z "$dirty" ] || die "the tree is dirty ($dirty): commit that or put it back, then make setup again"
 refuse_changed_files
 
-export_settings
 need_python
-name=${name:-$(dataset_of_train)}
+dataset_of() { "$PYTHON" -c 'import sys; from harness import project; print(project.dataset_of_train(*sys.argv[1:]))' "$@"; }
+name=${name:-$(dataset_of)}
 # an unknown name ends here, with the known ones
 prepared=$("$PYTHON" -c '
 import sys, prepare
@@ -81,18 +81,18 @@ fail() { # back to where we came from
 git config --get core.fsync >/dev/null || git config core.fsync committed || say "note: core.fsync could not be set"
 if [ -z "$start" ]; then
   start=$HEAD
-  if [ "$name" != "$(dataset_of_train)" ]; then
+  if [ "$name" != "$(dataset_of)" ]; then
     tab=$'\t'
     blob=$(git cat-file blob HEAD:train.py | sed "s/^\(DATASET *= *\)[\"'][A-Za-z0-9_]*[\"']/\1\"$name\"/" |
       git hash-object -w --stdin)
     tree=$(git ls-tree HEAD | sed "s/^\([0-9]* blob \)[0-9a-f]*\(${tab}train\.py\)\$/\1$blob\2/" | git mktree)
     start=$(git commit-tree "$tree" -p HEAD -m "Session $tag: train on $name")
   fi
-elif [ "$(git cat-file blob "$start:train.py" | "$PYTHON" -c 'from harness import project; print(project.dataset_of_train("/dev/stdin"))')" != "$name" ]; then
+elif [ "$(git cat-file blob "$start:train.py" | dataset_of /dev/stdin)" != "$name" ]; then
   die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/$tag"
 fi
 # In this order: a branch that is there is a session with a start, and HEAD comes last.
-helper judge.log_result --tag="$tag" --open-table || fail
+helper session --tag="$tag" --open || exit 1
 git update-ref "refs/experiments/$tag/start" "$start" || fail
 git update-ref "$branch" "$start" || fail
 put_train "$start" || fail
@@ -113,13 +113,11 @@ if [ -n "$tune" ] && [ "$prepared" = True ]; then
 fi
 
 echo "session  $SESSIONS/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
-given=''
-for setting in BUDGET TIMEOUT NPROC HOSTS DEVICE; do given=$given${!setting:+ $setting=${!setting}}; done
-next="make baseline$given"
+next="make baseline" prepare="make prepare"
 if [ "$prepared" != True ]; then # of files nobody but the caller knows the folder, and a download takes its time
-  [ "$name" != files ] || name="files FILES=dir"
-  [ -z "$tune" ] || next="make tune${BUDGET:+ BUDGET=$BUDGET} && git commit -q -m 'sizes fitted to this machine' train.py; $next"
-  next="make prepare DATASET=$name && $next"
+  [ -z "$tune" ] || next="make tune && git commit -q -m 'sizes fitted to this machine' train.py; $next"
+  [ "$name" != files ] || [ -n "${FILES:-}" ] || prepare="$prepare FILES=dir"
+  next="$prepare && $next"
   [ -z "$tune" ] || echo "tune     not yet: there is no text to time a step with"
 fi
 if [ -f .git ]; then # a linked worktree: nothing of a session goes with it

@@ -9,7 +9,7 @@
 # exit: 0 written · 1 refused or failed, and why · 2 the machine is busy; nothing was written
 . "$(dirname "$0")/lib.sh"
 
-export_settings
+read_git
 need_python
-same_dataset
+export_settings
 locked "${LAUNCH[@]}" -m scripts.run.tune "$@"

@@ -40,7 +40,8 @@ def state_before(verb, session):
         session.experiment("prepare.finish(1.4)", "keep")
     elif verb == "baseline":
         session.write_train("prepare.finish(1.45)")
-        session.script("run", BUDGET="30", check=0)
+        session.settings(BUDGET="30")
+        session.script("run", check=0)
     return session
 
 

@@ -117,7 +117,7 @@ FAULTS = {  # what rank 1 does: how it is named
 @pytest.fixture
 def group_of_two(session):
     session.git("update-ref", "refs/experiments/t/start", "HEAD")
-    session.env["NPROC"] = "2"
+    session.settings(NPROC="2")
     return session
 
 
@@ -136,7 +136,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(group_of_two, fault):
     process, pids = started(group_of_two, stdout=subprocess.PIPE, text=True)
     process.send_signal(signal.SIGTERM)  # and the lock is free, and a signal ends all ranks of the next one
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert process.stdout.read().endswith("next     make run NPROC=2\n")
+    assert process.stdout.read().endswith("next     make run\n")
     wait_for(lambda: not any(map(alive, pids)), "ranks gone")
 
 
@@ -145,7 +145,8 @@ def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path
     os.mkdir(tmp_path / "tmp")
     group_of_two.env["TMPDIR"] = str(tmp_path / "tmp")
     group_of_two.write_train(BEGIN.format("pass"))
-    done = group_of_two.script("run", TIMEOUT="4", check=124)
+    group_of_two.settings(BUDGET="3", TIMEOUT="4")
+    done = group_of_two.script("run", check=124)
     assert "timeout (exit 124)" in done.stdout
     pids = [int(pid) for pid in (group_of_two.path / "pids").read_text().split()]
     assert len(pids) == 2 and not any(map(alive, pids))
@@ -176,7 +177,8 @@ def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
     host = {"ssh": "localhost", "ips": ["127.0.0.1"]}
     (tmp_path / "two.json").write_text(json.dumps([host, host]))
     group_of_two.write_train(f"{GROUP}\nif not group.RANK: prepare.finish(1.4)\nprint(group.SIZE)")
-    done = group_of_two.script("run", HOSTS=str(tmp_path / "two.json"), NPROC="", check=0)
+    group_of_two.settings(HOSTS=str(tmp_path / "two.json"), NPROC="1")
+    done = group_of_two.script("run", check=0)
     assert "val_bpb             1.400000" in done.stdout
     assert {"2", "rank 1: 2"} <= set((group_of_two.path / "run.log").read_text().splitlines())
 
@@ -209,7 +211,8 @@ def path_with_ssh(checkout, folder, before=""):
 )
 def test_hosts_that_cannot_serve_are_refused(group_of_two, tmp_path, hosts, why):
     group_of_two.write_train("prepare.finish(1.4)")
-    done = group_of_two.script("run", HOSTS=hosts, PATH=path_with_ssh(group_of_two, tmp_path), check=1)
+    group_of_two.settings(HOSTS=hosts)
+    done = group_of_two.script("run", PATH=path_with_ssh(group_of_two, tmp_path), check=1)
     assert done.stderr.startswith("error: ") and why in done.stderr and done.stdout == ""
 
 
@@ -282,7 +285,9 @@ def test_each_gpu_has_a_run_of_its_own(two_gpus, tmp_path):
     assert f"device 0 is taken by another run: pid {first.pid}" in beside.script("run", DEVICE="0", check=1).stderr
     assert "there is 1" in beside.script("run", CUDA_VISIBLE_DEVICES="1", DEVICE="0", check=1).stderr
     assert "is taken by another run" in beside.script("run", CUDA_VISIBLE_DEVICES="GPU-aa", check=1).stderr
-    assert "every device is taken by another run" in beside.script("run", NPROC="2", check=1).stderr
+    two_gpus.settings("u", NPROC="2")
+    assert "every device is taken by another run" in beside.script("run", check=1).stderr
+    two_gpus.settings("u", NPROC="1")
     second, (_, device) = started(beside)
     assert device == 1
     for checkout in (two_gpus, beside):

@@ -67,7 +67,7 @@ class Agent:
         self.checkout.git("commit", "-q", "-am", why)
 
     def run(self):
-        done = self.checkout.make("run", "BUDGET=0.5", "TIMEOUT=20")
+        done = self.checkout.make("run")
         self.read.append(done.stdout.splitlines())
         return done
 
@@ -75,7 +75,7 @@ class Agent:
         """Verdict, log, and back where it was not kept. Returns what was decided."""
         for _ in range(9):  # `next` says what settles it; beside other load that is a pair
             done = self.checkout.make("verdict")
-            asked = re.search(r"^next +make (run \w+=1 BUDGET=0.5 TIMEOUT=20)$", done.stdout, re.MULTILINE)
+            asked = re.search(r"^next +make (run \w+=1)$", done.stdout, re.MULTILINE)
             if not asked:
                 break
             self.checkout.make(*asked.group(1).split(), check=0)
@@ -95,8 +95,8 @@ class Agent:
 @pytest.mark.slow
 def test_a_night(laboratory):
     lab, agent = laboratory, Agent(laboratory)
-    lab.make("setup", "TAG=nov24", "TUNE=0", check=0)
-    lab.make("baseline", "BUDGET=0.5", check=0)
+    lab.make("setup", "TAG=nov24", "TUNE=0", "BUDGET=0.5", "TIMEOUT=20", check=0)
+    lab.make("baseline", check=0)
     prepare_as_it_was = (lab.path / "prepare.py").read_text()
 
     decided = [agent.experiment("higher rates", EMBEDDING_LR=0.01, HEAD_LR=3e-4, MATRIX_LR=1e-3)]
@@ -105,7 +105,9 @@ def test_a_night(laboratory):
     assert "ValueError" in agent.run().stdout
     decided.append(agent.settle("a shape that does not fit"))
     agent.break_with("a loop without an end", "while True: pass")
-    done = lab.make("run", "BUDGET=0.5", "TIMEOUT=2")
+    lab.settings(TIMEOUT="2")
+    done = lab.make("run")
+    lab.settings(TIMEOUT="20")
     assert "timeout (exit 124)" in done.stdout
     decided.append(agent.settle("a loop without an end"))
     decided.append(agent.experiment("a rate that explodes", EMBEDDING_LR="float('nan')"))

@@ -60,11 +60,11 @@ def lab(tmp_path_factory):
     """A real session, small: its baseline logged, and a second run whose summary is `lab.summary`."""
     checkout = small_laboratory(tmp_path_factory.mktemp("prose"), DEVICE_BATCH_SIZE=4)
     train = checkout.path / "train.py"
-    checkout.make("setup", "TAG=nov24", "TUNE=0", check=0)
-    checkout.make("baseline", "BUDGET=0.5", check=0)
+    checkout.make("setup", "TAG=nov24", "TUNE=0", "BUDGET=0.5", check=0)
+    checkout.make("baseline", check=0)
     train.write_text(train.read_text() + "CHANGED = 1\n")
     checkout.git("commit", "-q", "-m", "a change", "train.py")
-    checkout.summary = checkout.make("run", "BUDGET=0.5", check=0).stdout.splitlines()
+    checkout.summary = checkout.make("run", check=0).stdout.splitlines()
     return checkout
 
 

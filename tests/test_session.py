@@ -9,7 +9,7 @@ import pytest
 def test_setup_opens_a_session(checkout):
     (checkout.path / "results.tsv").write_text("an older table\n")
     done = checkout.make("setup", "TAG=nov24", "DATASET=tinystories", check=0)
-    assert done.stdout.endswith("next     make prepare DATASET=tinystories && make baseline\n")
+    assert done.stdout.endswith("next     make prepare && make baseline\n")
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/nov24"
     assert 'DATASET = "tinystories"' in (checkout.path / "train.py").read_text()
     assert checkout.git("status", "--porcelain") == ""
@@ -356,25 +356,44 @@ def test_a_commit_that_never_ran_stays_reachable(session):
     assert head in session.refs("t").values()
 
 
-def test_what_is_to_be_typed_holds_what_was_given(checkout):
-    """An agent types it as it stands: a run of another budget, or on other devices, would compare nothing."""
-    done = checkout.make("setup", "TAG=t", "DATASET=stdlib", "TUNE=0", "BUDGET=9", "TIMEOUT=50", check=0)
-    assert done.stdout.endswith("make baseline BUDGET=9 TIMEOUT=50\n")
-    checkout.make("prepare", "DATASET=stdlib", check=0)
-    checkout.make("baseline", "BUDGET=9", "TIMEOUT=50", check=0)
-    checkout.write_train("prepare.finish(1.1)")
-    done = checkout.make("run", "BUDGET=9", "TIMEOUT=50", check=0)
-    assert "make run REFERENCE=1 N=4 BUDGET=9 TIMEOUT=50 measures it" in done.stdout
+def test_what_setup_was_given_holds_for_every_later_command(checkout):
+    told = checkout.make("setup", "TAG=t", "TUNE=0", "BUDGET=900", "FILES=texts", check=0).stdout
+    assert told.endswith("next     make baseline\n")
+    checkout.make("baseline", check=0)
+    show = "import os\nprint(os.environ['TIMEOUT'], 'AUTORESEARCH_FILES' in os.environ)"
+    checkout.write_train(f"{show}\nprepare.finish(1.1)")
+    assert "make run REFERENCE=1 N=4 measures it" in checkout.make("run", "BUDGET=900.0", check=0).stdout
+    # what is prepared does not need its source
+    assert (checkout.path / "run.log").read_text().startswith("1200 False\n")
+    record = json.loads((checkout.path / "data" / "last_run.json").read_text())
+    assert record["budget"] == 900 and "not comparable" not in checkout.script("verdict", check=0).stdout
 
 
-def test_a_short_try_is_put_back_without_a_row(session):
-    base = session.git("rev-parse", "HEAD")
+@pytest.mark.parametrize("given", ["BUDGET=3", "TIMEOUT=700", "NPROC=2", "HOSTS=a,b", "BUDGET=ten", "NPROC=0"])
+def test_another_setting_than_the_sessions_is_refused(session, given):
     session.write_train("prepare.finish(1.9)")
-    done = session.script("run", BUDGET="3", check=0)
-    assert "none: not comparable" in done.stdout and "next     make discard, or make run BUDGET=300" in done.stdout
-    head = session.git("rev-parse", "HEAD")
-    session.script("discard", check=0)
-    assert session.git("rev-parse", "HEAD") == base and head in session.refs("t").values()
+    events = session.events
+    for command in ("run", "baseline", "holdout", "tune"):
+        done = session.script(command, check=1, **dict([given.split("=")]))
+        assert done.stderr.startswith("error: ") and given in done.stderr and done.stderr.count("\n") == 1
+    assert session.events == events
+
+
+@pytest.mark.parametrize("words", [["BUDGET=60", "TIMEOUT=10"], ["BUDGET=nan"], ["NPROC=two"]])
+def test_settings_that_cannot_be_are_refused_before_anything_is_made(checkout, words):
+    done = checkout.script("setup", check=1, TAG="t", **dict(word.split("=") for word in words))
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert checkout.git("for-each-ref", "--format=%(refname)") == "refs/heads/main"
+
+
+def test_a_session_from_before_goes_on_with_the_settings_of_its_newest_run(session):
+    folder = session.path / "data" / "sessions" / "t"
+    (folder / "settings.json").unlink()
+    log = folder / "events.jsonl"
+    log.write_text(log.read_text().replace('"budget": 300.0', '"budget": 9.0, "given": " BUDGET=9 TIMEOUT=50"', 1))
+    session.write_train("import os\nprint(os.environ['TIMEOUT'])\nprepare.finish(1.1)")
+    session.make("run", check=0)
+    assert session.attempt["budget"] == 9 and (session.path / "run.log").read_text().startswith("50\n")
 
 
 @pytest.mark.parametrize(("body", "word"), [("prepare.finish(1.9)", "discard"), ("raise SystemExit(1)", "crash")])

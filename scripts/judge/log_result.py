@@ -1,6 +1,6 @@
 """Log the newest run: its row in results.tsv, its entry in today's journal, its commit kept reachable.
 
-usage: log_result.py --tag TAG --status=keep --description=… [--found=… --open=…]    or --open-table, --kept COMMIT
+usage: log_result.py --tag TAG --status=keep --description=… [--found=… --open=…]    or --kept COMMIT
 
 No figure is ever typed by hand. What is about to be written is noted first (session.events), so that a call which
 was cut short is completed by the next one, and nothing is written twice.
@@ -191,15 +191,6 @@ def keep_weights(attempt):
         files.move_into_place(weights, project.DATA / "best.safetensors")
 
 
-def open_table(args):
-    """A table of its own for a session that begins."""
-    with session.one_writer():
-        sitting = Session(args.tag)
-        if not sitting.table.exists():
-            files.write_atomically(sitting.table, HEADER + "\n")
-        sitting.link()
-
-
 def kept(args):
     """Print the last kept commit that this one descends from; refused while its run is not logged (discard.sh)."""
     sitting = Session(args.tag)
@@ -220,9 +211,8 @@ def kept(args):
 if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--new-table", action="store_true", help="archive rows that cannot be compared")
-    parser.add_argument("--open-table", action="store_true", help="only begin the session's table (setup.sh)")
     parser.add_argument("--kept", metavar="COMMIT", help="only print what was kept before it (discard.sh)")
     for option in ("status", "description", "found", "open"):
         parser.add_argument(f"--{option}", default="")
     args = parser.parse_args()
-    run_command(open_table if args.open_table else kept if args.kept is not None else log, args)
+    run_command(kept if args.kept is not None else log, args)

@@ -14,7 +14,6 @@ import os
 import pty
 import re
 import select
-import shlex
 import shutil
 import signal
 import subprocess
@@ -258,15 +257,6 @@ def checked_out(commit):
             session.git("worktree", "remove", "--force", str(folder))
 
 
-def given(budget):
-    """What was typed behind `make run`, budget and devices, so that it can be typed again."""
-    usual = {"TIMEOUT": "600", "NPROC": "1", "HOSTS": "", "DEVICE": ""}
-    found = {name: os.environ.get(name) or default for name, default in usual.items()}
-    words = [f"BUDGET={budget:g}"] * (budget != project.BUDGET)
-    words += [f"{name}={shlex.quote(value)}" for name, value in found.items() if value != usual[name]]
-    return "".join(" " + word for word in words)
-
-
 def run_once(sitting, role, commit, head, seed, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
@@ -280,7 +270,7 @@ def run_once(sitting, role, commit, head, seed, pair=None):
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
             "train_blob": project.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
-            "given": given(budget), "launcher": os.getpid(), "lock": session.LOCK,
+            "launcher": os.getpid(), "lock": session.LOCK,
             "waited": float(os.environ.pop("AUTORESEARCH_WAITED", 0)),
         }  # fmt: skip
         before = (files.read_json(last) or {}).get("run_id")

@@ -1,0 +1,74 @@
+"""The settings of a session: what `make setup` was given holds for each later command, and is not typed again.
+
+They stand in data/sessions/TAG/settings.json, as {name: text}. Outside a session what is typed holds.
+"""
+
+import math
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from harness import project
+from harness.files import printable, read_json
+
+NAMES = ("BUDGET", "TIMEOUT", "NPROC", "HOSTS", "DEVICE", "FILES", "COLUMN")
+TO_PYTHON = {"BUDGET": "AUTORESEARCH_BUDGET", "FILES": "AUTORESEARCH_FILES", "COLUMN": "AUTORESEARCH_COLUMN"}
+ALLOWANCE = 300.0  # seconds for the start-up and the evaluation of a run, where no TIMEOUT is given
+LEAST_TIMEOUT = 600.0  # seconds
+
+
+def read(path):
+    """The settings in a session's file, or None where it is missing or damaged."""
+    stored = read_json(path)
+    with suppress(TypeError, ValueError, KeyError):
+        fits = 0 < float(stored["BUDGET"]) < float(stored["TIMEOUT"]) < math.inf
+        return stored if fits and all(isinstance(text, str) for text in stored.values()) else None
+    return None
+
+
+def typed():
+    """{name: text} of the settings that this command was given, each checked and in its usual form."""
+    found = {}
+    for name in NAMES:
+        if text := os.environ.get(name) or os.environ.get(TO_PYTHON.get(name, ""), ""):
+            if name in ("BUDGET", "TIMEOUT"):
+                text = f"{project.positive(name, text):.12g}"
+            elif name in ("NPROC", "DEVICE"):
+                text = str(project.whole(name, text))
+            found[name] = str(Path(text).absolute()) if name == "FILES" else text
+    if found.get("NPROC") == "0":
+        sys.exit("error: NPROC=0 is no number of devices: at least 1")
+    return found
+
+
+def complete(given):
+    """Settings with a default in place of each that has one and is missing. TIMEOUT follows BUDGET."""
+    budget = float(given.get("BUDGET") or project.BUDGET)
+    timeout = max(LEAST_TIMEOUT, budget + ALLOWANCE)
+    return {"BUDGET": f"{budget:.12g}", "TIMEOUT": f"{timeout:.12g}", "NPROC": "1", "HOSTS": "", **given}
+
+
+def in_force(stored, binding):
+    """The settings of this command. stored: the session's; binding: another value than they have is refused."""
+    given, its = typed(), complete(stored)
+    for name, text in given.items():
+        if binding and text != its.get(name, text):
+            had = f"{name}={its[name]}" if its[name] else f"no {name}"
+            sys.exit(f"error: this session has {had}, not {name}={printable(text)}: leave it out, or open a session "
+                     f"with it: make setup TAG=name {name}={printable(text)}")  # fmt: skip
+    found = complete({**stored, **given})
+    if float(found["TIMEOUT"]) <= float(found["BUDGET"]):
+        sys.exit("error: TIMEOUT={TIMEOUT} kills a run before BUDGET={BUDGET} is over: leave it out".format(**found))
+    return found
+
+
+def of_one_command(any_dataset):
+    """{name: text} to export of what belongs to this command alone: SEED; N and DATASET are only checked."""
+    seed, runs, name = (os.environ.get(name) for name in ("SEED", "N", "DATASET"))
+    if runs and not (runs.isascii() and runs.isdigit() and 0 < int(runs[:9])):
+        sys.exit(f"error: N={printable(runs)} is not a number of runs")
+    if not any_dataset and (here := project.dataset_of_train()) != (name or here):
+        sys.exit(f"error: train.py trains on '{here}', not on '{printable(name)}': "
+                 f"make setup TAG=name DATASET={printable(name)} opens a session on it")  # fmt: skip
+    return {"AUTORESEARCH_SEED": str(project.whole("SEED", seed))} if seed else {}
