@@ -39,7 +39,8 @@ from harness.project import dataset_of_train
 from harness.token_cache import TokenCache, Tokenizer, damaged, is_prepared, not_prepared, prepare
 
 HARNESS_MODULES = (  # what is measured, and how
-    sys.modules[__name__], batches, devices, token_cache, run_checks, leak_checks, model_state,
+    sys.modules[__name__], batches, devices, token_cache, token_cache.corpus, token_cache.tokenizer, run_checks,
+    leak_checks, model_state,
     data_sources,
 )  # fmt: skip
 HARNESS_FILES = tuple(Path(module.__file__).resolve() for module in HARNESS_MODULES)

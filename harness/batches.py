@@ -10,8 +10,8 @@ import time
 import mlx.core
 import numpy as np
 
-from data_sources import SPLITS
 from harness import devices
+from harness.corpus import SPLITS
 from harness.token_cache import document_hash
 
 PACKING_BUFFER = 1000  # documents to choose from when a row is filled

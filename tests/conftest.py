@@ -18,6 +18,7 @@ mx.set_default_device(mx.cpu)  # the tests of the Python core give the same ever
 
 import data_sources  # noqa: E402
 import prepare  # noqa: E402
+from harness import corpus  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ["Makefile", "scripts", "harness", "pyproject.toml", "requirements.lock", "requirements-cuda.lock"]
@@ -158,7 +159,7 @@ def small_laboratory(folder, **constants):
     """A checkout of the whole project with the real harness, a small model and a small dataset, prepared."""
     checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
     with (checkout.path / "data_sources.py").open("a") as out:
-        out.write('DATASETS["files"] = Dataset("files", 400, 128, 4096, 1 / 20)\n')
+        out.write('DATASETS["files"] = Dataset("files", Folder(), 400, 128, 4096, 1 / 20)\n')
     small = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "TOTAL_BATCH_SIZE": 512, **constants}
     (checkout.path / "train.py").write_text(set_constants((ROOT / "train.py").read_text(), **small))
     checkout.git("add", "-A")
@@ -218,7 +219,7 @@ def cache(tmp_path, monkeypatch):
 def small_files(tmp_path_factory):
     """The dataset `files` in small sizes, prepared once: (dataset, its cache's root, its FILES)."""
     folder, root = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("small")
-    texts = [text for _, part in itertools.islice(data_sources.stdlib_documents(), 60) for text in part]
+    texts = [text for _, part in itertools.islice(corpus.StandardLibrary().documents(), 60) for text in part]
     texts += texts[::9] + ["Füße, 東京, 🙂 \u2028 and so on: " + text for text in texts[::30]]  # copies, other scripts
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     dataset = dataclasses.replace(

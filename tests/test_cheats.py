@@ -20,7 +20,7 @@ from gallery import WIDTH, Mix, Network, later
 
 import data_sources
 import prepare
-from harness import batches, leak_checks, run_checks
+from harness import batches, corpus, leak_checks, run_checks
 from harness import record as records
 
 V = 512
@@ -702,7 +702,7 @@ READS = {
     ],
     "a copy of it": lambda run: shutil.copy(run.cache.folder / "val_tokens.npy", run.cache.folder.parent / "mine"),
     "its descriptor": lambda run: os.close(os.open(run.cache.folder / "test_tokens.npy", os.O_RDONLY)),
-    "the texts": lambda run: data_sources.documents(run.dataset, "val"),
+    "the texts": lambda run: corpus.documents(run.dataset, "val"),
     "the file itself, by MLX": lambda run: mx.load(str(run.cache.folder / "val_tokens.npy")),
     "a copy by a command": lambda run: subprocess.run(
         ["cp", run.cache.folder / "val_tokens.npy", run.cache.folder.parent / "mine"]
@@ -753,14 +753,14 @@ def test_the_harness_itself_may_evaluate_during_training(outcome):
 def test_of_the_library_only_what_is_imported_may_be_read(small):
     """The dataset `stdlib` is made of the files that Python itself reads when it imports them."""
     watch = run_checks.HeldOutWatch(data_sources.DATASETS["stdlib"], prepare.TokenCache.load(small))
-    for path in data_sources.stdlib_files()[:300]:
+    for path in corpus.StandardLibrary.files()[:300]:
         if str(path) in {getattr(module, "__file__", None) for module in list(sys.modules.values())}:
             path.read_bytes()
     assert not watch.strange()
     with run_checks.harness_reads():
-        next(iter(data_sources.stdlib_documents()))
+        next(iter(corpus.StandardLibrary().documents()))
     assert not watch.strange()
-    for _ in zip(range(40), data_sources.stdlib_documents(), strict=False):
+    for _ in zip(range(40), corpus.StandardLibrary().documents(), strict=False):
         pass
     assert "a text that the dataset was made from" in watch.strange()[0]
 

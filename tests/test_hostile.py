@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data_sources
-from harness import files, project, record, token_cache
+from harness import corpus, files, project, record, token_cache
+from harness.tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from scripts import session as sessions  # noqa: E402
@@ -102,7 +103,7 @@ def test_names_of_files_with_text_reach_nobody_as_commands(cache, tmp_path, monk
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and calm(done.stdout + done.stderr), (done.stdout, done.stderr)
     files = data_sources.DATASETS["files"]
-    read = "".join(text for split in data_sources.SPLITS for text in data_sources.documents(files, split))
+    read = "".join(text for split in corpus.SPLITS for text in corpus.documents(files, split))
     assert "touch owned" in read and not list(tmp_path.rglob("owned"))
 
 
@@ -204,7 +205,7 @@ def test_what_stands_in_another_s_lock_is_shown_calmly(tmp_path, note):
 def test_a_tokenizer_is_one_or_is_called_damaged(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(SystemExit) as ended:
-        token_cache.Tokenizer.load(data_sources.DATASETS["stdlib"], tmp_path / "tokenizer.json")
+        Tokenizer.load(data_sources.DATASETS["stdlib"], tmp_path / "tokenizer.json")
     assert "is damaged" in ended.value.code
 
 
@@ -233,12 +234,12 @@ class Trap:
         return os.mkdir, (os.environ["TRAP"],)
 
 
-@pytest.mark.parametrize("split", data_sources.SPLITS)
+@pytest.mark.parametrize("split", corpus.SPLITS)
 def test_a_token_cache_with_code_in_it_is_damaged_and_runs_none(small, tmp_path, monkeypatch, split):
     import numpy as np
 
     monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
-    folder = data_sources.cache_dir(small) / "tokens"
+    folder = corpus.cache_dir(small) / "tokens"
     np.save(folder / f"{split}_hashes.npy", np.array([Trap()], object), allow_pickle=True)
     assert token_cache.TokenCache.read(folder) is None
     assert not (tmp_path / "sprung").exists()

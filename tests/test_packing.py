@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from harness import batches, token_cache
 from harness.batches import Batches, packed_rows
-from harness.token_cache import TokenCache, Tokenizer
+from harness.token_cache import TokenCache
+from harness.tokenizer import Tokenizer
 
 START = 9999  # the document start of the made-up documents here
 

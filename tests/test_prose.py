@@ -87,6 +87,7 @@ def resolve(scripts, fields):
     import mlx.core as mx
 
     import data_sources
+    from harness import corpus
 
     train, harness = names_in("train.py") | names_in("trainer.py"), names_in("prepare.py")
     run = method_names("prepare.py", "Run")
@@ -119,7 +120,7 @@ def resolve(scripts, fields):
         if text.startswith("~/"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.delenv("AUTORESEARCH_CACHE", raising=False)
-                cache = data_sources.cache_dir(data_sources.DATASETS["climbmix"])
+                cache = corpus.cache_dir(data_sources.DATASETS["climbmix"])
             return None if Path(text).expanduser() == cache else f"the cache is in {cache}"
         name = text.removeprefix("./")
         if not ignored(name):

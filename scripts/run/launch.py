@@ -45,9 +45,9 @@ SIGN = re.compile(MARK + rb"(-?\d+)\r?\n")
 def facts(dataset, address=None, port=None):
     """What must be the same on all hosts, and whether a port is free here."""
     import data_sources  # here: they take a while, and are of no use to the launcher itself
-    from harness import token_cache
+    from harness import corpus, token_cache
 
-    cache = token_cache.TokenCache.read(data_sources.cache_dir(data_sources.get_dataset(dataset)) / "tokens")
+    cache = token_cache.TokenCache.read(corpus.cache_dir(data_sources.get_dataset(dataset)) / "tokens")
     files = sorted(path for path in ROOT.glob("*.py") if path.name != "train.py")
     return {
         "code": project.code_hash(files),

@@ -1,0 +1,108 @@
+"""The tokenizer of a dataset: byte-level BPE, trained on the training text, saved as JSON."""
+
+import base64
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from harness.corpus import cache_dir, damaged, not_prepared
+from harness.files import write_atomically
+
+# GPT-4's split pattern, but digits in groups of one or two: a small vocabulary has no room for
+# a thousand three-digit numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|"
+    r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = ("<|document|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>")
+TRAINING_CHARACTERS = 250_000_000  # enough for merges to settle; more only takes longer
+DOCUMENT_CHARACTERS = 10_000  # of one document, so that none dominates
+STRETCH = 900_000  # characters encoded at once: the library panics at a million blanks in a row
+
+
+class Tokenizer:
+    """Byte-level BPE of one dataset. Its special ids come last, the document start first of them.
+
+    Attributes: `dataset`, `vocab_size`, `bos` (id of the document start), `token_bytes`
+    (int32, (vocab_size,): UTF-8 length of each token, 0 for special ones).
+    """
+
+    def __init__(self, dataset, ranks, pattern=SPLIT_PATTERN):
+        special = {text: len(ranks) + i for i, text in enumerate(SPECIAL_TOKENS)}
+        self.dataset, self.ranks, self.pattern = dataset, ranks, pattern
+        self.encoding = tiktoken.Encoding(
+            name=dataset.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.vocab_size = len(ranks) + len(special)
+        self.bos = special[SPECIAL_TOKENS[0]]
+        self.token_bytes = np.zeros(self.vocab_size, np.int32)
+        for token, rank in ranks.items():
+            self.token_bytes[rank] = len(token)
+
+    @classmethod
+    def train(cls, dataset, texts):
+        """Learn the merges from `texts` (an iterable of str)."""
+
+        def limited():
+            seen = 0
+            for text in texts:
+                yield text[:DOCUMENT_CHARACTERS]
+                seen += min(len(text), DOCUMENT_CHARACTERS)
+                if seen >= TRAINING_CHARACTERS:
+                    return
+
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(limited(), dataset.vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        return cls(dataset, {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+
+    def encode(self, text):
+        """Token ids of `text`; special tokens written out in it are ordinary text."""
+        parts = [text[first : first + STRETCH] for first in range(0, len(text), STRETCH)]
+        return [i for part in parts for i in self.encoding.encode_ordinary(part)]
+
+    def encode_documents(self, texts):
+        """The token ids of each of `texts`, uint16 (n,), with the document start in front.
+
+        All of them are one call of the library, during which other threads run: called for each text, they would wait
+        for each other most of the time.
+        """
+        start = SPECIAL_TOKENS[0]
+        alone = {i for i, text in enumerate(texts) if start in text or len(text) > STRETCH}
+        joined = "".join(start + (text if i not in alone else "") for i, text in enumerate(texts))
+        ids = self.encoding.encode_to_numpy(joined, allowed_special={start}, disallowed_special=()).astype(np.uint16)
+        starts = [*np.flatnonzero(ids == self.bos).tolist(), len(ids)]
+        found = [ids[a:b] for a, b in pairwise(starts)]
+        for i in alone:
+            found[i] = np.array([self.bos, *self.encode(texts[i])], np.uint16)
+        return found
+
+    def decode(self, ids):
+        """The text of `ids`."""
+        return self.encoding.decode(ids)
+
+    def save(self, path):
+        """Write the tokenizer as JSON: data only, loading it runs nothing."""
+        ordered = sorted(self.ranks, key=self.ranks.get)
+        tokens = [base64.b64encode(token).decode() for token in ordered]
+        write_atomically(path, json.dumps({"pattern": self.pattern, "tokens": tokens}))
+
+    @classmethod
+    def load(cls, dataset, path=None):
+        """The dataset's prepared tokenizer; where there is none, one line says how to make it."""
+        path = path or cache_dir(dataset) / "tokenizer.json"
+        try:
+            saved = json.loads(Path(path).read_text())
+            tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
+            ranks = {token: rank for rank, token in enumerate(tokens)}
+            if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
+                raise ValueError("not the tokens of a byte-level tokenizer")
+            return cls(dataset, ranks, saved["pattern"])
+        except (FileNotFoundError, NotADirectoryError):
+            sys.exit(not_prepared(dataset))
+        except (OSError, ValueError, KeyError, TypeError):
+            sys.exit(damaged(dataset, path))
