@@ -60,8 +60,8 @@ def test_a_whole_bench(tiny):
     assert f"fastest that fits: DEVICE_BATCH_SIZE = {record['fastest']}\n" in done.stdout
     assert record["train_blob"] == blob_hash(tiny.path / "train.py")
     assert record["device"]["mlx"] and record["dataset"] == "files" and record["commit"] is None
-    assert "attention: forward not fused. backward not fused.\n" in done.stdout  # of a CPU
-    for label, _ in bench.FIGURES.values():
+    assert "attention: forward not fused, backward not fused\n" in done.stdout  # of a CPU
+    for label, *_ in bench.FIGURES.values():
         assert label in done.stdout
     moved = done.stdout.split("since the bench of yesterday")[1].splitlines()[1:-1]
     assert len(moved) == 1 and re.search(r"peak memory of training .* down 100\.0 %, better", moved[0])
@@ -91,7 +91,7 @@ def test_a_train_py_of_another_shape_is_told_in_one_line(tiny, tmp_path, old, ne
     assert old in text
     (other / "train.py").write_text(text.replace(old, new, 1))
     tune = other / "scripts" / "run" / "tune.py"
-    tune.write_text(tune.read_text().replace("\nBUSY = 0.4", "\nBUSY = 1e9"))
+    tune.write_text(tune.read_text().replace("\nBUSY = 0.25", "\nBUSY = 1e9"))
     for tool in (["bench.py"], ["-m", "scripts.run.tune"]):
         done = Checkout(other, tiny.env).run(sys.executable, *tool)
         assert done.stderr.count("\n") == 1 and said in done.stderr and done.stderr.startswith("error: "), done.stderr
@@ -111,16 +111,16 @@ def test_a_line_for_each_figure_that_moved():
     more = list(bench.moved(before, {name: 1.2 * value for name, value in before.items()}))
     assert [re.search(r"^ +(.*?)  +(.*)$", line).groups() for line in more] == [
         ("one step, as in training", "120.00 ms, up 20.0 %, worse"),
-        ("training", "1,200 tok/s, up 20.0 %, better"),
+        ("throughput of training", "1,200 tok/s, up 20.0 %, better"),
         ("peak memory of training", "600 MB, up 20.0 %, worse"),
-        ("evaluation projected to full size, without checks", "12.00 s, up 20.0 %, worse"),
+        ("evaluation, projected to all its rows, without checks", "12.00 s, up 20.0 %, worse"),
     ]  # and 0.002 ms more of waiting is noise
     assert list(bench.moved({"tok_sec": 1000.0}, {"tok_sec": 900.0}))[0].endswith("900 tok/s, down 10.0 %, worse")
     assert list(bench.moved({"step_ms": None, "gone": 1.0}, {"step_ms": 1.0, "compiled_step_ms": None})) == []
 
 
 def test_only_the_same_machine_is_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.record, "STORE", tmp_path)
+    monkeypatch.setattr(bench.project, "STORE", tmp_path)
     record = {"device": {"name": "abacus", "backend": "cpu"}, "dataset": "stdlib", "figures": {"tok_sec": 1.0}}
     assert bench.last_bench(record) is None
 
@@ -154,7 +154,7 @@ def test_what_a_child_may_come_to(tmp_path, monkeypatch, script, expected):
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setattr(bench, "TIME_LIMIT", 0 if "sleep" in script else 10**6)
-    assert bench.in_child(rows=8, compiled=True) == expected
+    assert bench.in_child(rows=8, seconds=1.0) == expected
 
 
 def test_the_sweep_asks_for_nothing_that_cannot_fit(monkeypatch):
@@ -163,13 +163,13 @@ def test_the_sweep_asks_for_nothing_that_cannot_fit(monkeypatch):
     monkeypatch.setattr(machine, "describe", lambda: {"memory_gb": 1})
     asked = []
 
-    def in_child(rows, compiled, left=None):
-        asked.append((rows, compiled))
+    def in_child(rows, seconds):
+        asked.append(rows)
         return {"why": "skipped"} if rows == 1 else {"tok_sec": 100.0 * rows, "train_peak_mb": 90.0 * rows}
 
     monkeypatch.setattr(bench, "in_child", in_child)
-    sizes = list(bench.sweep({"tok_sec": 300.0, "train_peak_mb": 400.0}, False))
-    assert asked == [(8, False), (2, False), (1, False)]
+    sizes = list(bench.sweep({"tok_sec": 300.0, "train_peak_mb": 400.0}))
+    assert asked == [8, 2, 1]
     assert [(size["rows"], size.get("why")) for size in sizes] == [
         (4, None), (8, None), (2, None), (16, "does not fit: would take about 1,440 MB"), (1, "skipped"),
     ]  # fmt: skip

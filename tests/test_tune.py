@@ -147,13 +147,15 @@ def test_a_whole_tuning(tmp_path):
         (texts / f"{i}.txt").write_text(" ".join(f"{(i * j) % 97} sheep and {j} goats." for j in range(40)))
     script = checkout.path / "scripts" / "run" / "tune.py"
     quiet = script.read_text()
-    script.write_text(quiet.replace("BUSY = 0.4", "BUSY = -1"))
+    assert "\nBUSY = 0.25" in quiet
+    script.write_text(quiet.replace("BUSY = 0.25", "BUSY = -1"))
     done = checkout.script("tune", check=1)
     assert "not prepared" in done.stderr and path.read_text() == text
     checkout.run(sys.executable, "prepare.py", check=0, AUTORESEARCH_FILES=str(texts))
     done = checkout.script("tune", check=2)
-    assert done.stderr.startswith("error: this machine is busy (load ") and path.read_text() == text
-    script.write_text(quiet.replace("BUSY = 0.4", "BUSY = 1e9"))
+    assert done.stderr.startswith("error: this machine is busy (others use ") and path.read_text() == text
+    assert "Go on with DEPTH = 2, TOTAL_BATCH_SIZE = 4096, DEVICE_BATCH_SIZE = 128, as" in done.stderr
+    script.write_text(quiet.replace("BUSY = 0.25", "BUSY = 1e9"))
     checkout.git("add", "-A")
     checkout.git("commit", "-q", "-m", "start")
     done = checkout.make("setup", "TAG=t", "BUDGET=5", check=0)
@@ -169,7 +171,8 @@ def test_a_whole_tuning(tmp_path):
         assert eval(re.search(rf"^{name} = ([^#\n]+)", path.read_text(), re.MULTILINE).group(1)) == value
     chosen = [f for f in record["timed"] if all(f[k] == constants[n] for k, n in
               (("depth", "DEPTH"), ("total", "TOTAL_BATCH_SIZE"), ("rows", "DEVICE_BATCH_SIZE")))]  # fmt: skip
-    assert chosen and chosen[0]["tok_sec"] > 0
+    assert chosen and chosen[0]["passes"] == pytest.approx(5 * chosen[0]["tok_sec"] / record["text_tokens"])
+    assert f"see the text {chosen[0]['passes']:.2f} times" in record["why"]
     assert blob_hash(path) != blob_hash(ROOT / "train.py")
     tuned = path.read_text()
     checkout.git("checkout", "-q", "main")
