@@ -7,6 +7,7 @@ it is ever rewritten.
 
 import argparse
 import ast
+import dataclasses
 import fcntl
 import json
 import os
@@ -29,6 +30,7 @@ LINK = ROOT / "results.tsv"
 PROGRESS = project.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
 JOURNAL = HOME / "internal" / "log"
 TEMPORARY = "autoresearch-"  # begins the names of our folders for temporary files; after it, whose they are
+HISTORY = 5000  # changes of train.py that a branch is looked through for
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
 NEEDED = {  # of an event, before it counts
@@ -214,11 +216,32 @@ class Session:
         return own[-1]
 
     def reference(self, rows, head):
-        """The last kept row that the commit `head` descends from; without git (no `head`) the last kept one."""
-        for row in reversed(rows):
-            if row.status == "keep" and not (head and git("merge-base", "--is-ancestor", row.commit, head) is None):
+        """The newest kept program that the commit `head` stands on, as its row; without git (no `head`) the newest one.
+
+        A commit that was amended, rebased or squashed is another one, and its program the same: the row then names
+        the commit that has it now.
+        """
+        there = programs_of(head) if head else {}
+        for row in kept_rows(rows):
+            if not head or (row.blob in there and git("merge-base", "--is-ancestor", row.commit, head) is not None):
                 return row
+            if row.blob in there:
+                return dataclasses.replace(row, commit=there[row.blob][:7])
         return None
+
+
+def kept_rows(rows):
+    """The rows of kept programs, the newest first. What its newest row says of a program counts."""
+    newest = {row.blob or row.line: row for row in rows}
+    return [row for row in reversed(rows) if row.status == "keep" and newest[row.blob or row.line] is row]
+
+
+def programs_of(head):
+    """{program (blob): the newest commit that has it} of the commit `head` and all that it stands on."""
+    commits = (git("rev-list", f"--max-count={HISTORY}", head, "--", "train.py") or "").splitlines()
+    names = "".join(f"{commit}:train.py\n" for commit in commits)
+    blobs = (git("cat-file", "--batch-check=%(objectname)", text=names) or "").splitlines()
+    return {blob: commit for blob, commit in reversed([*zip(blobs, commits, strict=False)])}
 
 
 def tags():

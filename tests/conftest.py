@@ -70,8 +70,8 @@ class Checkout:
         """A verb's script itself, whose exit code make would hide."""
         return self.run(f"scripts/{name}.sh", *words, check=check, **env)
 
-    def git(self, *words):
-        return self.run("git", *words, check=0).stdout.strip()
+    def git(self, *words, **env):
+        return self.run("git", *words, check=0, **env).stdout.strip()
 
     def settings(self, tag="*", **changed):
         """Change what the session was opened with, as no person can."""

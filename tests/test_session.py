@@ -427,3 +427,42 @@ def test_a_repeat_of_what_was_discarded_is_put_back_without_another_row(session)
     assert "make discard" in done.stderr
     session.make("discard", check=0)
     assert session.git("rev-parse", "HEAD") == kept and len(session.rows) == 2
+
+
+@pytest.mark.parametrize("rewrite", [
+    ["commit", "-q", "--amend", "-m", "in other words"],
+    ["rebase", "-q", "--force-rebase", "refs/experiments/t/start"],
+])  # fmt: skip
+def test_a_kept_commit_that_was_rewritten_stays_the_reference_and_on_the_branch(session, rewrite):
+    session.experiment("prepare.finish(1.4)", "keep", desc="kept")
+    session.git(*rewrite, GIT_COMMITTER_DATE="2020-01-01T00:00:00Z")
+    head = session.git("rev-parse", "HEAD")
+    assert head[:7] != session.rows[-1][0]
+    told = session.experiment("prepare.finish(1.45)", "discard").stdout
+    assert f"against  {head[:7]}  kept" in told and "verdict  discard" in told
+    assert f"reference {head[:7]}" in session.make("run", "PAIR=1", check=0).stdout  # it can be run again
+    session.make("discard", check=0)
+    assert session.git("rev-parse", "HEAD") == head
+
+
+def test_a_kept_program_that_is_on_the_branch_no_more_is_named(session):
+    session.experiment("prepare.finish(1.4)", "keep")
+    kept = session.git("rev-parse", "HEAD")
+    session.write_train("prepare.finish(1.3)  # more")
+    session.git("reset", "-q", "--soft", "refs/experiments/t/start")
+    session.git("commit", "-q", "-m", "squashed")
+    session.script("run", check=0)
+    session.make("log-result", "STATUS=discard", "DESC=x", check=0)
+    told = session.script("discard", check=0).stderr
+    session.run("sh", "-c", told.split("taken back. ")[1].replace("goes on from there", ""), check=0)
+    assert session.git("rev-parse", "HEAD") == kept
+
+
+def test_what_was_put_back_is_not_kept(session):
+    session.experiment("prepare.finish(1.4)")
+    tried = session.git("rev-parse", "HEAD")
+    session.git("reset", "-q", "--hard", "HEAD^")
+    done = session.script("log-result", STATUS="keep", DESC="x", check=1)
+    assert f"git merge --ff-only {tried[:7]}" in done.stderr and done.stderr.count("\n") == 1
+    session.git("merge", "-q", "--ff-only", tried)
+    session.script("log-result", STATUS="keep", DESC="x", check=0)

@@ -97,6 +97,10 @@ def refuse_untruthful(status, attempt):
     if outcome in ("interrupted", "paused"):
         words = f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run"
         raise Refused(verdict.typed(words, attempt))
+    head = session.git("rev-parse", "-q", "--verify", "HEAD") if attempt["commit"] and status == "keep" else None
+    if head and attempt["train_blob"] not in session.programs_of(head):
+        raise Refused("the branch does not have this program any more, so it cannot be kept: "
+                      f"git merge --ff-only {attempt['commit'][:7]} brings it back")  # fmt: skip
     if status == "crash" and outcome == "valid":
         raise Refused("the run was valid, so it is no crash: STATUS=keep or STATUS=discard")
     if status != "crash" and outcome != "valid":
@@ -205,6 +209,10 @@ def kept(args):
             word = "discard" if status == "valid" else "crash"
             raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
     row = sitting.reference(rows, args.kept)
+    for other in session.kept_rows(rows)[:1]:
+        if other is not row and not (row and other.blob == row.blob):
+            session.say(f"note: row {other.number}, kept, is not on this branch: history was rewritten or taken back. "
+                        f"git reset --hard {other.commit} goes on from there")  # fmt: skip
     print(row.commit if row else "")
 
 
