@@ -1,15 +1,14 @@
-"""Profile of the present train.py on the present machine: where the time of a step goes, and what fits in memory.
+"""Profile of the present train.py on the present machine: throughput, memory, and where the time of a step goes.
 
     python bench.py        (or `make bench`)
 
 It measures train.py's own model, optimizer and step, and prepare.py's own batches and evaluation. It prints a table,
 and a line for each figure that moved by more than 5 % since the last bench of this machine and dataset. The profile
-is archived in data/bench_*.json. It takes less than two minutes.
+is archived in data/bench_*.json. It takes less than a minute, and longer on a slow machine.
 """
 
 import argparse
 import contextlib
-import gc
 import json
 import subprocess
 import sys
@@ -30,7 +29,7 @@ if __name__ == "__main__":
 
 import train  # noqa: E402
 
-TIME_LIMIT = 105  # seconds after which no further batch size is tried
+CHILD_LIMIT = 120  # seconds for a size that `make tune` tries
 
 FIGURES = {  # name: (label, unit, decimals)
     "step_ms": ("one step, as in training", "ms", 2),
@@ -140,31 +139,16 @@ def flops_per_token(config, parameters):
     return 6 * in_products + sum(12 * config.n_embd * config.window(layer) for layer in range(config.depth))
 
 
-def in_child(left=None, **options):
+def in_child(**options):
     """Figures of `Training` from a process of its own, which may run out of memory or time: then {"why": …}."""
     command = [sys.executable, __file__, "--only", json.dumps(options)]
-    left = left or max(0.01, TIME_LIMIT - (time.monotonic() - prepare.PROCESS_START))
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_LIMIT)
     except subprocess.TimeoutExpired:
-        return {"why": "skipped: no time left"}
+        return {"why": f"skipped after {CHILD_LIMIT} s"}
     if child.returncode == 0:
         return json.loads(child.stdout.splitlines()[-1])
     return {"why": (child.stderr.splitlines() or [f"ended by signal {-child.returncode}, as when memory is short"])[-1]}
-
-
-def sweep(figures):
-    """DEVICE_BATCH_SIZE in powers of two around the present one: yields {"rows": n, **figures or "why": …}."""
-    present, length = train.DEVICE_BATCH_SIZE, prepare.get_dataset(train.DATASET).sequence_length
-    memory_mb, largest = 1024 * (machine.describe()["memory_gb"] or 2**20), {"rows": present, **figures}
-    yield largest
-    powers = [n for i in (1, 2) for n in (present * 2**i, present // 2**i)]  # the nearest first
-    for n in [n for n in powers if n and train.TOTAL_BATCH_SIZE % (n * length) == 0]:
-        needed = largest["train_peak_mb"] * n / largest["rows"]
-        swaps = {"why": f"does not fit: would take about {needed:,.0f} MB"}  # a GPU with its own memory would refuse
-        size = {"rows": n, **(swaps if needed > memory_mb else in_child(rows=n, seconds=3.0))}
-        largest = max(largest, size, key=lambda size: 0 if "why" in size else size["rows"])
-        yield size
 
 
 def shown(name, value):
@@ -202,29 +186,16 @@ def main():
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
     print("train.py on {name} ({backend}, BLAS: {blas}, mlx {mlx}), load {load:.1f}".format(**device, load=load))
     training, figures = Training(train.DEVICE_BATCH_SIZE, 5.0), {}
-    present = training.figures
-    for measure in (lambda: present, training.parts, training.arithmetic, training.evaluation):
+    for measure in (lambda: training.figures, training.parts, training.arithmetic, training.evaluation):
         measured = measure()
         figures |= measured
-        for name, value in measured.items():
-            print(shown(name, value), flush=True)
+        print(*(shown(name, value) for name, value in measured.items()), sep="\n", flush=True)
     print(f"  attention: {training.attention()}")
-    del training, measure  # the children need the memory
-    gc.collect()
-    mx.clear_cache()
-    print(f"  {'DEVICE_BATCH_SIZE':<20}{'tok/s':>12}{'peak MB':>12}")
-    sizes = []
-    for size in sweep(present):
-        sizes.append(size)
-        figures_or_why = size.get("why") or "{tok_sec:12,.0f}{train_peak_mb:12,.0f}".format(**size)
-        print(f"  {size['rows']:<20}{figures_or_why}", flush=True)
-    fastest = max(sizes, key=lambda size: size.get("tok_sec", 0))["rows"]
-    print(f"fastest that fits: DEVICE_BATCH_SIZE = {fastest}")
     now, seconds = datetime.now().astimezone(), time.monotonic() - prepare.PROCESS_START
     profile = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "seconds": seconds}
     profile |= {"commit": project.git("rev-parse", "HEAD"), "train_blob": project.blob_hash(project.ROOT / "train.py")}
     profile |= {"device": device, "load": load, "dataset": dataset.name, "total_batch_size": train.TOTAL_BATCH_SIZE}
-    profile |= {"device_batch_size": train.DEVICE_BATCH_SIZE, "fastest": fastest, "figures": figures, "sweep": sizes}
+    profile |= {"device_batch_size": train.DEVICE_BATCH_SIZE, "figures": figures}
     if before := last_bench(profile):
         print(f"since the bench of {before.get('timestamp')} (identical runs differ by 3 to 5 %)")
         print(*(list(moved(before["figures"], figures)) or ["  nothing moved by more than 5 %"]), sep="\n")

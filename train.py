@@ -18,12 +18,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from harness import kernels
 from harness.batches import cut_step
 from harness.fast import fast
-from harness.trainer import StackedOptimizer, Trainer
+from harness.trainer import StackedOptimizer, Trainer, mean_in_chunks
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
@@ -278,7 +277,7 @@ def loss_fn(model, tokens):
     """
     hidden, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:].reshape(-1)
     hidden = hidden.reshape(len(targets), -1)
-    return kernels.mean_in_chunks(loss_and_gradients, hidden, model.head, targets, LOGITS_AT_ONCE // len(model.head))
+    return mean_in_chunks(loss_and_gradients, hidden, model.head, targets, LOGITS_AT_ONCE // len(model.head))
 
 
 # --- optimizer -----------------------------------------------------------------------------------
@@ -357,7 +356,7 @@ class AdamW(optim.Adam):
         return super().apply_single(gradient, parameter * (1 - self.learning_rate * self.state["decay"]), state)
 
 
-class GPTOptimizer:
+class GPTOptimizer(optim.MultiOptimizer):
     """An optimizer for each group of parameters, and the schedules that move all of them."""
 
     def __init__(self, model, n_embd, streams):
@@ -369,27 +368,11 @@ class GPTOptimizer:
             "x0": AdamW(X0_LR),
             "resid": AdamW(RESID_LR),
         }
+        filters = [lambda path, p, name=name: parameter_group(path, p) == name for name in self.groups]
+        super().__init__(list(self.groups.values()), filters[:-1])  # the last one gets the rest
         self.rates = {name: optimizer.learning_rate.item() for name, optimizer in self.groups.items()}
-        for name, parameters in self.by_group(model.trainable_parameters()).items():
-            self.groups[name].init(parameters)
+        self.init(model.trainable_parameters())
         self.schedule(0, 0.0)
-
-    @property
-    def state(self):
-        return {name: optimizer.state for name, optimizer in self.groups.items()}
-
-    def by_group(self, tree):
-        """{group: {path: array}} of a parameter tree."""
-        groups = {name: {} for name in self.groups}
-        for path, array in tree_flatten(tree):
-            groups[parameter_group(path, array)][path] = array
-        return groups
-
-    def update(self, model, gradients):
-        parameters, new = self.by_group(model.trainable_parameters()), {}
-        for name, group in self.by_group(gradients).items():
-            new |= self.groups[name].apply_gradients(group, parameters[name])
-        model.update(tree_unflatten(list(new.items())))
 
     def schedule(self, step, progress):
         """Set rates, momentum and decay for step number `step`, when `progress` (0 to 1) of the budget is used.

@@ -18,35 +18,6 @@ CUDA = mx.default_device().type == mx.gpu and mx.cuda.is_available()
 # --- every backend ---------------------------------------------------------------------------------
 
 
-def mean_in_chunks(loss_and_gradients_of, hidden, weight, targets, rows):
-    """The mean over N rows of a loss of hidden (N, n) and weight (vocab, n), `rows` rows at a time.
-
-    loss_and_gradients_of(hidden, weight, targets) returns the summed loss of its rows and its two gradients. They are
-    taken with the loss, so that the logits of one chunk are gone before those of the next are made.
-    """
-    n = len(targets)
-    rows = max(1, min(n, rows))
-
-    @mx.custom_function
-    def loss_and_gradients(hidden, weight):
-        w, weight_gradient = weight.astype(hidden.dtype), mx.zeros(weight.shape)
-        losses, hidden_gradients = [], []
-        for start in range(0, n, rows):
-            # One chunk after the other: all that is taken from one comes before the next.
-            h = mx.depends(hidden[start : start + rows], [weight_gradient, *losses[-1:], *hidden_gradients[-1:]])
-            loss, gradients = loss_and_gradients_of(h, w, targets[start : start + rows])
-            losses.append(loss)
-            hidden_gradients.append(gradients[0])
-            weight_gradient = weight_gradient + gradients[1]
-        return mx.stack(losses).sum() / n, mx.concatenate(hidden_gradients), weight_gradient
-
-    @loss_and_gradients.vjp
-    def loss_vjp(primals, cotangents, outputs):
-        return tuple(scaled(x, cotangents[0], 1 / n) for x in outputs[1:])
-
-    return loss_and_gradients(hidden, weight)[0]
-
-
 def scaled(x, a, b):
     """a * b * x in the type of x, for an array a of one number and a number b.
 

@@ -1,4 +1,4 @@
-"""How a step is carried out: micro-batches, streams, devices, what is compiled, which matrices share an update.
+"""How a step is carried out: micro-batches, chunks of the loss, streams, what is compiled, stacks of matrices.
 
 What is learnt, and how, is train.py's: the loss, the update rule, the schedules.
 """
@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from harness import devices
+from harness import devices, kernels
 
 GPU = mx.default_device().type == mx.gpu
 # MLX reads these once, at its first computation. What it sends to CUDA at once is freed at once: with its own limit a
@@ -77,6 +77,35 @@ class Trainer:
         return loss
 
 
+def mean_in_chunks(loss_and_gradients, hidden, head, targets, rows):
+    """The mean over N rows of a loss of hidden (N, n) and head (vocab, n), computed `rows` rows at a time.
+
+    loss_and_gradients(hidden, head, targets) returns the summed loss of its rows and its two gradients. They are
+    taken together with the loss, so the logits of one chunk are freed before those of the next are made.
+    """
+    n = len(targets)
+    rows = max(1, min(n, rows))
+
+    @mx.custom_function
+    def mean(hidden, head):
+        narrow, head_gradient = head.astype(hidden.dtype), mx.zeros(head.shape)
+        losses, hidden_gradients = [], []
+        for start in range(0, n, rows):
+            # A chunk waits for all results of the one before.
+            h = mx.depends(hidden[start : start + rows], [head_gradient, *losses[-1:], *hidden_gradients[-1:]])
+            loss, gradients = loss_and_gradients(h, narrow, targets[start : start + rows])
+            losses.append(loss)
+            hidden_gradients.append(gradients[0])
+            head_gradient = head_gradient + gradients[1]
+        return mx.stack(losses).sum() / n, mx.concatenate(hidden_gradients), head_gradient
+
+    @mean.vjp
+    def backward(primals, cotangents, outputs):
+        return tuple(kernels.scaled(x, cotangents[0], 1 / n) for x in outputs[1:])
+
+    return mean(hidden, head)[0]
+
+
 class StackedOptimizer(optim.Optimizer):
     """Updates all matrices of one shape together, as one stack (n, rows, columns); stacks are spread over `streams`.
 
@@ -91,16 +120,14 @@ class StackedOptimizer(optim.Optimizer):
         self.state["learning_rate"] = mx.array(learning_rate)
 
     def init(self, parameters):
+        parameters = dict(tree_flatten(parameters))
         for name, paths in by_shape(parameters).items():
             self.state[name] = self.init_stack(*stacked([parameters[path] for path in paths]).shape)
-        self._initialized = True
 
     def apply_gradients(self, gradients, parameters):
-        """{path: new parameter} of {path: gradient} and {path: parameter}."""
-        if not self._initialized:
-            self.init(gradients)
+        """The tree of new parameters, of a tree of gradients and one of parameters, which may hold others as well."""
+        gradients, parameters, updated = dict(tree_flatten(gradients)), dict(tree_flatten(parameters)), []
         self.state["step"] = self.step + 1
-        updated = {}
         for i, (name, paths) in enumerate(by_shape(gradients).items()):
             with mx.stream(self.streams[i % len(self.streams)]):
                 old = [parameters[path] for path in paths]
@@ -110,8 +137,8 @@ class StackedOptimizer(optim.Optimizer):
                 new = self.update_stack(gradient, stacked(old), aspect, self.state[name])
                 parts = mx.split(new, np.cumsum(counts)[:-1].tolist())
                 for path, p, x in zip(paths, old, parts, strict=True):
-                    updated[path] = (x.swapaxes(1, 2) if is_tall(p) else x).reshape(p.shape)
-        return updated
+                    updated.append((path, (x.swapaxes(1, 2) if is_tall(p) else x).reshape(p.shape)))
+        return tree_unflatten(updated)
 
 
 def by_shape(parameters):

@@ -75,7 +75,7 @@ def size_of(depth, vocab_size, sequence_length):
 def timed(depth, total, rows):
     """bench.py's figures of train.py at a size, or {"why": …}."""
     options = {"depth": depth, "total": total, "rows": rows, "seconds": 2.0, "compiled": train.GPU}
-    return {"depth": depth, "total": total, "rows": rows, **bench.in_child(left=120, **options)}
+    return {"depth": depth, "total": total, "rows": rows, **bench.in_child(**options)}
 
 
 def fits(size, limit_mb):
