@@ -206,7 +206,7 @@ def hosts_by(ssh, checkout, folder):
 
 def test_a_rank_elsewhere_gets_the_program_and_the_settings(group_of_two, tmp_path):
     lock = f"AUTORESEARCH_LOCK={tmp_path / 'its own'}"
-    hosts_by(f'exec env "{lock}" sh -c "$command"', group_of_two, tmp_path)
+    hosts_by(f'exec env "{lock}" bash -c "$command"', group_of_two, tmp_path)
     group_of_two.write_train(ELSEWHERE)
     group_of_two.script("run", check=0)
     found = (group_of_two.path / "elsewhere").read_text()

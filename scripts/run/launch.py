@@ -102,7 +102,7 @@ def follow(launcher, hosts):
         if len(begun) == len(hosts):  # mlx.launch keeps a core busy until it finds that nobody reads what it writes
             launcher.stdin.write(b"\n")
             launcher.stdin.flush()
-    absent = [rank for rank in range(len(hosts)) if rank not in begun]
+    absent = [rank for rank in range(len(hosts)) if rank not in begun and hosts[rank]["ssh"] != HERE]
     first = next(((rank, code) for rank, code in ends.items() if code not in (0, LOST)), None)
     if absent and not first:
         host = hosts[absent[0]]["ssh"]
