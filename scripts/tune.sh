@@ -12,4 +12,4 @@
 read_git
 need_python
 export_settings
-exec "$PYTHON" -m scripts.run.lock -- "${LAUNCH[@]}" -m scripts.run.tune "$@"
+locked "${LAUNCH[@]}" -m scripts.run.tune "$@"

@@ -154,7 +154,7 @@ def test_the_reference_is_run_again_without_touching_branch_or_tree(session):
     session.write_train("prepare.finish(1.4)", commit="the candidate")
     head, text = session.git("rev-parse", "HEAD"), (session.path / "train.py").read_text()
     done = session.make("run", "REFERENCE=1", "N=3", check=0)
-    assert done.stdout.count("reference") == 2 and "3 runs" in done.stdout
+    assert done.stdout.count("reference") == 2 and "by 2 repeats" in done.stdout
     assert "nothing to do" in session.make("run", "REFERENCE=1", "N=3", check=0).stdout
     assert (session.git("rev-parse", "HEAD"), (session.path / "train.py").read_text()) == (head, text)
     assert session.git("worktree", "list").count("\n") == 0 and len(session.rows) == 1
@@ -183,7 +183,8 @@ def test_what_is_kept_keeps_its_weights_whichever_run_was_the_last(session):
 
     session.write_train("prepare.finish(1.4)")
     session.script("run", check=0)
-    assert "next     make verdict" in session.make("run", "REFERENCE=1", check=0).stdout  # it was made for that
+    told = session.make("run", "REFERENCE=1", check=0).stdout  # made for the candidate that waits: so its verdict
+    assert "\nverdict  keep" in told and "1 run against 2" in told
     session.make("log-result", "STATUS=keep", "DESC=better", check=0)
     kept = session.git("rev-parse", "HEAD:train.py")
     assert blob_of_the_best() == kept
@@ -210,14 +211,13 @@ def test_what_pairs_decided_stays_as_they_found_it(checkout):
                 "prepare.finish(bpb, machine={'cores': 2, 'other_cores': others})")  # fmt: skip
 
     checkout.write_train(program("reference", "1.3/0.7", "1.40/1.2", "1.50/1.2"))
-    told = checkout.make("baseline", check=0).stdout
-    assert "used 0.7 of 2 cores; when it is quiet, make run REFERENCE=1 makes one that counts instead" in told
+    assert "busy     other processes used 0.7 of 2 cores" in checkout.make("baseline", check=0).stdout
     checkout.write_train(program("candidate", "1.39/1.2"))
     done = checkout.script("run", PAIR="1", check=0)
     assert "note     by 1 pair, run in turn" in done.stdout and "at most 2 more pairs to settle it" in done.stdout
     assert done.stdout.count("  seed 43  val_bpb 1.") == 2 and "does not count" not in done.stdout
     checkout.make("log-result", "STATUS=discard", "DESC=no time for more", check=0)
-    assert "next" not in checkout.make("run", "REFERENCE=1", check=0).stdout
+    assert checkout.make("run", "REFERENCE=1", check=0).stdout.endswith("next     change train.py\n")
 
 
 @pytest.mark.slow

@@ -150,6 +150,9 @@ class Night:
 
     # --- what it says ---
 
+    def knows(self, program):
+        return bool(self.evidence) and program in self.evidence.column
+
     @property
     def gain(self):
         """The best against the baseline; None where nothing is better than the baseline."""
@@ -279,8 +282,8 @@ def parsed(stamp):
 def gain_words(gain):
     """A comparison as every view says it: `+0.0123 ± 0.0040, 99 %`: bits per byte, standard error, how sure it is."""
     sure = 100 * gain.sure
-    percent = ">99.9" if sure > 99.9 else "<0.1" if sure < 0.1 else f"{sure:.1f}" if sure > 99 else f"{sure:.0f}"
-    return f"{gain.gain:+.4f} ± {gain.error:.4f}, {percent} %"
+    percent = ">99.9" if sure > 99.9 else "<0.1" if sure < 0.1 else f"{sure:.{0 if 1 < sure < 99 else 1}f}"
+    return f"{round(gain.gain, 4) + 0.0:+.4f} ± {gain.error:.4f}, {percent} %"  # no -0
 
 
 def numbers(found, most=6):

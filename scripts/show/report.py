@@ -55,7 +55,8 @@ class Page:
             tried = counted(len(n.experiments) - 1, "idea")
             return f"Nothing better than the baseline yet: {tried} tried, val_bpb {n.first.bpb:.4f}."
         believed = "It got better" if gain.sure > SAFE else "It seems better" if gain.sure > DOUBTFUL else "Not proven"
-        words = f"{believed}: val_bpb fell by {gain.gain:.4f}"
+        words = f"{believed}: val_bpb fell by {gain.gain:.4f}, and {len(self.trusted['safe'])} of "
+        words += f"{counted(len(self.changes), 'kept change')} {'is' if len(self.changes) == 1 else 'are'} safe"
         if n.held_out:
             held, agrees = n.held_out
             words += f"; held-out text {'agrees' if agrees else 'does not settle it'}: {minus(held)}"
@@ -154,7 +155,8 @@ class Page:
 
 
 def minus(text):
-    return str(text).replace("-", "\u2212")
+    """Figures as they are set: a minus sign, and no break beside ± and %."""
+    return text.replace("-", "\u2212").replace(" %", "\u00a0%").replace("± ", "±\u00a0")
 
 
 def write(args):

@@ -5,75 +5,76 @@ import re
 from scripts import session
 from scripts.judge import verdict
 from scripts.session import ROOT, Refused, blanked, counted, one_line, record
+from scripts.show.brief import standing
+from scripts.show.night import Night, gain_words
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
-FIGURES = {"val_bpb": 6, "peak_memory_mb": 1, "avg_tok_sec": 0, "total_steps": 0, "eval_seconds": 1}  # and decimals
 FRAMES = 4  # of train.py, that a crash shows
 SHOWN = 8  # last lines of run.log where there is no traceback
 
 
 def lines(sitting, attempt, baseline=False):
-    """The summary of a run (see run.py) in the session `sitting`."""
+    """The summary of a run (see experiment.py) in the session `sitting`."""
     if attempt["status"] != "valid":
-        return failure(attempt, verdict.typed("make baseline", attempt) if baseline else None)
-    if attempt["role"] == "reference" and attempt["pair"]:  # its other half came before it
-        attempt = sitting.candidate()
-    run = session.record_of(attempt)
-    disturbed = [f"busy     {words}{alone(attempt, run, baseline)}"] if (words := verdict.busy(run)) else []
-    if attempt["role"] == "reference":
-        waits = [a for a in sitting.attempts() if a["role"] == "candidate"][-1:]  # for what this run was made
-        then = ["next     make verdict" for a in waits if a["status"] == "valid" and not a.get("logged")]
-        return [brief(attempt), *disturbed, standing(attempt["train_blob"], run), *then]
-    found = [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
-    decision = row = old = refused = None
+        return failure(attempt, "make baseline" if baseline else None)
+    run, found = session.record_of(attempt), []
+    disturbed = [f"busy     {words}"] if (words := verdict.busy(run)) else []
+    night = Night(sitting.tag)
+    if attempt["role"] == "reference":  # made for the candidate that waits, if one does
+        found = [] if attempt["pair"] else [brief(attempt)]
+        waits = [a for a in sitting.attempts() if a["role"] == "candidate"][-1:]
+        if not waits or waits[0]["status"] != "valid" or waits[0].get("logged"):
+            return [*found, *disturbed, *noise(night), "next     change train.py"]
+        attempt = waits[0]
+        run = session.record_of(attempt)
     try:
-        decision, row, _, old = verdict.of_attempt(sitting, attempt, sitting.rows()[0])
-    except verdict.Incomparable as refusal:
-        refused = refusal
-    if decision and decision.word == "again":
-        told = [brief(attempt), *disturbed, f"verdict  again: {decision.rule}"]
-        return [*told, standing(attempt["train_blob"], run), "next     change train.py"]
-    found += figures(run, decision, old)
-    if refused:
-        again = verdict.typed("make baseline AGAIN=1", attempt)
-        mend = f"make run BUDGET={refused.budget:g}" if refused.budget else again
+        decision, row, _, _ = verdict.of_attempt(sitting, attempt, sitting.rows()[0])
+    except verdict.Incomparable as refused:
+        mend = f"make run BUDGET={refused.budget:g}" if refused.budget else "make baseline AGAIN=1"
         return [*found, *disturbed, f"verdict  none: {refused}", f"next     make discard, or {mend}"]
+    if decision.word == "again":
+        found += [] if found else [brief(attempt)]
+        return [*found, *disturbed, f"verdict  again: {decision.rule}", *noise(night), "next     change train.py"]
+    found.append(f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all")
+    found += figures(run, decision, row, night)
     if row:
-        found.append(f"against  {row.commit}  {row.description[:60]}")
-    if row and (decision.new.runs, decision.old.runs) != (1, 1):
-        found.append(f"decided  by {verdict.change(decision)}")
-    found += [f"note     {verdict.typed(note, attempt)}" for note in decision.notes] + disturbed
+        runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
+        old = f"val_bpb {mean(night, row.blob, row.bpb):.6f}"
+        found.append(f"against  {row.commit}  {old}, {runs}: {row.description[:60]}")
+    found += [f"note     {note}" for note in decision.notes] + disturbed
     found.append(f"verdict  {decision.word}: {decision.rule}")
-    if baseline:  # baseline.sh does the next step itself
-        return found
-    choice = decision.word if decision.word in ("keep", "discard") else "keep|discard"
-    wanted = verdict.typed(decision.next, attempt) or f"make log-result STATUS={choice} DESC=…"
-    return [*found, f"next     {wanted}"]
+    return found if baseline else [*found, f"next     {then(decision)}"]  # baseline.sh does the next step itself
 
 
-def alone(attempt, run, baseline):
-    """What is added where a disturbed run does not count, because the program has quiet ones, or need not count."""
-    if verdict.side(attempt["train_blob"], run)[0].quiet and not attempt["pair"]:
-        return f"; this run (val_bpb {record.bpb(run):.6f}) does not count beside its quiet ones"
-    again = verdict.typed("make run REFERENCE=1", attempt)
-    return f"; when it is quiet, {again} makes one that counts instead" if baseline else ""
+def then(decision):
+    """What to type after a verdict."""
+    if decision.next:
+        return decision.next
+    status = decision.word if decision.word in ("keep", "discard") else "keep|discard"
+    return f'make log-result STATUS={status} DESC="…"' + "; make discard" * (status == "discard")
 
 
-def figures(run, decision, old):
-    """Five figures with their change against the reference; val_bpb, throughput and steps as means over all runs."""
-    new, change = {**run["training"], "val_bpb": record.bpb(run)}, {}
-    if decision and decision.old:
-        new |= {"val_bpb": decision.new.bpb, "avg_tok_sec": decision.new.rate, "total_steps": steps(decision.new, run)}
-        change = {"val_bpb": f"{-decision.gain:+.6f}", "avg_tok_sec": f"{100 * decision.faster:+.1f} %"}
-    if old:
-        change |= {key: f"{new[key] - old['training'][key]:+.1f}" for key in ("peak_memory_mb", "eval_seconds")}
-        change["total_steps"] = f"{new['total_steps'] - steps(decision.old, old):+d}"
-    return [f"{key:14} {new[key]:>13.{digits}f}  {change.get(key, '')}".rstrip() for key, digits in FIGURES.items()]
+def figures(run, decision, row, night):
+    """Five figures: val_bpb and throughput by all runs of the program, with what changed; the rest by this run."""
+    training, blob, gain, faster = run["training"], run["train_blob"], "", ""
+    if row and night.knows(blob) and night.knows(row.blob):
+        seen = night.evidence.compare(blob, row.blob)
+        gain, faster = f"gain {gain_words(seen)}", f"{100 * seen.faster:+.1f} %"
+    shown = (("val_bpb", f"{mean(night, blob, record.bpb(run)):.6f}", gain),
+             ("peak_memory_mb", f"{training['peak_memory_mb']:.1f}", ""),
+             ("avg_tok_sec", f"{decision.new.rate:.0f}", faster),
+             ("total_steps", training["total_steps"], ""),
+             ("eval_seconds", f"{training['eval_seconds']:.1f}", ""))  # fmt: skip
+    return [f"{name:14} {value:>13}  {words}".rstrip() for name, value, words in shown]
 
 
-def steps(side, run):
-    """As many as one of its runs took, had it been as fast as all of them were in the mean."""
-    return round(run["training"]["total_steps"] * side.rate / record.tok_sec(run))
+def mean(night, blob, otherwise):
+    """val_bpb of a program by all its runs; `otherwise` where it has none that compare."""
+    return night.evidence.mean(blob) if night.knows(blob) else otherwise
+
+
+def noise(night):
+    return [line for line in standing(night) if line.startswith("noise")]
 
 
 def brief(attempt):
@@ -81,18 +82,6 @@ def brief(attempt):
     run = session.record_of(attempt)
     words = f"{attempt['role']:9} {(attempt['commit'] or '0' * 7)[:7]}  seed {attempt['seed']}"
     return f"{words}  val_bpb {record.bpb(run):.6f}, {record.tok_sec(run):.0f} tok/s"
-
-
-def standing(blob, run):
-    """All runs of a program in one line, and the noise that they and others show."""
-    side, noise = verdict.side(blob, run)[0], verdict.quiet_noise(run)
-    words = f"stands   {counted(side.runs, 'run')}, mean val_bpb {side.bpb:.6f}"
-    if apart := len(side.bpbs) - side.runs:
-        words += f" ({counted(apart, 'disturbed run')} left out)"
-    if noise.df:
-        words += f"; noise of a run ± {noise.bpb:.6f}{verdict.same_seed(noise)}, {100 * noise.rate:.1f} % tok/s"
-        words += f" ({noise.df} degrees of freedom)"
-    return words
 
 
 # --- a run that failed ---------------------------------------------------------------------------------
@@ -103,14 +92,13 @@ def failure(attempt, again=None):
     commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
     code = attempt["exit_code"] if status == "interrupted" else EXIT[status]  # train.py's, where a signal came
     found = [f"{status} (exit {code}) {commit}: {one_line(attempt['reason'])}"]
-    if status in ("crash", "stale", "timeout"):
-        found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
     if status in ("interrupted", "paused"):
-        return [*found, f"next     {again or verdict.typed('make run', attempt)}"]
-    found.append("log      tail -n 50 run.log")
-    if again:
-        return [*found, f"next     mend it and commit, then {again}: ideas are compared with it"]
-    return [*found, 'next     mend it and commit, or: make log-result STATUS=crash DESC="…"']
+        return [*found, f"next     {again or 'make run'}"]
+    if status != "invalid":
+        found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
+    give_up = 'or: make log-result STATUS=crash DESC="…"; make discard'
+    mend = f"then {again}: ideas are compared with it" if again else give_up
+    return [*found, "log      tail -n 50 run.log", f"next     mend it and commit, {mend}"]
 
 
 def printed(path):
