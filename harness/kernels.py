@@ -6,7 +6,7 @@ H100, depth 8, forward and backward of 32,768 tokens.
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from zlib import crc32
 
 import mlx.core as mx
@@ -32,21 +32,20 @@ def scaled(x, a, b):
 @made_for("a77c9909")
 def relu_squared(x):
     """The gradient needs only the result, so x is not kept: in MLX's own operations 134 MB less a layer."""
-    width = 8 if x.size % 8 == 0 else 1
-    constants, like_x = {"N": x.size, "T": x.dtype, "P": width}, (x.shape, x.dtype)
+    width, like_x = 8 if x.size % 8 == 0 else 1, (x.shape, x.dtype)
+    run = partial(launch, threads=x.size // width, constants={"N": x.size, "T": x.dtype, "P": width})
 
     @mx.custom_function
     def forward(x):
-        if not CUDA:
-            return mx.square(mx.maximum(x, 0))
-        return launch("relu_squared", RELU_SQUARED, x.size // width, {"x": x}, {"out": like_x}, constants)[0]
+        if CUDA:
+            return run("relu_squared", RELU_SQUARED, inputs={"x": x}, outputs={"out": like_x})[0]
+        return mx.square(mx.maximum(x, 0))
 
     @forward.vjp
-    def backward(x, cotangent, output):
-        if not CUDA:
-            return 2 * mx.sqrt(output) * cotangent
-        inputs = {"g": cotangent, "out": output}
-        return launch("relu_squared_vjp", RELU_SQUARED_VJP, x.size // width, inputs, {"gx": like_x}, constants)[0]
+    def backward(x, g, out):
+        if CUDA:
+            return run("relu_squared_vjp", RELU_SQUARED_VJP, inputs={"g": g, "out": out}, outputs={"gx": like_x})[0]
+        return 2 * mx.sqrt(out) * g
 
     return forward(x)
 
@@ -127,28 +126,28 @@ NAMES = {mx.float32: "float", mx.bfloat16: "bfloat", mx.float16: "half", mx.int3
 def machine_code(name, source):
     """`source`, which defines the kernel `name`, compiled for this GPU by the compiler that MLX has loaded (NVRTC).
 
-    mx.fast.cuda_kernel would take 1.3 s a kernel and start, since its headers are large and it keeps no result.
+    mx.fast.cuda_kernel would take 1.3 s for each kernel at each start: its headers are large, and it keeps no result.
     """
     nvrtc, program, size = ctypes.CDLL("libnvrtc.so.13"), ctypes.c_void_p(), ctypes.c_size_t()
 
-    def text(kind):
+    def result(kind):
         getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
-        found = ctypes.create_string_buffer(size.value)
-        getattr(nvrtc, f"nvrtcGet{kind}")(program, found)
-        return found.raw
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{kind}")(program, buffer)
+        return buffer.raw
 
     options = [f"--gpu-architecture={mx.device_info()['architecture']}".encode()]
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
     if nvrtc.nvrtcCompileProgram(program, 1, (ctypes.c_char_p * 1)(*options)):
-        raise RuntimeError(f"kernel {name} does not compile: {text('ProgramLog').decode()}")
-    return text("CUBIN")
+        raise RuntimeError(f"kernel {name} does not compile: {result('ProgramLog').decode()}")
+    return result("CUBIN")
 
 
 def launch(name, body, threads, inputs, outputs, constants, block=256, init_value=None):
-    """The outputs of a kernel of `threads` threads or some more.
+    """Run a kernel whose body names what it gets; returns the list of its outputs.
 
-    inputs: {name: array}; outputs: {name: (shape, dtype)}; constants: {name: a type, an int or a float}, known when
-    it is compiled.
+    threads: rounded up to whole blocks, so a body checks its bounds. inputs: {name: array}; outputs: {name: (shape,
+    dtype)}; constants: {name: a type or a number}, compiled in.
     """
     types = {n: f"const {NAMES[x.dtype]}" for n, x in inputs.items()} | {n: NAMES[t] for n, (_, t) in outputs.items()}
     signature = ", ".join(f"{kind}* {n}" for n, kind in types.items())
@@ -169,7 +168,7 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
     )
 
 
-# A thread four channels of a token.
+# One thread for four channels of a token.
 EMBED = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
     if (n >= N) return;
@@ -189,24 +188,24 @@ EMBED_VJP = """
 @made_for("7bccae56")
 def embed(table, tokens, *, COMPUTE_DTYPE):
     """The gradient is added up four channels at a time: 440 -> 80 us."""
-    shape = (*tokens.shape, table.shape[1])
-    threads, constants = tokens.size * shape[-1] // 4, {"N": tokens.size, "T": COMPUTE_DTYPE, "C": shape[-1]}
+    N, C = tokens.size, table.shape[1]
+    run = partial(launch, threads=N * C // 4, constants={"N": N, "T": COMPUTE_DTYPE, "C": C})
 
     @mx.custom_function
     def forward(table):
-        inputs, outputs = {"table": table, "tokens": tokens}, {"out": (shape, COMPUTE_DTYPE)}
-        return launch("embed", EMBED, threads, inputs, outputs, constants)[0]
+        outputs = {"out": ((*tokens.shape, C), COMPUTE_DTYPE)}
+        return run("embed", EMBED, inputs={"table": table, "tokens": tokens}, outputs=outputs)[0]
 
     @forward.vjp
-    def backward(table, cotangent, output):
-        inputs, outputs = {"g": cotangent, "tokens": tokens}, {"out": (table.shape, table.dtype)}
-        return launch("embed_vjp", EMBED_VJP, threads, inputs, outputs, constants, init_value=0)[0]
+    def backward(table, g, out):
+        inputs, outputs = {"g": g, "tokens": tokens}, {"out": (table.shape, table.dtype)}
+        return run("embed_vjp", EMBED_VJP, inputs=inputs, outputs=outputs, init_value=0)[0]
 
     return forward(table)
 
 
-# A warp R tokens, one after the other: each lane holds P neighbouring channels of every 32 * P, and `before`, where
-# tokens are shifted, the norm of the token before.
+# One warp for R tokens in turn: each lane holds P neighbouring channels of every 32 * P. `before`: the norm of the
+# previous token, for the token shift.
 MIX = """
     const int first = WARP * R;
     float z[C / 32], before[C / 32] = {};
@@ -240,9 +239,9 @@ MIX = """
     }
 """
 
-# The gradient of the stream, g, is that of its sum and that of its norm, which the next token shares. Those of a, b
-# and the shift are sums over tokens of g . (x + y), g . x0 and norm * the next token's; x + y is had back from the
-# result. That of x0 is added to what its later uses gave, gafter.
+# The stream's gradient has two parts: g, and that through its norm, of which the next token takes a share. The
+# gradients of a, b and shift are sums over tokens of g . (x + y), g . x0 and norm * the next token's; x + y is computed
+# back from the result. The gradient of x0 is added to gafter, which its later uses gave.
 MIX_VJP = """
     __shared__ float sums[SHIFTED ? C : 1];
     for (int i = threadIdx.x; SHIFTED && i < C; i += blockDim.x) sums[i] = 0;
@@ -327,16 +326,15 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
     return results if mixed else results[:2]
 
 
-# A warp a token: each lane holds channels LANE + 32 j of the first half of a head and, turned with them, of the second.
+# One warp for a token: each lane holds channels LANE + 32 j of the first half of a head, and those of the second half
+# that are rotated with them.
 ANGLES = """
     if (WARP >= N) return;
     float c[D / 64], s[D / 64];
     for (int j = 0; j < D / 64; ++j)
         sincosf((WARP % LENGTH) * exp2f(-(float)(LANE + 32 * j) / (D / 2) * log2f(ROPE_BASE)), s + j, c + j);
 """
-HEADS = (
-    ANGLES
-    + """
+HEADS = """
     for (int h = 0; h < 2 * H; ++h) {
         const T* x = qkv + (WARP * 3 * H + h) * D + LANE;
         T* y = (h < H ? q : k) + (WARP * H + h % H) * D + LANE;
@@ -363,12 +361,9 @@ HEADS = (
         store(v + WARP * H * D + i, x);
     }
 """
-)
 
 # The norm's gradient needs the rotated result alone: a rotation keeps lengths and angles.
-HEADS_VJP = (
-    ANGLES
-    + """
+HEADS_VJP = """
     for (int h = 0; h < 2 * H; ++h) {
         const size_t at = (WARP * H + h % H) * D + LANE;
         const T* y = (h < H ? q : k) + at;
@@ -392,9 +387,8 @@ HEADS_VJP = (
     for (int i = 4 * LANE; i < H * D; i += 128)
         store(gqkv + (WARP * 3 + 2) * H * D + i, load<4>(gv + WARP * H * D + i));
 """
-)
 
-# A thread four channels of a token: D / 4 lanes share a head and its gate.
+# One thread for four channels of a token: D / 4 lanes share a head and its gate.
 EMBEDDING_VJP = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (H * D / 4);
     if (n >= N) return;
@@ -422,14 +416,14 @@ def heads(qkv, gate, table, tokens, *, ROPE_BASE, GATE_MAX):
     def forward(qkv, gate, table):
         inputs = {"qkv": qkv, "gate": gate, "table": table, "tokens": tokens}
         outputs = {"q": narrow, "k": narrow, "v": narrow, "scales": ((B, T, 2 * H), mx.float32)}
-        return launch("heads", HEADS, 32 * B * T, inputs, outputs, constants)
+        return launch("heads", ANGLES + HEADS, 32 * B * T, inputs, outputs, constants)
 
     @forward.vjp
     def backward(primals, cotangents, outputs):
         (qkv, gate, table), (q, k, _, scales), (gq, gk, gv, _) = primals, outputs, cotangents
         inputs = {"q": q, "k": k, "scales": scales, "gq": gq, "gk": gk, "gv": gv}
         outputs = {"gqkv": (qkv.shape, qkv.dtype)}
-        (gqkv,) = launch("heads_vjp", HEADS_VJP, 32 * B * T, inputs, outputs, constants)
+        (gqkv,) = launch("heads_vjp", ANGLES + HEADS_VJP, 32 * B * T, inputs, outputs, constants)
         if not embedded:
             return gqkv, gate, table
         inputs = {"gv": gv, "gate": gate, "table": table, "tokens": tokens}
@@ -442,7 +436,7 @@ def heads(qkv, gate, table, tokens, *, ROPE_BASE, GATE_MAX):
     return tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
 
 
-# A block a row. The soft cap bounds the logits, so no maximum needs to be subtracted before the exponential.
+# One block for a row. The soft cap bounds the logits, so no maximum needs to be subtracted before the exponential.
 LOSS = """
     const int row = blockIdx.x, target = targets[row];
     constexpr int SHARE = (V + 512 * P - 1) / (512 * P) * P;
@@ -477,7 +471,7 @@ LOSS = """
 """
 
 
-# A thread P elements.
+# One thread for P elements.
 RELU_SQUARED = """
     const size_t i = P * (blockIdx.x * (size_t)blockDim.x + threadIdx.x);
     if (i >= N) return;

@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from conftest import FOLDER, HARNESS, ROOT, new_checkout
+from conftest import ROOT, small_laboratory
 
 import train
 from harness.project import blob_hash
@@ -132,29 +132,19 @@ def test_only_the_three_lines_change(tune):
 
 @pytest.mark.slow
 def test_a_whole_tuning(tmp_path):
-    """The real scripts and train.py, a dataset of small sizes, and a machine that is not asked whether it is busy."""
-    checkout = new_checkout(tmp_path / FOLDER, tmp_path / "home", HARNESS)
-    source = checkout.path / "data_sources.py"
-    source.write_text(
-        source.read_text().replace("vocab_size=8192, sequence_length=2048", "vocab_size=300, sequence_length=32")
-    )
+    """The real scripts and train.py on a small dataset, on a machine that counts as busy, then as quiet."""
+    checkout = small_laboratory(tmp_path)
     path = checkout.path / "train.py"
-    text = re.sub(r"^DATASET = .*", 'DATASET = "files"', path.read_text(), flags=re.MULTILINE)
-    path.write_text(text)
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for i in range(200):
-        (texts / f"{i}.txt").write_text(" ".join(f"{(i * j) % 97} sheep and {j} goats." for j in range(40)))
+    text = path.read_text()
     script = checkout.path / "scripts" / "run" / "tune.py"
     quiet = script.read_text()
     assert "\nBUSY = 0.25" in quiet
     script.write_text(quiet.replace("BUSY = 0.25", "BUSY = -1"))
-    done = checkout.script("tune", check=1)
+    done = checkout.script("tune", check=1, AUTORESEARCH_CACHE=str(tmp_path / "empty"))
     assert "not prepared" in done.stderr and path.read_text() == text
-    checkout.run(sys.executable, "prepare.py", check=0, AUTORESEARCH_FILES=str(texts))
     done = checkout.script("tune", check=2)
     assert done.stderr.startswith("error: this machine is busy (others use ") and path.read_text() == text
-    assert "Go on with DEPTH = 2, TOTAL_BATCH_SIZE = 4096, DEVICE_BATCH_SIZE = 128, as" in done.stderr
+    assert "Go on with DEPTH = 1, TOTAL_BATCH_SIZE = 512, DEVICE_BATCH_SIZE = 32, as" in done.stderr
     script.write_text(quiet.replace("BUSY = 0.25", "BUSY = 1e9"))
     checkout.git("add", "-A")
     checkout.git("commit", "-q", "-m", "start")
