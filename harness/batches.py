@@ -1,4 +1,4 @@
-"""From tokens to batches: rows packed from whole documents, the training stream, the rows that runs are scored on."""
+"""From tokens to batches: packing documents into rows, the training stream, the rows that a run is scored on."""
 
 import bisect
 import itertools
@@ -55,19 +55,17 @@ def cut_step(total, rows, length):
         rows = min(rows, max(1, total // (length * devices.SIZE)))
     at_once = rows * length * devices.SIZE
     if rows < 1 or total % at_once:
-        sys.exit(
-            f"error: TOTAL_BATCH_SIZE = {total} is not a multiple of DEVICE_BATCH_SIZE x sequence length"
-            f"{' x devices' * (devices.SIZE > 1)} = {rows} x {length}{f' x {devices.SIZE}' * (devices.SIZE > 1)}"
-        )
+        product = f"DEVICE_BATCH_SIZE x sequence length x devices = {rows} x {length} x {devices.SIZE}"
+        sys.exit(f"error: TOTAL_BATCH_SIZE = {total} is not a multiple of {product}")
     return rows, total // at_once
 
 
 def training_order(pieces, seed):
     """Yield document numbers without end, each epoch in a new order that `seed` determines.
 
-    An epoch holds every document's start, and of a document in several pieces one later piece, in
-    turn: evaluation reads documents from their start, so training sees starts as often as all the
-    rest together. pieces: int (documents,), see `TokenCache`.
+    An epoch holds the start of every document, and one later piece of a document in several, in turn: evaluation
+    reads documents from their start, so training sees starts as often as all the rest together. pieces: int
+    (documents,), see `TokenCache`.
     """
     starts = np.flatnonzero(pieces == 0)
     later = np.diff(np.append(starts, len(pieces))) - 1
@@ -82,13 +80,12 @@ def training_order(pieces, seed):
 class Batches:
     """The training stream: an endless iterator of int32 arrays (batch_size, sequence_length + 1).
 
-    Column t + 1 holds the target of column t. A thread packs batches ahead, so that the training
-    loop finds them ready; `wait_seconds` is how long it did not. The stream keeps the content
-    hash of every document it served.
+    Column t + 1 holds the target of column t. A thread packs batches ahead; `wait_seconds` is how long the training
+    loop had to wait for it. The stream keeps the content hash of every document it served.
 
-    ranks: (this one's number, how many). Each packs the whole stream and takes its rows of it: together they
-    train on the same rows in a step as one rank that takes all, and no document is seen twice in an epoch.
-    `tokens`, `epochs` and `served` are of all ranks together.
+    ranks: (this one's number, how many). Every rank packs the whole stream and takes its own rows of it, so all
+    together train on the rows that a single device would, and see no document twice in an epoch. `tokens`, `epochs`
+    and `served` count those of all ranks.
     """
 
     AHEAD = 8  # batches
@@ -158,7 +155,7 @@ def evaluation_rows(cache, dataset, split="val"):
     return np.stack(rows)
 
 
-SEALED = 32  # rows of the test split, or that part of the evaluation's, that every run is scored on unseen
+SEALED = 32  # rows of the test split that every run is scored on unseen: so many, or this part of the evaluation's
 
 
 def sealed_rows(cache, dataset, evaluated):

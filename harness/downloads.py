@@ -28,6 +28,7 @@ LONGEST_WAIT = 300.0  # seconds between two attempts, also where a busy server a
 TIMEOUT = (10, 60)  # seconds to connect, and between two pieces of an answer
 PIECE = 2**18  # bytes written at once; a broken transfer loses at most so many
 NEVER = threading.Event()  # for downloads that nothing stops
+FROM_OUTSIDE = "HF_ENDPOINT, http_proxy, https_proxy, all_proxy and REQUESTS_CA_BUNDLE decide whom we ask and trust"
 
 
 # --- one request -----------------------------------------------------------------------------------
@@ -53,55 +54,41 @@ def hub_token():
     return (token, place) if token else ("", "")
 
 
-class Client(requests.Session):
-    """Sends the user's token to the hub alone, and never the credentials of a .netrc.
-
-    requests would put a .netrc in the token's place, at the start and after each redirect.
-    """
-
-    def rebuild_auth(self, prepared_request, response):
-        if self.should_strip_auth(response.request.url, prepared_request.url):
-            prepared_request.headers.pop("Authorization", None)
-
-
-def no_netrc(request):
-    """What requests takes for the way to sign a request; without one it would look into .netrc."""
-    return request
-
-
-class Broken(Exception):
+class BrokenAnswer(Exception):
     """An answer that another attempt may mend; its text says what is wrong with it."""
+
+
+PASSING = (  # what may go better at another attempt
+    BrokenAnswer, requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError,
+    requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
+)  # fmt: skip
 
 
 def hub_get(url, receive, headers=dict, stop=NEVER):
     """What `receive(response)` makes of the answer to a GET of `url`. This is the one place where attempts are counted.
 
-    headers: called for those of each attempt. `receive` raises `Broken` where another attempt may mend the answer, as
-    it may mend a failing connection or a busy server; all else ends the program at once, with one line.
+    headers: called for those of each attempt. `receive` raises `BrokenAnswer` where another attempt may mend the
+    answer, as it may mend a failing connection or a busy server; all else ends the program at once, with one line.
     """
     if (offline := os.environ.get("HF_HUB_OFFLINE", "")).upper() in ("1", "ON", "YES", "TRUE"):
         sys.exit(f"error: {url} is not here yet, and HF_HUB_OFFLINE={offline} forbids fetching it; unset it")
+    os.environ["NETRC"] = os.devnull  # requests would send what stands there, and in place of a token
     token, place = hub_token() if url.startswith(hub_endpoint() + "/") else ("", "")
     sign = {"Authorization": f"Bearer {token}"} if token else {}
     for attempt in range(ATTEMPTS):
         wait = BACK_OFF * 2**attempt
         try:
-            with (
-                Client() as client,
-                client.get(url, headers=headers() | sign, auth=no_netrc, stream=True, timeout=TIMEOUT) as response,
-            ):
+            with requests.get(url, headers=headers() | sign, stream=True, timeout=TIMEOUT) as response:
                 with suppress(ValueError, OverflowError, urllib3.exceptions.InvalidHeader):
                     wait = max(wait, urllib3.Retry().get_retry_after(response) or 0.0)
                 check_status(response, place)
                 return receive(response)
-        except Broken as error:
-            reason = str(error)
-        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
+        except (OSError, ValueError, *PASSING) as error:
             if getattr(error, "errno", None):
                 raise  # of the disk here, not of the network
             reason = told(error)
-            if advice := hopeless(error):
-                sys.exit(f"error: {url}: {reason}; {advice}")
+            if isinstance(error, requests.exceptions.SSLError) or not isinstance(error, PASSING):
+                sys.exit(f"error: {url}: {reason}; {FROM_OUTSIDE}")
         if attempt + 1 < ATTEMPTS:
             wait = min(wait, LONGEST_WAIT)
             if wait > 20:
@@ -112,7 +99,7 @@ def hub_get(url, receive, headers=dict, stop=NEVER):
 
 
 def check_status(response, token_place):
-    """End the program or raise `Broken` where a server refuses. 416 is left to who asked for a range."""
+    """End the program or raise `BrokenAnswer` where a server refuses. 416 is left to who asked for a range."""
     url, status = response.url, response.status_code
     if response.ok or status == 416:
         return
@@ -122,7 +109,7 @@ def check_status(response, token_place):
         sent = f"not with the token in {token_place}, which may have run out" if token_place else "no token was sent"
         sys.exit(f"error: {url}: access denied ({status}): {sent}; set HF_TOKEN to one that may read it")
     # A signed address that the hub sent us to runs out; the next attempt gets a fresh one.
-    raise Broken(f"status {status} from {urllib3.util.parse_url(url).host}")
+    raise BrokenAnswer(f"status {status} from {urllib3.util.parse_url(url).host}")
 
 
 def told(error):
@@ -131,19 +118,6 @@ def told(error):
     while inner := [e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, BaseException)]:
         error = inner[-1]
     return printable(f"{kind}: {' '.join(str(error).split())}")
-
-
-def hopeless(error):
-    """What to do about a failure that every attempt would meet; None where a further one may succeed."""
-    errors = requests.exceptions
-    if isinstance(error, errors.SSLError) or "TLS CA" in str(error):
-        return "is it https, and trusted? REQUESTS_CA_BUNDLE names a file with further certificates"
-    if re.search("SOCKS|[Pp]roxy URL", str(error)):
-        return "http_proxy, https_proxy and all_proxy name the proxy (socks5:// needs the package PySocks)"
-    if isinstance(error, (errors.ConnectionError, errors.Timeout, errors.ChunkedEncodingError,
-                          errors.ContentDecodingError, urllib3.exceptions.HTTPError)):  # fmt: skip
-        return None
-    return f"is HF_ENDPOINT={hub_endpoint()} the hub's address?"
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -203,7 +177,7 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
             and answered.get("Content-Range", "").startswith(f"bytes {have}-")
         ):
             etag = None
-            raise Broken(f"status {response.status_code}, and not the rest of the file")
+            raise BrokenAnswer(f"status {response.status_code}, and not the rest of the file")
         if etag and etag.startswith("W/"):  # it does not stand for the very bytes
             etag = None
         with part.open("ab" if have else "wb") as out:
@@ -212,10 +186,10 @@ def download(url, path, progress=lambda n: None, stop=NEVER):
                 progress(len(piece))
         size, length, promised = part.stat().st_size, answered.get("Content-Length", ""), hash_by_hub(response)
         if length.isdecimal() and size != have + int(length):
-            raise Broken(f"{size} bytes arrived of {have + int(length)}")
+            raise BrokenAnswer(f"{size} bytes arrived of {have + int(length)}")
         if promised not in ("", file_hash(part)) or not is_parquet(part):
             etag = None
-            raise Broken("what arrived is no whole parquet file, or not the one that the hub has")
+            raise BrokenAnswer("what arrived is no whole parquet file, or not the one that the hub has")
 
     try:
         part.write_bytes(b"")

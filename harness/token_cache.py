@@ -3,7 +3,6 @@
 A split is a flat memory-mapped array of tokens, with the offsets and the content hashes of its documents.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -23,15 +22,14 @@ from harness.downloads import file_hash
 from harness.tokenizer import Tokenizer
 
 
-@functools.cache
-def code():
-    """A hash of the code that decides which tokens a text becomes: reading, splits, tokenizer, storing."""
-    return project.code_hash(Path(module.__file__) for module in (corpus, tokenizer, sys.modules[__name__]))
-
-
 def identity(dataset):
-    """What decides the tokens beside the text itself. A cache of another identity is made anew."""
-    return {**asdict(dataset), "code": code()}
+    """What decides the tokens, apart from the text and the code: a run uses no tokens of another identity."""
+    return {**asdict(dataset), "split_pattern": tokenizer.SPLIT_PATTERN, "special_tokens": [*tokenizer.SPECIAL_TOKENS]}
+
+
+def code():
+    """A hash of the code that reads, splits, encodes and stores text: where it changed, `prepare` makes new tokens."""
+    return project.code_hash(Path(module.__file__) for module in (corpus, tokenizer, sys.modules[__name__]))
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class TokenCache:
         if cache is None:
             sys.exit(damaged(dataset, folder))
         if cache.meta.get("identity") != identity(dataset):
-            sys.exit(not_prepared(dataset))  # it was, with other sizes or by other code
+            sys.exit(not_prepared(dataset))  # it was, otherwise
         return cache
 
     @classmethod
@@ -193,7 +191,7 @@ def write_token_cache(dataset, folder):
     tokenizer.save(folder / "tokenizer.json")
     tokens, held_out = folder / "tokens", set()
     tokens.mkdir()
-    meta = {"identity": identity(dataset), "source": fingerprint(dataset)}
+    meta = {"identity": identity(dataset), "code": code(), "source": fingerprint(dataset)}
     meta["shards"] = {path.name: file_hash(path) for path in shards(dataset)}
     for split in ("val", "test", "train"):  # held-out first: train gives way to them
         print(f"{dataset.name}: tokenizing {split}", flush=True)
@@ -215,7 +213,8 @@ def write_token_cache(dataset, folder):
 def is_prepared(dataset):
     """Whether the cache is whole, and made by today's code from today's definition and source of the dataset."""
     cache = TokenCache.read(cache_dir(dataset) / "tokens")
-    if cache is None or cache.meta.get("identity") != identity(dataset):
+    made = cache and (cache.meta.get("identity"), cache.meta.get("code"))
+    if made != (identity(dataset), code()):
         return False
     return fingerprint(dataset) in (None, cache.meta["source"])
 

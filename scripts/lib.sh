@@ -13,6 +13,8 @@ case "${1:-}" in
     ;;
 esac
 cd "$ROOT"
+# A run may stand in a worktree of its own, where a relative path would lead elsewhere.
+case ${AUTORESEARCH_CACHE:-/} in [/~]*) ;; *) export AUTORESEARCH_CACHE=$ROOT/$AUTORESEARCH_CACHE ;; esac
 
 say() { printf '%s\n' "$*" >&2; }
 

@@ -15,7 +15,7 @@ from hub import Hub, fresh_login, listing, parquet, refusal, serving
 
 import prepare
 from data_sources import DATASETS
-from harness import corpus, files, token_cache
+from harness import corpus, files, token_cache, tokenizer
 from harness.corpus import SPLITS, documents
 from harness.token_cache import TokenCache
 from harness.tokenizer import Tokenizer
@@ -113,9 +113,12 @@ def test_preparing_again_does_nothing(small, cache, capsys):
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
 
 
-def test_preparing_from_nothing_gives_the_same(small, small_files, cache, monkeypatch):
-    before = TokenCache.load(small).hash
+def test_a_cache_that_was_deleted_is_said_and_prepared_the_same(small, small_files, cache, monkeypatch):
+    before, loaded = TokenCache.load(small).hash, TokenCache.load(small)
     shutil.rmtree(cache)
+    assert loaded.changed_file()
+    assert "is not prepared; run: make prepare DATASET=files" in refusal(TokenCache.load, small)
+    assert "FILES=dir" in refusal(prepare.prepare, small)
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
     prepare.prepare(small)
     assert TokenCache.load(small).hash == before
@@ -123,48 +126,48 @@ def test_preparing_from_nothing_gives_the_same(small, small_files, cache, monkey
     assert sorted(path.name for path in (cache / "files").iterdir()) == ["tokenizer.json", "tokens"]
 
 
-def cut_file(path):
-    path.write_bytes(path.read_bytes()[:-100])
+def one_less(path):
+    np.save(path, np.load(path)[:-1])
 
 
-@pytest.mark.parametrize("name", ["val_tokens.npy", "train_tokens.npy", "train_offsets.npy", "train_pieces.npy"])
-@pytest.mark.parametrize("damage", [Path.unlink, cut_file, lambda path: path.write_bytes(b"")])
-def test_a_damaged_cache_is_said_and_prepared_anew(small, small_files, cache, monkeypatch, name, damage):
+DAMAGES = {
+    "missing": ("val_tokens.npy", Path.unlink),
+    "cut short": ("train_tokens.npy", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+    "empty": ("train_offsets.npy", lambda path: path.write_bytes(b"")),
+    **{f"{name} too few": (f"{name}.npy", one_less) for name in ("val_tokens", "train_offsets", "test_hashes")},
+    "pieces too few": ("train_pieces.npy", one_less),
+    **{f"meta {text}": ("meta.json", lambda path, text=text: path.write_bytes(text))
+       for text in (b"", b"{", b"[]", b"{}", b'{"val": 1}', b"\xff")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_cache_is_said_and_prepared_anew(small, small_files, cache, monkeypatch, name):
+    file, damage = DAMAGES[name]
     before = TokenCache.load(small).hash
-    damage(cache / "files" / "tokens" / name)
+    damage(cache / "files" / "tokens" / file)
     line = refusal(TokenCache.load, small)
     assert "tokens is damaged" in line and "make prepare DATASET=files" in line
-    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
-    if damage is Path.unlink:  # once is enough
+    assert not prepare.is_prepared(small)
+    if name == "missing":  # once is enough
+        monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
         prepare.prepare(small)
         assert TokenCache.load(small).hash == before
 
 
-@pytest.mark.parametrize("name", ["val_tokens", "train_offsets", "test_hashes", "train_pieces"])
-def test_files_that_do_not_fit_each_other_are_said(small, cache, name):
-    path = cache / "files" / "tokens" / f"{name}.npy"
-    np.save(path, np.load(path)[:-1])
-    assert "tokens is damaged" in refusal(TokenCache.load, small)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"val": 1}', b"\xff"])
-def test_a_damaged_meta_file_is_said(small, cache, content):
-    (cache / "files" / "tokens" / "meta.json").write_bytes(content)
-    assert "is damaged" in refusal(TokenCache.load, small)
-    assert not prepare.is_prepared(small)
-
-
-def test_a_changed_byte_is_found(small, cache):
-    tokens = TokenCache.load(small)
-    assert tokens.changed_file() is None
-    for name in ("train_tokens.npy", "../tokenizer.json"):
-        path = cache / "files" / "tokens" / name
+def test_a_changed_byte_is_found_and_prepared_anew(small, small_files, cache, monkeypatch, capsys):
+    tokens, folder = TokenCache.load(small), cache / "files" / "tokens"
+    before = tokens.hash
+    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    for path in (cache / "files" / "tokenizer.json", folder / "train_tokens.npy"):
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert tokens.changed_file() == path.resolve()
-        path.write_bytes(whole)
-    (cache / "files" / "tokens" / "val_hashes.npy").unlink()
-    assert tokens.changed_file().name == "val_hashes.npy"
+        assert tokens.changed_file() == path
+        if path.name == "tokenizer.json":
+            path.write_bytes(whole)
+    prepare.prepare(small)
+    assert "train_tokens.npy is not as it was prepared; preparing anew" in capsys.readouterr().out
+    assert TokenCache.load(small).hash == before and path.read_bytes() == whole
 
 
 def test_a_tokenizer_of_another_corpus_is_not_taken(small, cache):
@@ -203,7 +206,7 @@ EDITS = [
 def test_an_edit_of_whatever_decides_a_token_asks_for_new_tokens(cache, tmp_path):
     """... and a comment, or another dataset's entry, does not."""
     copy, said = tmp_path / "copy", "import data_sources as d; from harness import token_cache as t; "
-    said += "print(t.identity(d.DATASETS['stdlib']))"
+    said += "print(t.identity(d.DATASETS['stdlib']), t.code())"
 
     def identity(file=None, old="", new=""):
         shutil.rmtree(copy, ignore_errors=True)
@@ -221,48 +224,32 @@ def test_an_edit_of_whatever_decides_a_token_asks_for_new_tokens(cache, tmp_path
     assert identity("data_sources.py", "eval_tokens=40 * EVAL_UNIT)", "eval_tokens=39 * EVAL_UNIT)") == today
 
 
-def test_tokens_of_another_identity_are_neither_used_nor_left(small, small_files, cache, monkeypatch):
+def test_tokens_of_another_pattern_are_not_used_and_those_of_other_code_are_made_anew(
+    small, small_files, cache, monkeypatch
+):
     before = TokenCache.load(small).hash
-    monkeypatch.setattr(token_cache, "code", lambda: "edited")
-    assert "is not prepared; run: make prepare" in refusal(TokenCache.load, small)
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
+    monkeypatch.setattr(token_cache, "code", lambda: "edited")
+    assert TokenCache.load(small).hash == before  # another clone that prepared the same ends no night here
+    assert not prepare.is_prepared(small)
     prepare.prepare(small)
-    assert TokenCache.load(small).meta["identity"]["code"] == "edited" and TokenCache.load(small).hash == before
+    assert TokenCache.load(small).meta["code"] == "edited" and TokenCache.load(small).hash == before
+    monkeypatch.setattr(tokenizer, "SPLIT_PATTERN", r"\S+|\s+")
+    assert "is not prepared; run: make prepare" in refusal(TokenCache.load, small)
 
 
 def test_more_text_than_is_encoded_ahead_comes_in_order_and_memory_is_bounded(small, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    tokenizer, texts, ahead = Tokenizer.load(small), [f"{n} " * 50_000 for n in range(60)], []
+    ours, texts, ahead = Tokenizer.load(small), [f"{n} " * 50_000 for n in range(60)], []
 
     def counted():
         for number, text in enumerate(texts):
             ahead.append(number)
             yield text
 
-    for number, ids in enumerate(token_cache.encoded(tokenizer, counted())):
-        assert tokenizer.decode(ids[1:].tolist()) == texts[number]
+    for number, ids in enumerate(token_cache.encoded(ours, counted())):
+        assert ours.decode(ids[1:].tolist()) == texts[number]
         assert ahead[-1] - number < 3 * 2 * (2**20 // len(texts[9]) + 2)
-
-
-def test_a_cache_with_a_changed_byte_is_prepared_anew(small, small_files, cache, monkeypatch, capsys):
-    before, path = TokenCache.load(small).hash, cache / "files" / "tokens" / "train_tokens.npy"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
-    prepare.prepare(small)
-    assert "train_tokens.npy is not as it was prepared; preparing anew" in capsys.readouterr().out
-    assert TokenCache.load(small).hash == before and path.read_bytes() == whole
-
-
-def test_a_cache_that_was_deleted_is_said_and_prepared_anew(small, small_files, cache, monkeypatch):
-    before, loaded = TokenCache.load(small).hash, TokenCache.load(small)
-    shutil.rmtree(cache)
-    assert loaded.changed_file()
-    assert "is not prepared; run: make prepare DATASET=files" in refusal(TokenCache.load, small)
-    assert "FILES=dir" in refusal(prepare.prepare, small)
-    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
-    prepare.prepare(small)
-    assert TokenCache.load(small).hash == before
 
 
 def test_another_column_is_prepared_anew(small, cache, tmp_path, monkeypatch):
