@@ -231,7 +231,7 @@ def score_together(model, rows, tokenizer, batch_size):
     with devices.agreement(run_checks.Refused):
         if mine.any():
             nats[mine] = score_rows(model, rows[mine], tokenizer, batch_size)
-    return devices.summed(nats)
+    return devices.all_sum(nats)
 
 
 def bits_and_bytes(nats, rows, tokenizer):
@@ -292,7 +292,8 @@ class Run:
         self._verifier = threading.Thread(target=self._verify_cache, daemon=True)
         self._verifier.start()
         self.device = machine.describe()
-        self.group = devices.describe(self.device["name"])
+        same = {"harness": HARNESS, "token cache": self.cache.hash, "version of MLX": self.device["mlx"]}
+        self.group = devices.describe(self.device["name"], **same)
         record.tell_device(self.device)
 
     def _verify_cache(self):
@@ -359,7 +360,7 @@ class Run:
         gc.collect()
         gc.freeze()  # long-lived objects need no further scanning
         mx.synchronize()
-        devices.told("ready")  # all begin together
+        devices.all_gather("ready")  # all begin together
         taken = 0
         if self._stream:
             taken, self._stream.tokens, self._stream.wait_seconds = self._stream.tokens, 0, 0.0
@@ -369,7 +370,6 @@ class Run:
         self._watch.start()
         self._clocks = run_checks.read_clocks()
         self._start = time.monotonic()
-        devices.at_step(0)
 
     def elapsed(self):
         """Seconds since `start_clock`."""
@@ -406,7 +406,6 @@ class Run:
         A loss that is not finite, or explodes, ends the run.
         """
         if devices.SIZE > 1:
-            devices.at_step()
             loss = devices.step_figures(loss, self.elapsed())
         mx.async_eval(loss)
         self._read_loss()
@@ -442,7 +441,6 @@ class Run:
         # What is pending belongs into the budget: MLX is lazy, and would train while it is evaluated.
         mx.eval(parameters, list(model_state.arrays_of(model)[0].values()))
         mx.synchronize()
-        devices.at_step(-1)
         seconds, clocks, step_ends = self.elapsed(), run_checks.read_clocks(), [end for end, *_ in self._curve]
         seen = self._watch.stop(step_ends[:-1])
         train_peak = mx.get_peak_memory()
@@ -479,7 +477,7 @@ class Run:
             sealed = bits + mask, size  # differences of two runs are as they were, and no figure can be read off
         except run_checks.Refused as refused:
             evaluation, reason = None, str(refused)
-        if devices.told("holdout" * HOLDOUT)[0] and not reason:
+        if devices.all_gather("holdout" * HOLDOUT)[0] and not reason:
             with run_checks.harness_reads():
                 rows = evaluation_rows(self.cache, self.dataset, "test")
             bpb, stderr = bits_per_byte(*score_test(model, rows, self.tokenizer, batch_size))

@@ -52,6 +52,8 @@ def cut_step(total, rows, length):
     rows: as many at once as memory allows; fewer where the devices of a group would together take more than a step.
     """
     if devices.SIZE > 1:
+        if total % length == 0 and total // length % devices.SIZE:
+            devices.refuse(f"a step has {total // length} rows, which {devices.SIZE} devices cannot share: lower NPROC")
         rows = min(rows, max(1, total // (length * devices.SIZE)))
     at_once = rows * length * devices.SIZE
     if rows < 1 or total % at_once:

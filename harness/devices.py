@@ -1,80 +1,53 @@
-"""The processes that train one model together, a rank on each device; without a launcher it is a group of one.
+"""The devices that train one model together: a rank on each. Without a launcher it is a group of one.
 
-MLX's own engine carries what they exchange (`mx.distributed`: NCCL, a ring over TCP, JACCL over Thunderbolt), and
-scripts/launch.py starts them by MLX's own launcher. Every rank runs the same program: it takes its own rows of each
-batch, and all apply the same mean of the gradients, so that weights stay the same without being sent. Whatever
-is summed or told here, all ranks must call in the same order: one that does not come is waited for.
+MLX's own engine carries what they exchange (`mx.distributed`: NCCL, a ring over TCP, JACCL over Thunderbolt), and its
+own launcher starts them (scripts/run/launch.py). Every rank runs the same program. It takes its own rows of each batch,
+and all apply the same mean of the gradients, so weights stay the same without being sent. All ranks must call what is
+summed or gathered here in the same order: one that does not come is waited for, until TIMEOUT.
 """
 
+import json
 import os
-import select
-import threading
-from contextlib import contextmanager, suppress
+import sys
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-# --- signs of life -----------------------------------------------------------------------------------
-#
-# A rank that waits in a sum for another one says nothing, and cannot be asked. So each tells the launcher every
-# second how many steps it has begun (scripts/launch.py), and hears from it as often: it ends when the launcher has
-# gone, or the cable has. It goes by the pipes that the launcher has anyway, over ssh too; no port is opened for it.
+from harness.processes import LOST, UNFIT
 
-SILENCE = 15  # seconds without a word
-SIGN = b"\x1e"  # begins a line of ours among what train.py prints
-
-_steps = -1
-
-
-def at_step(number=None):
-    """Training has come to this step, or to the next one; -1 outside of training."""
-    global _steps
-    _steps = _steps + 1 if number is None else number
-
-
-def _give_signs():
-    silent = 0  # counted, not timed: a machine that slept has missed nothing
-    while silent < SILENCE:
-        try:
-            os.write(1, SIGN + b"%d\n" % _steps)
-            silent += 1
-            if select.select([0], [], [], 1.0)[0]:
-                silent = 0 if os.read(0, 4096) else SILENCE
-        except OSError:
-            break
-    with suppress(OSError):
-        os.write(2, b"error: this rank hears no more of the launcher, and ends\n")
-    os._exit(1)
-
-
-if "AUTORESEARCH_GROUP" in os.environ:
-    threading.Thread(target=_give_signs, daemon=True, name="signs of life").start()
-
-# --- what ranks exchange ---------------------------------------------------------------------------
-
-GROUP = None
-if "MLX_RANK" in os.environ:
-    GROUP = mx.distributed.init(strict=True, backend=os.environ.get("AUTORESEARCH_GROUP", "any"))
-    if "AUTORESEARCH_GROUP" in os.environ:
-        with suppress(OSError, KeyError):
-            os.unlink(os.environ["MLX_HOSTFILE"])  # the launcher's, for this process alone
+MARKS = {"MLX_HOSTFILE": "ring", "NCCL_HOST_IP": "nccl", "MLX_JACCL_COORDINATOR": "jaccl"}  # what mlx.launch sets
+BACKEND = next((backend for name, backend in MARKS.items() if name in os.environ), "any")
+GROUP = mx.distributed.init(strict=True, backend=BACKEND) if "MLX_RANK" in os.environ else None
 RANK, SIZE = (GROUP.rank(), GROUP.size()) if GROUP else (0, 1)
 
 
-def averaged(gradients):
+def end_where_a_peer_is_lost(kind, error, trace):
+    """In place of a traceback that says nothing of why that peer ended."""
+    if "connection to a peer was lost" in str(error):
+        print("error: the connection to another rank was lost", file=sys.stderr, flush=True)
+        os._exit(LOST)
+    sys.__excepthook__(kind, error, trace)
+
+
+if GROUP:
+    sys.excepthook = end_where_a_peer_is_lost
+
+
+def average_gradients(gradients):
     """The mean over all ranks of a tree of arrays; in few large pieces, as MLX packs them."""
     return nn.average_gradients(gradients, GROUP) if SIZE > 1 else gradients
 
 
-def summed(values):
+def all_sum(values):
     """The sum over all ranks of a float32 NumPy array."""
     return np.array(mx.distributed.all_sum(mx.array(values), group=GROUP)) if SIZE > 1 else values
 
 
-def told(text):
-    """What each rank says here, a list of texts; of each the first 2,000 bytes."""
+def all_gather(text):
+    """A list of each rank's `text`, of which the first 2,000 bytes count."""
     if SIZE == 1:
         return [text]
     sent = np.zeros((1, 2000), np.uint8)
@@ -94,7 +67,7 @@ def agreement(refusal):
         if SIZE == 1:
             raise
         reason = str(error)
-    for rank, text in enumerate(told(reason)):
+    for rank, text in enumerate(all_gather(reason)):
         if text:
             raise refusal(f"{text} (Found by rank {rank}.)" if rank else text)
 
@@ -113,11 +86,26 @@ def weight_sketches(parameters):
         for i, x in enumerate(arrays):
             fixed = mx.cos(1.7 * mx.arange(x.size))
             sketches[RANK, i] = mx.sqrt((x * x).sum()).item(), (x * fixed).sum().item()
-    return summed(sketches)
+    return all_sum(sketches)
 
 
-def describe(device):
-    """For the record: results of unlike groups are not compared. None for a group of one."""
+def refuse(text):
+    """End all ranks, each of which calls this, with one line: the group is at fault, and not the experiment."""
+    if not RANK:
+        print(f"error: {text}", file=sys.stderr)
+    sys.exit(UNFIT)
+
+
+def describe(device, **same):
+    """For the record, since results of unlike groups are not compared: a dictionary, or None for a group of one.
+
+    device: the name of this rank's. same: {what: text} that must be equal on all ranks, or all end with UNFIT.
+    """
     if SIZE == 1:
         return None
-    return {"backend": os.environ.get("AUTORESEARCH_GROUP", "any"), "size": SIZE, "devices": told(device)}
+    ranks = [json.loads(text) for text in all_gather(json.dumps({"device": device, **same}))]
+    for number, found in enumerate(ranks):
+        if unlike := [what for what in same if found[what] != ranks[0][what]]:
+            mend = "the same commit, the same packages and make prepare on every machine"
+            refuse(f"rank {number} has another {' and '.join(unlike)} than rank 0: {mend}")
+    return {"backend": BACKEND, "size": SIZE, "devices": [found["device"] for found in ranks]}

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from harness.processes import is_alive
+
 
 def to_disk(descriptor):
     """Return once what was written is on the disk itself, which on macOS takes more than fsync."""
@@ -117,18 +119,6 @@ def remove_leftovers(folder):
         if pid.isdecimal() and not is_alive(int(pid)):
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass  # another user's
-    with suppress(OSError):  # one that has ended and was not collected yet
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
-    return True
 
 
 def read_json(path):

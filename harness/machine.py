@@ -1,6 +1,6 @@
 """The machine under a run: what it is, and what else it did while the budget ran.
 
-Facts alone, for the record. Whether a run was disturbed by them is judged in scripts/verdict.py.
+Facts alone, for the record. Whether they disturbed a run is judged in scripts/judge.
 """
 
 import os
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import psutil
 
 
 def describe():
     """Plain facts about the machine and the software: results of unlike ones are not compared."""
-    info = mx.device_info()
-    memory = info.get("memory_size") or info.get("total_memory")
-    if not memory and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    info, memory = mx.device_info(), None
+    with suppress(OSError, psutil.Error):  # a sandbox may hide it
+        memory = info.get("memory_size") or info.get("total_memory") or psutil.virtual_memory().total
     return {
         "name": info.get("device_name", platform.machine()),
         "memory_gb": round(memory / 2**30) if memory else None,
@@ -44,6 +44,13 @@ def blas_library():
         return "unknown"
 
 
+def free_memory():
+    """Bytes that may be used without taking them from other programs, or None where it cannot be told."""
+    with suppress(OSError, psutil.Error):
+        return mx.device_info().get("free_memory") or psutil.virtual_memory().available  # the first is of CUDA
+    return None
+
+
 def cores():
     """The numbers of the processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -53,8 +60,8 @@ def cores():
 
 # --- what else went on -----------------------------------------------------------------------------
 
-TICK = 0.25  # seconds between two signs of life
-GAP = 2.0  # seconds without one, and without work done: the process was stopped, or the machine slept
+TICK = 0.25  # seconds between two looks at the clock
+GAP = 2.0  # seconds between two looks, without work done: the process was stopped, or the machine slept
 
 
 class Watch:
@@ -79,20 +86,20 @@ class Watch:
     def stop(self, step_ends):
         """What was seen, for the record. step_ends: seconds at which each step ended."""
         self._done.set()
-        wall, own, everything = (b - a if a is not None else None for a, b in zip(
-            self._before, (time.monotonic(), own_seconds(), all_seconds()), strict=True))  # fmt: skip
-        wall = max(wall, 1e-3)
-        others = busy_by_others() if everything is None else max(0.0, everything - own) / wall
+        (start, own, everything), now, others = self._before, all_seconds(), None
+        wall, own = max(time.monotonic() - start, 1e-3), own_seconds() - own
+        if None not in (everything, now):
+            others = round(max(0.0, now - everything - own) / wall, 3)
         steps = 1e3 * np.diff(step_ends)
         return {
             "load": [round(self._load, 2), round(os.getloadavg()[0], 2)],
             "cores": len(cores()),
             "own_cores": round(own / wall, 3),
-            "other_cores": None if others is None else round(others, 3),
+            "other_cores": others,
             "step_ms": [round(float(ms), 3) for ms in np.percentile(steps, (5, 50, 95))] if len(steps) else None,
             "paused_seconds": round(self._paused, 2),
             "swapped_mb": round(swapped_mb() - self._swap),
-            **power(),
+            "speed_limit_percent": speed_limit(),
         }
 
 
@@ -107,47 +114,29 @@ def own_seconds():
 
 
 def all_seconds():
-    """Processor seconds that all have used on our cores, from /proc/stat; None elsewhere."""
-    with suppress(OSError, ValueError):
-        wanted, ticks = {f"cpu{i}" for i in cores()}, 0
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *counts = line.split()
-            if name in wanted:  # user nice system (idle iowait) irq softirq steal
-                ticks += sum(int(counts[i]) for i in (0, 1, 2, 5, 6, 7))
-        return ticks / os.sysconf("SC_CLK_TCK")
+    """Processor seconds that all processes have used on our cores, or None where a sandbox hides them."""
+    with suppress(OSError, RuntimeError, psutil.Error):
+        every = psutil.cpu_times(percpu=True)
+        ours = [every[core] for core in cores() if core < len(every)]
+        return sum(t.user + t.system + sum(getattr(t, name, 0.0) for name in BUSY) for t in ours)
     return None
 
 
-def busy_by_others():
-    """Cores that other processes use now, as `ps` averages them; None where there is no ps."""
-    listed = [line.split() for line in output("ps", "-A", "-o", "pid=,pcpu=").replace(",", ".").splitlines()]
-    shares = [float(share) for pid, share in listed if int(pid) != os.getpid()]
-    return sum(shares) / 100 if shares else None
+BUSY = ("nice", "irq", "softirq", "steal")  # Linux counts these apart; time of guests is in `user`
 
 
 def swapped_mb():
     """Memory that stands on disk, in MB; 0 where nothing tells."""
-    with suppress(OSError, ValueError):
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return (int(facts["SwapTotal"].split()[0]) - int(facts["SwapFree"].split()[0])) / 1024
-    found = re.search(r"used = ([\d.]+)M", output("sysctl", "-n", "vm.swapusage")) if sys.platform == "darwin" else None
-    return float(found[1]) if found else 0.0
+    with suppress(OSError, RuntimeError, psutil.Error):
+        return psutil.swap_memory().used / 2**20
+    return 0.0
 
 
-def power():
-    """On macOS: whether the machine ran on battery, in low-power mode, or slowed down by heat."""
-    if sys.platform != "darwin":
-        return {}
-    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", output("pmset", "-g", "therm"))
-    return {
-        "on_battery": "Battery Power" in output("pmset", "-g", "batt"),
-        "low_power": bool(re.search(r"lowpowermode\s+1", output("pmset", "-g"))),
-        "speed_limit_percent": int(limit[1]) if limit else 100,
-    }
-
-
-def output(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
+def speed_limit():
+    """The share of its speed, in percent, that heat leaves the processor of a Mac; 100 elsewhere."""
+    if sys.platform == "darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            said = subprocess.run(["pmset", "-g", "therm"], capture_output=True, text=True, timeout=5).stdout
+            if limit := re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", said):
+                return int(limit[1])
+    return 100

@@ -50,7 +50,7 @@ def write(train, commit, **content):
         "format_version": FORMAT_VERSION,
         "run_id": f"{now:%Y%m%d_%H%M%S}-{uuid.uuid4().hex[:12]}",
         "pid": os.getpid(),
-        "ppid": os.getppid(),
+        "attempt": os.environ.get("AUTORESEARCH_PROGRESS", "").split(" ")[0],  # whose record this is, see experiment.py
         "timestamp": now.isoformat(timespec="seconds"),
         "commit": commit,
         "train_blob": train,

@@ -53,7 +53,7 @@ class Trainer:
     def _update(self, totals):
         """Apply the sum of the streams' gradients; returns the sum of their losses."""
         loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
-        self.optimizer.update(self.model, devices.averaged(gradients))
+        self.optimizer.update(self.model, devices.average_gradients(gradients))
         return loss
 
     def split(self, tokens):

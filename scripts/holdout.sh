@@ -12,4 +12,4 @@ read_git
 refuse_detached
 need_python
 export_settings
-locked "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}
+exec "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}

@@ -115,11 +115,6 @@ helper() { # NAME [OPTION …]: a Python module of this folder
   PYTHONUTF8=1 "$PYTHON" -m "scripts.$name" "$@"
 }
 
-# Goes over to COMMAND, which then holds the lock of its device: one run at a time on each.
-locked() { # COMMAND …
-  exec "$PYTHON" -m scripts.run.lock ${WAIT:+--wait} -- "$@"
-}
-
 # --- git -----------------------------------------------------------------------------------------
 
 SESSIONS=autoresearch # a session is the branch autoresearch/TAG
@@ -133,7 +128,7 @@ read_git() {
   [ -e .git ] && command -v git >/dev/null || return 0
   local folders
   folders=$(git rev-parse --git-dir --git-common-dir) || die "git does not work in $ROOT (see above)"
-  scripts/git-locks.sh "${folders%%$'\n'*}" "${folders#*$'\n'}" || exit 1
+  clear_git_locks "${folders%%$'\n'*}" "${folders#*$'\n'}"
   HEAD=$(git rev-parse -q --verify 'HEAD^{commit}') || return 0
   BRANCH=$(git symbolic-ref -q HEAD) || BRANCH='' # not --short: that name depends on which tags exist
   BRANCH=${BRANCH#refs/heads/}
@@ -142,6 +137,15 @@ read_git() {
   if [ "$BRANCH" != "$TAG" ]; then
     START=$(git rev-parse -q --verify "refs/experiments/$TAG/start^{commit}") || START=''
   fi
+}
+
+# Removes what a git that was killed left: every later git would refuse.
+clear_git_locks() { # GIT_DIR GIT_COMMON_DIR
+  local found
+  found=$(find "$1"/*.lock "$2"/*.lock "$2/refs/heads" "$2/refs/experiments" -name '*.lock' 2>/dev/null | sort -u) || true
+  [ -n "$found" ] || return 0
+  need_python
+  printf '%s\n' "$found" | helper run.git_locks || exit 1
 }
 
 # Off its branch a session would go on unseen.

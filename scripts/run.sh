@@ -29,5 +29,5 @@ if [ -n "$HEAD" ]; then
 fi
 need_python
 export_settings
-locked "${LAUNCH[@]}" -m scripts.run.experiment --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
+exec "${LAUNCH[@]}" -m scripts.run.experiment --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
   ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} ${BASELINE:+--baseline}

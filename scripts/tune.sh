@@ -12,4 +12,4 @@
 read_git
 need_python
 export_settings
-locked "${LAUNCH[@]}" -m scripts.run.tune "$@"
+exec "$PYTHON" -m scripts.run.lock -- "${LAUNCH[@]}" -m scripts.run.tune "$@"

@@ -65,7 +65,7 @@ def a_record(blob, commit, clock, seed, bpb, rate, draw, budget, busy, change):
     curve = [(s, x, 2**14 * (i + 1), 1800.0) for i, (s, x) in enumerate(zip(seconds, loss, strict=True))]
     content = {
         "format_version": record.FORMAT_VERSION, "run_id": f"{clock:%Y%m%d_%H%M%S}-{draw.getrandbits(48):012x}",
-        "pid": 1, "ppid": 1, "timestamp": clock.isoformat(timespec="seconds"), "commit": commit, "train_blob": blob,
+        "pid": 1, "attempt": "", "timestamp": clock.isoformat(timespec="seconds"), "commit": commit, "train_blob": blob,
         "status": "valid", "reason": None, "harness": "h" * 64, "dataset": "tinystories", "token_cache": "t" * 64,
         "seed": seed, "budget": budget,
         "device": {"name": "Apple M9", "memory_gb": 64, "os": "macOS 26", "mlx": "0.32.4", "backend": "metal"},

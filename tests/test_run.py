@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, sampled
 
-from harness import files
+from harness.processes import is_alive as alive
 
 HANG = "import time\nwhile True: time.sleep(0.05)"
 
@@ -29,14 +29,6 @@ def wait_for(condition, what, seconds=20):
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.05)
-
-
-def alive(pid):
-    """Whether a process runs; one that has ended and was not yet collected does not."""
-    if os.path.exists("/proc/self/stat"):
-        return files.is_alive(pid)
-    shown = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return bool(shown) and not shown.startswith("Z")
 
 
 def started(checkout, *words, **options):
@@ -107,7 +99,7 @@ ENDS = {  # what train.py does: the exit code, the status, a line of the summary
     "import os; os._exit(0)": (3, "stale", "of an earlier run"),
     "import os; os.remove('data/last_run.json')": (3, "stale", "missing"),
     "open('data/last_run.json', 'w').write('{\"run_id')": (3, "stale", "missing or damaged"),
-    "prepare.finish(1.4, pid=1, ppid=1)": (3, "stale", "of another process"),
+    "prepare.finish(1.4, attempt='another')": (3, "stale", "of another process"),
     "prepare.finish(0.1, seal='made by hand')": (3, "stale", "not written by the harness"),
     "prepare.finish(1.4, train_blob='x')": (3, "stale", "train.py was changed"),
     "prepare.finish(1.4); raise SystemExit(1)": (2, "crash", "exit 1"),
@@ -131,10 +123,10 @@ def test_every_other_end_is_told_apart(session, body):
 
 
 def test_a_run_that_never_ends_is_killed_with_its_children(session):
-    session.settings(BUDGET="0.5", TIMEOUT="3")
+    session.settings(BUDGET="0.5", TIMEOUT="4")
     session.write_train(FAMILY)
     done = session.script("run", check=124)
-    assert "timeout (exit 124)" in done.stdout and "TIMEOUT=3 s" in done.stdout
+    assert "timeout (exit 124)" in done.stdout and "TIMEOUT=4 s" in done.stdout
     pids = [int(pid) for pid in (session.path / "pids").read_text().split()]
     assert len(pids) == 3 and not any(map(alive, pids))
 
@@ -142,7 +134,7 @@ def test_a_run_that_never_ends_is_killed_with_its_children(session):
 @pytest.mark.slow
 def test_a_run_that_ignores_polite_signals_is_killed_too(session):
     session.write_train("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)" + FAMILY)
-    session.settings(BUDGET="0.5", TIMEOUT="3")
+    session.settings(BUDGET="0.5", TIMEOUT="4")
     session.script("run", check=124)
     assert not any(alive(int(pid)) for pid in (session.path / "pids").read_text().split())
 
@@ -175,7 +167,7 @@ def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(sess
 
 def test_ctrl_c_on_a_terminal(session):
     """A person's Ctrl-C goes to everything in the foreground: make and experiment.sh, and the run ends."""
-    session.write_train("import sys\nprint('a terminal:', sys.stdout.isatty(), flush=True)" + FAMILY)
+    session.write_train("import os\nprint('shown:', os.environ['AUTORESEARCH_TERMINAL'], flush=True)" + FAMILY)
     process, terminal = on_a_terminal(session, "make", "run")
     wait_for(lambda: (session.path / "pids").exists(), "train.py starts")
     before = subprocess.run(["stty", "-a"], stdin=terminal, capture_output=True, text=True).stdout
@@ -188,8 +180,8 @@ def test_ctrl_c_on_a_terminal(session):
     except OSError:
         pass  # the far side is closed
     process.wait(timeout=30)
-    assert b"a terminal: True" in shown and b"interrupted" in shown, shown
-    assert "a terminal: True" in (session.path / "run.log").read_text()
+    assert b"shown: 1" in shown and b"interrupted" in shown, shown
+    assert "shown: 1" in (session.path / "run.log").read_text()
     assert before == after
     wait_for(lambda: not any(alive(int(p)) for p in (session.path / "pids").read_text().split()), "children gone")
     assert attempt(session)["status"] == "interrupted"
@@ -218,7 +210,7 @@ def test_when_run_sh_is_killed_the_run_ends_and_counts_as_interrupted(session):
     process.wait()
     wait_for(lambda: not any(map(alive, pids)), "children gone")
     assert "interrupted" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
-    session.settings(BUDGET="0.5", TIMEOUT="3")
+    session.settings(BUDGET="0.5", TIMEOUT="4")
     session.script("run", check=124)  # the same train.py again: it never had its chance
 
 
@@ -377,12 +369,12 @@ def closed_pipe():
 
 def test_a_full_disk_is_no_crash_of_the_idea(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from scripts.run import experiment
+    from scripts.run import experiment, supervise
 
-    ended = {"pid": 1, "code": 1, "late": None, "wall": 2.0, "found": None, "before": None}
-    assert experiment.outcome({}, **ended)[0] == "crash"
+    ended = [{}, supervise.Ended(code=1, late=False, wall=2.0, away=0.0), 600, None, None]
+    assert experiment.outcome(*ended)[0] == "crash"
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
-    assert experiment.outcome({}, **ended)[:2] == (
+    assert experiment.outcome(*ended)[:2] == (
         "paused",
         "the disk is full, and train.py ended with exit 1: free some space",
     )

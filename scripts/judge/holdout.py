@@ -13,7 +13,7 @@ import numpy as np
 
 from scripts import session
 from scripts.judge import verdict
-from scripts.run import experiment
+from scripts.run import experiment, plan, supervise
 from scripts.run.notify import notify
 from scripts.session import Refused, Session, counted, options, record, run_command, tell
 from scripts.show import summary
@@ -30,8 +30,7 @@ def interval(differences):
 
 def main(args):
     sitting = Session(args.tag)
-    sitting.link()
-    experiment.clear_up(sitting)
+    held = experiment.begin(sitting)
     if not args.head:
         raise Refused("holdout needs git: it runs commits in worktrees of their own")
     night = Night(args.tag)
@@ -40,18 +39,17 @@ def main(args):
         raise Refused("nothing was kept yet: make baseline")
     if first is best:
         raise Refused("the baseline is the best kept program: there is no gain to measure")
-    experiment.take_charge()
     seen = night.gain.gain
-    used, looks = [*experiment.seeds_of(sitting, first.blob), *experiment.seeds_of(sitting, best.blob)], []
+    used, looks = [*plan.seeds_of(sitting, first.blob), *plan.seeds_of(sitting, best.blob)], []
     before = sum(event["event"] == "holdout" for event in sitting.events())
     for number in range(args.runs or 3):
-        seed, found = experiment.unused(used), {}
+        seed, found = plan.unused(used), {}
         used.append(seed)
         for row in (first, best) if number % 2 == 0 else (best, first):
-            attempt = experiment.run_once(sitting, "holdout", row.commit, args.head, seed)
+            attempt = experiment.run_once(sitting, held, "holdout", row.commit, args.head, seed)
             if attempt["status"] != "valid":
                 print("\n".join(summary.failure(attempt)[:-1]))
-                stopped = experiment.stopped_by
+                stopped = supervise.stopped_by
                 sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
             found[row.commit] = record.bpb(session.record_of(attempt)), attempt["test"]["bpb"]
         looks.append([a - b for a, b in zip(found[first.commit], found[best.commit], strict=True)])

@@ -1,13 +1,14 @@
-"""Take a device's lock, then become another command, which holds it.
+"""The lock of a device, so that one run at a time is on it.
 
-usage: lock.py [--wait] -- COMMAND …
+usage: lock.py -- COMMAND …     becomes COMMAND, which holds the lock
 
 A Mac or a CPU is one device. Of several NVIDIA GPUs each has a lock and an equal part of the processor cores: DEVICE
-says which, else the first free one is taken, or so many as NPROC says. CUDA_VISIBLE_DEVICES limits the choice.
-The lock belongs to whoever has its descriptor: the verb and the training under it. Should both die, the
-kernel drops it; no pid is trusted, none can be mistaken for another.
+says which, else the first free one is taken, or so many as NPROC says. CUDA_VISIBLE_DEVICES limits the choice. With
+WAIT, who finds a device taken waits for it. The lock belongs to whoever has its descriptor: the verb and the training
+under it. Should both die, the kernel drops it; no pid is trusted, none can be mistaken for another.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -16,11 +17,38 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 from harness import files
-from scripts.session import LOCK, ROOT, Refused, one_line, run_command
+from scripts.session import LOCK, ROOT, Refused, one_line, run_command, tell
 
 PAUSE = 0.5  # seconds between two looks whether a device is free
+MEND = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
+
+
+@dataclass
+class Held:
+    """Locks that are ours, {path: descriptor}, the device's last; and how many seconds it was waited for them."""
+
+    locks: dict
+    waited: float
+
+    @property
+    def path(self):
+        return list(self.locks)[-1]
+
+    @property
+    def descriptors(self):
+        return list(self.locks.values())
+
+    def keep(self):
+        """Make a lock file anew that was deleted under us: a second run would make one of its own, and begin."""
+        for path, lock in self.locks.items():
+            if not is_file(path, lock):
+                with suppress(OSError, Refused):
+                    new = open_lock(path)
+                    self.locks[path] = lock if new is None else new
+                    write_note(path, self.locks[path])
 
 
 def gpus():
@@ -36,6 +64,14 @@ def gpus():
     return 0, []
 
 
+def is_file(path, lock):
+    """Whether `path` is the name of the open file `lock`."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(lock))
+    except OSError:
+        return False
+
+
 def open_lock(path):
     """The descriptor of a lock that was free and is ours now, or None."""
     with suppress(OSError):
@@ -44,19 +80,29 @@ def open_lock(path):
     try:  # never through a link, never to a pipe: another user may have laid it there
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        mend = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
-        raise Refused(f"the machine's lock {path} cannot be opened ({error.strerror}): {mend}") from None
+        raise Refused(f"the machine's lock {path} cannot be opened ({error.strerror}): {MEND}") from None
     if not stat.S_ISREG(os.fstat(lock).st_mode):
         raise Refused(f"the machine's lock {path} is no plain file: rm {path}, or AUTORESEARCH_LOCK names another")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(lock)
-        return None
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise Refused(f"the file system of {path} has no locks ({error.strerror}): {MEND}") from None
     return lock
 
 
+def write_note(path, lock):
+    """Say in the lock's file who holds it; of another user's file only the content is out of reach."""
+    with suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "w") as out:
+        if os.path.sameopenfile(out.fileno(), lock) and os.fstat(lock).st_nlink == 1:  # and no file of ours
+            out.truncate(0)
+            json.dump({"pid": os.getpid(), "clock": time.monotonic(), "folder": str(ROOT)}, out)
+
+
 def holder(path):
+    """Who holds a lock, in words, as far as its note tells."""
     note = files.read_json(path) or {}
     try:
         age = max(0, round(time.monotonic() - note["clock"]))
@@ -80,7 +126,11 @@ def try_all(needed, others, wanted):
     return None, taken
 
 
-def take(wait, command):
+def take(folder=True):
+    """Take a device, or NPROC of them, and its part of the machine; returns what is `Held`.
+
+    folder: of several devices' runs, one at a time in this folder, since two would mix their files.
+    """
     total, usable = gpus()
     chosen, wanted, several = os.environ.get("DEVICE"), int(os.environ.get("NPROC") or 1), total > 1
     devices = usable if several else [0]
@@ -89,38 +139,34 @@ def take(wait, command):
     if several and wanted > len(devices):
         raise Refused(f"NPROC={wanted} devices are wanted, and {len(devices)} may be used here")
     places = {f"{LOCK}.{d}" if several else LOCK: d for d in devices if not chosen or d == int(chosen)}
-    folder = [str(ROOT / "data" / ".run")] if several else []  # two runs in it would mix their files
     os.makedirs(ROOT / "data", exist_ok=True)
-    asked, (held, taken) = time.monotonic(), try_all(folder, places, min(wanted, len(places)))
+    needed, start = [str(ROOT / "data" / ".run")] if several and folder else [], time.monotonic()
+    held, taken = try_all(needed, places, min(wanted, len(places)))
     if not held:
         what = "every device" if len(places) > 1 else f"device {chosen}" if several else "this machine"
-        what = "this folder (a run beside it needs a git worktree of its own)" if taken in folder else what
-        if not wait:
+        what = "this folder (a run beside it needs a git worktree of its own)" if taken in needed else what
+        if not os.environ.get("WAIT"):
             raise Refused(f"{what} is taken by another run{holder(taken)}; WAIT=1 waits for it")
-        print(f"waiting for another run{holder(taken)}", flush=True)
+        tell(f"waiting for another run{holder(taken)}")
         while not held:
             time.sleep(PAUSE)
-            held, taken = try_all(folder, places, min(wanted, len(places)))
-    note = {"pid": os.getpid(), "clock": time.monotonic(), "folder": str(ROOT)}
+            held, taken = try_all(needed, places, min(wanted, len(places)))
     for path, lock in held.items():
-        os.set_inheritable(lock, True)
-        with suppress(OSError):  # of another user's lock file only the content is out of reach
-            with open(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "w") as out:
-                if os.path.sameopenfile(out.fileno(), lock) and os.fstat(lock).st_nlink == 1:  # and no file of ours
-                    out.truncate(0)
-                    json.dump(note, out)
-    ours = [places[path] for path in held if path in places]
-    os.environ["AUTORESEARCH_LOCK"] = list(held)[-1]
-    os.environ["AUTORESEARCH_LOCKED"] = " ".join(map(str, held.values()))
-    os.environ["AUTORESEARCH_WAITED"] = f"{time.monotonic() - asked:.1f}"
+        write_note(path, lock)
     if several:
+        ours = [places[path] for path in held if path in places]
         os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, ours))}
         cores = sorted(os.sched_getaffinity(0))
         parts = {core for d in ours for core in cores[d * len(cores) // total : (d + 1) * len(cores) // total]}
         os.sched_setaffinity(0, parts or cores)
+    return Held(held, time.monotonic() - start)
+
+
+def main(command):
+    for lock in take().descriptors:
+        os.set_inheritable(lock, True)
     os.execvp(command[0], command)
 
 
 if __name__ == "__main__":
-    mark = sys.argv.index("--")
-    run_command(take, "--wait" in sys.argv[1:mark], sys.argv[mark + 1 :])
+    run_command(main, sys.argv[sys.argv.index("--") + 1 :])

@@ -1,0 +1,113 @@
+"""Which runs a `make run` makes: of which program, with which seed; and what is refused before any is made."""
+
+import ast
+import os
+import re
+import uuid
+from contextlib import suppress
+
+from harness import project
+from scripts import session
+from scripts.session import ROOT, Refused, record
+from scripts.show import summary
+
+
+def seeds_of(sitting, blob):
+    """The seeds of a program's runs that could be compared with one made now, a seed for each run."""
+    budget = project.settings()[0]
+    alike = [a for a in sitting.attempts() if a["status"] == "valid" and a["budget"] == budget]
+    like = session.record_of(alike[-1]) if alike else None
+    return [r["seed"] for r in record.runs_of(blob, like)] if like else []
+
+
+def unused(seeds):
+    return next(seed for seed in range(project.SEED, project.SEED + len(seeds) + 1) if seed not in seeds)
+
+
+def refuse_seen(sitting, args):
+    """Refuse a train.py that was run before, and say what came of it; and whatever would push a result aside."""
+    blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), sitting.rows()[0]
+    attempts = [a for a in sitting.attempts() if a["role"] == "candidate"]
+    if attempts and not attempts[-1].get("logged"):
+        last = attempts[-1]
+        if last["train_blob"] == blob and (last["budget"], last["seed"]) == (budget, seed):
+            if last["status"] not in ("running", "interrupted", "paused"):
+                word = "baseline" if args.baseline else "run"
+                raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
+        elif args.session and last["train_blob"] != blob and summary.can_be_a_row(sitting, last, rows):
+            commit = last["commit"][:7]
+            raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
+    for row in rows:
+        tried = [a for a in attempts if a["train_blob"] == blob and a["status"] == "valid"]
+        if row.blob == blob and (not tried or (budget, seed) in [(a["budget"], a["seed"]) for a in tried]):
+            raise Refused(f"this train.py was run before: {row.line.expandtabs(1)} (make run AGAIN=1 runs it again)")
+
+
+def imported(path, strings=False):
+    """The first names of the modules that a Python file imports; `strings`: and those that its texts may name."""
+    names = set()
+    with suppress(OSError, SyntaxError, ValueError, RecursionError):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.split(".")[0])
+            elif strings and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(re.split("[./]", node.value)[0])
+    return names
+
+
+def refuse_modules(sitting, args):
+    """Refuse a program that is more than train.py: its commit alone must run again.
+
+    A module may stand beside train.py if git had it like this when the session began, or if nothing imports it.
+    """
+    if not args.head:
+        return
+    base = f"refs/experiments/{sitting.tag}/start" if args.session else args.head
+    lists = ("ls-files", "--others", "--exclude-standard"), ("diff", "--name-only", base)
+    new = {name for words in lists for name in (session.git(*words, "--", "*.py", "*.so") or "").splitlines()}
+    known = (session.git("ls-tree", "-r", "--name-only", base) or "").splitlines()
+    new |= {path.name for path in ROOT.glob("*.py")} - {*known}  # what git ignores as well
+    ours = [ROOT / name for name in known if re.fullmatch(r"(harness/)?\w+\.py", name) and name != "train.py"]
+    used = imported(ROOT / "train.py", strings=True).union(*map(imported, ours))
+    for name in sorted(new - {"train.py"}):
+        if re.split("[./]", name)[0] in used:
+            what = "was committed or changed since the session began" if args.session else "git does not have like this"
+            raise Refused(f"train.py imports or names {name}, which {what if name in known else 'is new'}: "
+                          "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
+
+
+def plan(sitting, args):
+    """The runs to make: [(role, commit or None, seed, pair), …]."""
+    seed, blob = project.settings()[1], project.blob_hash(ROOT / "train.py")
+    chosen = seed if os.environ.get("AUTORESEARCH_SEED") else None
+    if not (args.reference or args.pair):
+        if not args.again:
+            refuse_seen(sitting, args)
+            return [("candidate", None, seed, None)]
+        return repeats("candidate", None, seeds_of(sitting, blob), args.runs, chosen)
+    row = sitting.reference(sitting.rows()[0], args.head)
+    if row is None or not row.blob or not args.head:
+        raise Refused("there is no reference yet, or git does not know it: make baseline makes one")
+    used = seeds_of(sitting, row.blob)
+    if args.reference:
+        return repeats("reference", row.commit, used, args.runs, chosen)
+    if row.blob == blob:
+        raise Refused("the program at hand is the reference: there is no pair (make run REFERENCE=1 repeats it)")
+    mine, made = seeds_of(sitting, blob), []
+    count = len({a["pair"] for a in sitting.attempts() if a.get("pair")})
+    for number in range(count, count + (args.runs or 1)):
+        seed, pair = unused([*used, *mine]) if chosen is None else chosen, f"{number + 1}-{uuid.uuid4().hex[:6]}"
+        ends = [("reference", row.commit, seed, pair), ("candidate", None, seed, pair)]
+        made += ends if number % 2 == 0 else ends[::-1]
+        mine.append(seed)
+    return made
+
+
+def repeats(role, commit, used, wanted, chosen):
+    """As many runs as `wanted` are more than those `used`, or one. chosen: the seed of all, or None."""
+    seeds = []
+    for _ in range(len(used), wanted or len(used) + 1):
+        seeds.append(unused([*used, *seeds]) if chosen is None else chosen)
+    return [(role, commit, seed, None) for seed in seeds]
