@@ -169,24 +169,16 @@ def test_a_layer_sees_what_is_before_it_in_its_piece_of_the_context(pattern, len
         assert np.flatnonzero(np.array(moved) > 1e-6).tolist() == list(range(j, end)), (length, j)
 
 
-@pytest.mark.parametrize("pattern", ["L", "S", "SL", "SSSL"])
-def test_the_future_does_not_move_the_past(pattern):
+@pytest.mark.parametrize("pattern", ["L", "SSSL"])
+def test_the_future_and_other_rows_do_not_move_the_past(pattern):
     model = tiny(pattern, depth=3)
-    for length in (1, 2, T // 2 + 1, T - 1, T):
-        tokens = tokens_of(2, length)
+    for length in (2, T // 2 + 1, T):
+        tokens, cut = tokens_of(2, length), max(1, length // 2)
         logits = model(tokens)
         assert logits.shape == (2, length, VOCAB) and logits.dtype == mx.float32
-        for cut in {1, length // 2, length - 1} - {0, length}:
-            other = mx.concatenate([tokens[:, :cut], (tokens[:, cut:] + 1) % VOCAB], axis=1)
-            moved = mx.abs(model(other) - logits).max(axis=(0, 2))
-            assert moved[:cut].max().item() < 1e-5
-            assert moved[cut:].min().item() > 1e-3
-
-
-def test_rows_do_not_move_each_other():
-    model, tokens = tiny(), tokens_of(3)
-    alone = mx.concatenate([model(tokens[i : i + 1]) for i in range(3)])
-    assert mx.abs(model(tokens) - alone).max().item() < 1e-4
+        other = mx.concatenate([tokens[:1, :cut], (tokens[:1, cut:] + 1) % VOCAB], axis=1)
+        moved = mx.abs(model(mx.concatenate([other, (tokens[1:] + 1) % VOCAB])) - logits)[0].max(axis=1)
+        assert moved[:cut].max().item() < 1e-4 and moved[cut:].min().item() > 1e-3
 
 
 # --- the loss --------------------------------------------------------------------------------------
