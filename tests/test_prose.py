@@ -22,7 +22,8 @@ from harness import project
 PLUGIN = ROOT / "experiment-plugin"
 SKILL = PLUGIN / "skills" / "model" / "SKILL.md"
 PAGES = {name: ROOT / name for name in ("program.md", "README.md", "CLAUDE.md", "AGENTS.md")} | {"SKILL.md": SKILL}
-SOURCES = "\n".join(p.read_text() for folder in ("scripts", ".") for p in sorted((ROOT / folder).glob("*"))
+FOLDERS = (".", "harness", "scripts", "scripts/judge", "scripts/run", "scripts/show")
+SOURCES = "\n".join(p.read_text() for folder in FOLDERS for p in sorted((ROOT / folder).glob("*"))
                     if p.suffix in (".py", ".sh", "") and p.is_file() and p.name != "LICENSE")  # fmt: skip
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
@@ -50,9 +51,10 @@ def method_names(module, cls):
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of scripts/."""
+    places = {"run": "run.experiment", "session": "session", "verdict": "judge.verdict"}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("run", "session", "verdict")})
+        yield SimpleNamespace(**{name: importlib.import_module(f"scripts.{place}") for name, place in places.items()})
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def resolve(scripts, fields):
     import data_sources
     from harness import corpus
 
-    train, harness = names_in("train.py") | names_in("trainer.py"), names_in("prepare.py")
+    train, harness = names_in("train.py") | names_in("harness/trainer.py"), names_in("prepare.py")
     run = method_names("prepare.py", "Run")
     columns = set(scripts.session.HEADER.split("\t"))
     statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.session.ROW.pattern).group(1).split("|"))

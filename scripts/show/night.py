@@ -232,25 +232,16 @@ class Night:
     @property
     def cost(self):
         """{what: seconds} of the whole session."""
-        spent, seen, end = Counter(), set(), None
+        spent, seen = Counter(), set()
         for a in self.attempts:
-            wall, run, began = a.get("wall_seconds") or 0.0, self.records.get(a.get("run_id")), parsed(a["started"])
-            if end and began:
-                spent["between runs"] += max(0.0, (began - end).total_seconds())
-            end = parsed(a.get("end")) or began
-            if a["role"] == "holdout":
-                spent["hold-out"] += wall
-            elif a["status"] != "valid":
-                spent["failed"] += wall
-            elif a["role"] == "reference" or a["train_blob"] in seen:
-                spent["repeats"] += wall
-            else:
-                training = run["training"] if run else {"seconds": wall}
-                scored = (training.get("eval_seconds") or 0.0) + (training.get("check_seconds") or 0.0)
-                spent["training"] += training["seconds"]
-                spent["evaluation"] += scored
-                spent["start-up"] += max(0.0, wall - training["seconds"] - scored)
+            wall, run = a.get("wall_seconds") or 0.0, self.records.get(a.get("run_id"))
+            repeat = a["role"] == "reference" or a["train_blob"] in seen
+            kind = "hold-out" if a["role"] == "holdout" else "failed" if a["status"] != "valid" else "repeats" * repeat
+            training = run["training"]["seconds"] if run and not kind else 0.0
+            spent["training"] += training
+            spent[kind or "start-up, evaluation"] += wall - training
             seen.add(a["train_blob"])
+        spent["between runs"] = max(0.0, self.seconds - spent.total())
         return spent
 
 
