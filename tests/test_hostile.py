@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import data_sources
 from harness import corpus, files, project, record, token_cache
-from harness.tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from scripts import session as sessions  # noqa: E402
@@ -197,16 +196,6 @@ def test_a_log_is_shown_without_what_steers_a_terminal(tmp_path, content):
 def test_what_stands_in_another_s_lock_is_shown_calmly(tmp_path, note):
     (tmp_path / "lock").write_text(json.dumps(note))
     assert lock.holder(tmp_path / "lock").isprintable()
-
-
-@lightly
-@given(st.binary(max_size=300))
-@example(json.dumps({"pattern": "(", "tokens": []}).encode())
-def test_a_tokenizer_is_one_or_is_called_damaged(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(SystemExit) as ended:
-        Tokenizer.load(data_sources.DATASETS["stdlib"], tmp_path / "tokenizer.json")
-    assert "is damaged" in ended.value.code
 
 
 # --- what is loaded runs nothing ---------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The token cache: what is prepared is whole, on the disk, and made anew where anything that decides it changed."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub import Hub, fresh_login, listing, parquet, refusal, serving
+from hub import Hub, fresh_login, parquet, refusal, serving
 
 import prepare
 from data_sources import DATASETS
@@ -238,18 +239,21 @@ def test_tokens_of_another_pattern_are_not_used_and_those_of_other_code_are_made
     assert "is not prepared; run: make prepare" in refusal(TokenCache.load, small)
 
 
-def test_more_text_than_is_encoded_ahead_comes_in_order_and_memory_is_bounded(small, tmp_path, monkeypatch):
+def test_texts_are_encoded_in_order_and_few_are_in_memory(small, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    ours, texts, ahead = Tokenizer.load(small), [f"{n} " * 50_000 for n in range(60)], []
-
-    def counted():
-        for number, text in enumerate(texts):
-            ahead.append(number)
-            yield text
-
-    for number, ids in enumerate(token_cache.encoded(ours, counted())):
+    monkeypatch.setattr(token_cache, "chunks", lambda texts: ([text] for text in texts))
+    ours, texts, taken = Tokenizer.load(small), [f"{n} " * 500 for n in range(60)], []
+    source = (taken.append(text) or text for text in texts)
+    for number, ids in enumerate(token_cache.encoded(ours, source)):
         assert ours.decode(ids[1:].tolist()) == texts[number]
-        assert ahead[-1] - number < 3 * 2 * (2**20 // len(texts[9]) + 2)
+        assert len(taken) <= number + 2 * 3
+
+
+def test_a_chunk_is_as_many_texts_as_make_its_size():
+    texts = ["", "a" * 50, "b" * 500, *["c"] * 60]
+    found = list(token_cache.chunks(texts, 100))
+    assert [text for some in found for text in some] == texts
+    assert [len(some) for some in found] == [3, 50, 10]
 
 
 def test_another_column_is_prepared_anew(small, cache, tmp_path, monkeypatch):
@@ -309,14 +313,6 @@ def test_too_little_text_is_said_and_leaves_nothing(cache, tmp_path, monkeypatch
     assert list((cache / "files").iterdir()) == []
 
 
-def test_a_split_that_fills_no_row_is_noticed_before_training(small, small_files, cache, monkeypatch):
-    monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
-    needed = TokenCache.load(small).meta["test"]["tokens"]
-    line = refusal(prepare.prepare, dataclasses.replace(small, sequence_length=2 * needed))
-    assert "too little text" in line and str(2 * needed) in line
-    assert prepare.is_prepared(small)  # what was there is there still
-
-
 @pytest.mark.parametrize("blocked", ["cache", "cache/files", "cache/files/tokens.part"])
 def test_a_cache_that_cannot_be_written_is_said(small_files, cache, monkeypatch, blocked):
     dataset, _, folder = small_files
@@ -350,41 +346,23 @@ def command(*words, **env):
     )
 
 
-def real_texts(count, size):
-    """`count` lists of real texts, of about `size` characters each."""
-    lists, texts = [], (text for _, part in corpus.StandardLibrary().documents() for text in part)
-    for _ in range(count):
-        part = []
-        while sum(map(len, part)) < size:
-            part.append(next(texts))
-        lists.append(part)
-    return lists
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["climbmix", "tinystories"])
-def test_the_hub_s_datasets_are_prepared_by_one_command(cache, name):
-    dataset, hub = DATASETS[name], Hub()
-    if name == "climbmix":
-        numbers = [*range(10), 6541, 6542]
-        base = f"/datasets/{dataset.source.repo}/resolve/main/shard_"
-        for i, part in zip(numbers, real_texts(12, 60_000), strict=True):
-            hub.files[f"{base}{i:05d}.parquet"] = parquet(part)
-    else:
-        base = f"/api/datasets/{dataset.source.repo}/parquet"
-        for i, part in enumerate(real_texts(2, 300_000)):
-            hub.files[f"{base}/default/train/{i}.parquet"] = parquet(part)
-        hub.files[base] = listing(*("https://huggingface.co" + path for path in hub.files))
+def test_a_dataset_of_the_hub_is_prepared_by_one_command(cache):
+    dataset, hub = DATASETS["climbmix"], Hub()
+    texts = (text for _, part in corpus.StandardLibrary().documents() for text in part)
+    for i in (*range(10), 6541, 6542):
+        path = f"/datasets/{dataset.source.repo}/resolve/main/shard_{i:05d}.parquet"
+        hub.files[path] = parquet(list(itertools.islice(texts, 300)))
     with serving(hub) as address:
-        done = command("--dataset", name, HF_ENDPOINT=address, HF_TOKEN="secret")
+        done = command("--dataset", "climbmix", HF_ENDPOINT=address, HF_TOKEN="secret")
     assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
     assert all(headers["Authorization"] == "Bearer secret" for _, headers, _ in hub.seen)
     tokenizer, tokens = Tokenizer.load(dataset), TokenCache.load(dataset)
     assert (tokenizer.vocab_size, tokens.changed_file()) == (dataset.vocab_size, None)
     assert prepare.evaluation_rows(tokens, dataset).shape[1] == dataset.sequence_length + 1
-    again = command("--dataset", name)  # the hub is gone, and not needed
-    assert (again.returncode, again.stdout) == (0, f"{name}: prepared in {corpus.cache_dir(dataset)}\n")
-    assert command("--check", "--dataset", name).returncode == 0
+    again = command("--dataset", "climbmix")  # the hub is gone, and not needed
+    assert (again.returncode, again.stdout) == (0, f"climbmix: prepared in {corpus.cache_dir(dataset)}\n")
+    assert command("--check", "--dataset", "climbmix").returncode == 0
 
 
 def four_shards():
