@@ -1,16 +1,18 @@
 # Every command that a person or an agent types; the work is in scripts/, one helper a verb
 # (`scripts/run.sh --help` tells more). GNU Make 3.81 reads this file.
 #
-# Variables, given as NAME=value after the target:
+# Variables, given as NAME=value after the target. `make setup` keeps BUDGET, TIMEOUT, NPROC, HOSTS, DEVICE, FILES and
+# COLUMN for the session, so that no later command needs them:
 #
 #   DATASET   stdlib, climbmix, tinystories or files (prepare, setup)
 #   FILES     the folder of text for DATASET=files (prepare); COLUMN: which column of it holds the text (text)
-#   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (600); SEED (42)
-#   AGAIN     1: run the same train.py again, REFERENCE=1 the last kept one, PAIR=1 both in turn; N: so many runs
-#   WAIT      1: wait for another run on this machine to end
-#   NPROC     train one model on so many devices of this machine, or of each of HOSTS (run, baseline, holdout)
+#   BUDGET    seconds of training (300); TIMEOUT: seconds until a run is killed (BUDGET + 300, at least 600)
+#   NPROC     train one model on so many devices of this machine, or of each of HOSTS
 #   HOSTS     the machines of a group, this one first: mac1.local,mac2.local, or a hostfile of mlx.launch
 #   DEVICE    the number of the GPU to take; without it the first free one
+#   SEED      the seed of this run (42)
+#   AGAIN     1: run the same train.py again, REFERENCE=1 the last kept one, PAIR=1 both in turn; N: so many runs
+#   WAIT      1: wait for another run on this machine to end
 #   ALL       1: every session's table (results), the slow tests as well (test)
 #   ON_RESULT a command of yours that gets the summary of each run on its standard input (run, holdout)
 #   TAG       the session's name (setup); of several, "nov24 nov25" (report); TUNE=0: without fitting train.py (setup)
@@ -25,17 +27,11 @@ GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOS
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass
-ifneq "$(filter $2,$(subst $(space),-,$(origin $1)))" ""
-override $1 := $$(value $1)
-export $1
-else
-unexport $1
-endif
+$(if $(filter $2,$(firstword $(origin $1))),override $1 := $$(value $1)
+export $1,unexport $1)
 endef
-space := $(subst ,, )
-$(foreach name,$(SETTINGS),$(eval $(call pass,$(name),command-line environment environment-override)))
-$(foreach name,$(GIVEN),$(eval $(call pass,$(name),command-line)))
-unexport BASELINE
+$(foreach name,$(SETTINGS),$(eval $(call pass,$(name),command environment)))
+$(foreach name,$(GIVEN),$(eval $(call pass,$(name),command)))
 
 # A misspelt name would be a silent default.
 typed := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))

@@ -8,7 +8,7 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-refuse_detached
+refuse_off_branch
 [ -n "$START" ] || die "discard works in a session, on a branch $SESSIONS/TAG: make setup TAG=name opens one"
 need_python
 kept=$(helper judge.log_result --tag="$TAG" --kept="$HEAD") || exit 1

@@ -9,7 +9,7 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-refuse_detached
+refuse_off_branch
 need_python
 export_settings
 exec "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}

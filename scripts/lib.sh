@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What the helpers share; sourced first by each. bash 3.2 and the userland of macOS are all it needs.
 set -euo pipefail
+# shellcheck disable=SC2046  # a list of names
+unset -f $(compgen -A function) # exported by the caller's shell, they would stand in for commands
 unset CDPATH # or `cd` prints, and may go elsewhere
 # set by a hook, or for another repository; git finds ours by itself
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_PREFIX
@@ -46,73 +48,49 @@ export_settings() {
 
 # --- Python --------------------------------------------------------------------------------------
 
-# What Python sees is ours: PYTHONSAFEPATH, PYTHONIOENCODING, PYTHONHOME… are meant for other programs, and would
-# break a run or count as its crash. PYTHONPATH stays where PYTHON is given: it may hold that one's packages.
-own_python_environment() {
-  local name
-  PYTHON=${PYTHON:-}
-  for name in "${!PYTHON@}"; do
-    case $name in
-      PYTHON | PYTHONDONTWRITEBYTECODE | PYTHONPYCACHEPREFIX) ;;
-      PYTHONPATH) [ -n "$PYTHON" ] || unset PYTHONPATH ;;
-      *) unset "$name" ;;
-    esac
-  done
-  export PYTHONUTF8=1
-}
+# Set for other programs, these would break a run, or count as its crash.
+unset PYTHONHOME PYTHONSAFEPATH PYTHONIOENCODING PYTHONHASHSEED PYTHONWARNINGS PYTHONOPTIMIZE PYTHONSTARTUP PYTHONINSPECT
+[ -n "${PYTHON:-}" ] || unset PYTHONPATH # it may hold the packages of the Python that is given
+export PYTHONUTF8=1
 
-# What a given Python lacks, as one line; nothing where it serves.
+# Ends with what a given Python lacks.
 probe_given='
-import importlib.util, sys
-def lacks(name):
-    try:
-        return importlib.util.find_spec(name) is None
-    except ImportError:
-        return True
-lacking = [n for n in ("mlx.core", "numpy", "pyarrow", "requests", "rustbpe", "tiktoken") if lacks(n)]
-if not (3, 11) <= sys.version_info[:2] <= (3, 14):
-    print("is Python %d.%d, and 3.11 to 3.14 serve" % sys.version_info[:2])
-elif lacking:
-    print("lacks the packages " + ", ".join(n.split(".")[0] for n in lacking))
-else:
-    try:
-        from mlx.core import array  # beside the module lies a folder of the same name
-    except Exception as error:
-        print("cannot import MLX (%s: %s)" % (type(error).__name__, " ".join(str(error).split())))'
+import sys
+from importlib.metadata import version
+assert (3, 11) <= sys.version_info[:2] <= (3, 14), "it is Python %d.%d, and 3.11 to 3.14 serve" % sys.version_info[:2]
+for name in ("mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken"):
+    version(name)
+import mlx.core'
 
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
 need_python() {
-  local library folder wrong
-  own_python_environment
-  if [ -z "$PYTHON" ]; then
+  local library wrong
+  if [ -z "${PYTHON:-}" ]; then
     scripts/environment.sh
     PYTHON=$ROOT/.venv/bin/python
   else
     [ -z "${BACKEND:-}" ] || die "BACKEND is for the environment that the project builds, and PYTHON is given: unset one"
-    wrong=$("$PYTHON" -c "$probe_given" 2>/dev/null) || wrong="does not run"
-    [ -z "$wrong" ] || die "PYTHON=$PYTHON $wrong: unset PYTHON, and the project builds its own environment"
+    wrong=$("$PYTHON" -c "$probe_given" 2>&1) ||
+      die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): unset PYTHON, and the project builds its own environment"
   fi
-  folder=$(dirname "$(command -v "$PYTHON")")
-  LAUNCH=(env "PYTHONUNBUFFERED=1")
-  for library in "$ROOT/.venv/lib/libopenblas.so" "$folder/../lib/libopenblas.so"; do
-    [ -f "$library" ] || continue
-    # LD_PRELOAD cannot hold a space or a colon; every helper runs in the root, so a relative path serves
-    case $library in *[\ :]*) library=${library#"$ROOT"/} ;; esac
-    case $library in *[\ :]*) continue ;; esac
+  LAUNCH=(env "PYTHONUNBUFFERED=1" "$PYTHON")
+  for library in .venv/lib/libopenblas.so "$(dirname "$(command -v "$PYTHON")")/../lib/libopenblas.so"; do
+    # LD_PRELOAD cannot hold a space or a colon
+    case $([ -f "$library" ] && echo "$library") in '' | *[\ :]*) continue ;; esac
+    # shellcheck disable=SC2034  # for the helpers
     # train.py runs one stream a core itself; the allocator keeps its pages, or each step faults them in anew
     LAUNCH=(env "PYTHONUNBUFFERED=1" "LD_PRELOAD=$library" "OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}"
       "MALLOC_MMAP_THRESHOLD_=4294967296" "MALLOC_TRIM_THRESHOLD_=4294967296"
-      "MALLOC_TOP_PAD_=268435456" "GLIBC_TUNABLES=glibc.malloc.hugetlb=1")
+      "MALLOC_TOP_PAD_=268435456" "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" "$PYTHON")
     break
   done
-  LAUNCH=("${LAUNCH[@]}" "$PYTHON")
 }
 
 helper() { # NAME [OPTION …]: a Python module of this folder
   local name=$1
   shift
-  PYTHONUTF8=1 "$PYTHON" -m "scripts.$name" "$@"
+  "$PYTHON" -m "scripts.$name" "$@"
 }
 
 # --- git -----------------------------------------------------------------------------------------
@@ -148,13 +126,16 @@ clear_git_locks() { # GIT_DIR GIT_COMMON_DIR
   printf '%s\n' "$found" | helper run.git_locks || exit 1
 }
 
-# Off its branch a session would go on unseen.
-refuse_detached() {
-  [ -n "$HEAD" ] && [ -z "$BRANCH" ] || return 0
-  local session
-  session=$(git for-each-ref --merged=HEAD --format='%(refname)' 'refs/experiments/*/start' | head -n 1)
-  session=${session#refs/experiments/}
-  [ -z "$session" ] || die "HEAD is detached, off the session's branch: git checkout $SESSIONS/${session%/start}"
+# Off its branch a session would go on unseen: where HEAD is detached, or on a branch of the session's own name.
+refuse_off_branch() {
+  local session=$TAG
+  [ -n "$HEAD" ] && [ -z "$START" ] || return 0
+  if [ -z "$BRANCH" ]; then
+    session=$(git for-each-ref --merged=HEAD --format='%(refname:lstrip=2)' 'refs/experiments/*/start' | head -n 1)
+    session=${session%/start}
+  fi
+  [ -z "$session" ] || ! git rev-parse -q --verify "refs/experiments/$session/start" >/dev/null ||
+    die "this is off the session's branch: git checkout $SESSIONS/$session"
 }
 
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment: git would write into it.
@@ -168,19 +149,14 @@ short() { printf '%.7s' "$1"; }
 
 # Refuses what differs from where the session began (outside a session: from the commit), and says the mend.
 refuse_changed_files() {
-  local base=${START:-$HEAD} where="the last commit" changed committed new commit=''
+  local base=${START:-$HEAD} where="the last commit" changed commit=''
   [ -z "$START" ] || where="where the session began"
   # shellcheck disable=SC2086  # FROZEN is a list
-  {
-    changed=$(git diff --name-only "$base" -- $FROZEN)
-    committed=$(git diff --name-only "$base" "$HEAD" -- $FROZEN)
-    new=$(git ls-files --others --exclude-standard -- $FROZEN)
-  }
-  if [ -n "$changed$committed" ]; then
-    [ -z "$committed" ] || commit=" && git commit -m 'put back'"
-    changed=$(printf '%s\n%s\n' "$changed" "$committed" | sort -u | tr '\n' ' ' | sed -e 's/^ *//' -e 's/ *$//')
-    die "only train.py may change, and this differs from $where: $changed. Put back:" \
-      "git restore --source=$(short "$base") --staged --worktree -- $changed$commit"
-  fi
-  [ -z "$new" ] || die "only train.py may change, and this is new: $(printf '%s' "$new" | tr '\n' ' '): move it elsewhere"
+  changed=$({ git diff --name-only "$base" -- $FROZEN && git diff --name-only "$base" "$HEAD" -- $FROZEN; } |
+    sort -u | tr '\n' ' ')
+  [ -n "$changed" ] || return 0
+  # shellcheck disable=SC2086
+  git diff --quiet "$base" "$HEAD" -- $FROZEN || commit=" && git commit -m 'put back'"
+  die "only train.py may change, and this differs from $where: ${changed% }. Put back:" \
+    "git restore --source=$(short "$base") --staged --worktree -- ${changed% }$commit"
 }

@@ -9,6 +9,6 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-refuse_detached
+refuse_off_branch
 need_python
 helper judge.log_result --tag="$TAG" --status="${STATUS:-}" --description="${DESC:-}" --found="${FOUND:-}" --open="${OPEN:-}" "$@"

@@ -386,11 +386,15 @@ def run_command(function, *arguments):
 def open_session(sitting):
     """Write the settings and the empty table of a session that begins."""
     content = json.dumps(settings.in_force({}, False), indent=1) + "\n"
+    if sitting.tag.lower() in ("none", "detached") or sitting.attempts():
+        raise Refused(f"TAG={sitting.tag} is the name of runs outside a session: choose another one")
     with one_writer():
         files.write_atomically(sitting.folder / "settings.json", content)
         if not sitting.table.exists():
             files.write_atomically(sitting.table, HEADER + "\n")
         sitting.link()
+    if HOME != ROOT:
+        print(f"results  are kept in {STORE}, not in this worktree")
 
 
 def main(arguments):

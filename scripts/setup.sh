@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Open a session: branch autoresearch/TAG, the dataset in train.py, a fresh results.tsv.
 #
-# usage: make setup TAG=nov24 [DATASET=climbmix] [BUDGET=300] [TUNE=0]
+# usage: make setup TAG=nov24 [DATASET=climbmix] [BUDGET=300] [TIMEOUT=600] [TUNE=0]
+#        [NPROC=2] [HOSTS=mac1.local,mac2.local] [DEVICE=1] [FILES=dir] [COLUMN=name]
 #
-# Where the dataset is prepared, train.py is fitted to this machine (make tune), and that is the session's first
+# What it is given holds for every later command of the session. Where the dataset is prepared, train.py is fitted to this machine (make tune), and that is the session's first
 # commit; what was found before for the same machine, dataset and budget is taken over. TUNE=0 leaves it out.
 # Tables belong to their tags: an older session's comes back with its branch. At the end it says whether the
 # dataset is prepared, and if not, the command that prepares it. What was cut short is completed by the same command.
 # exit: 0 the session is open · 1 refused, and why; nothing was changed
 . "$(dirname "$0")/lib.sh"
 
-tag=${TAG:-} name=${DATASET:-}
+tag=${TAG:-} name=${DATASET:-} branch=refs/heads/$SESSIONS/${TAG:-}
 read_git
 [ -n "$tag" ] || die "TAG is missing: make setup TAG=nov24 [DATASET=climbmix]"
 if [ -z "$HEAD" ]; then
@@ -21,39 +22,23 @@ if [ -z "$HEAD" ]; then
     "move the folder out of it, then git init && git add -A && git commit -m start"
   die "a session needs a git repository with a commit: git init && git add -A && git commit -m start"
 fi
-if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]] || ! git check-ref-format "refs/heads/$SESSIONS/$tag"; then
+if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]] || ! git check-ref-format "$branch"; then
   die "TAG=$tag cannot name a branch $SESSIONS/TAG: letters, digits, '.', '_' and '-', please"
 fi
 # A session in which nothing was done yet: this command was cut short, or is typed twice.
 start=$(git rev-parse -q --verify "refs/experiments/$tag/start^{commit}") || start=''
-branch=refs/heads/$SESSIONS/$tag
 if [ -n "$start" ]; then
-  from=$(git rev-parse -q --verify "$start^") || from=''
-  at=$(git rev-parse -q --verify "$branch") || at=$start
-  known=$(git for-each-ref --format=x "refs/experiments/$tag/")
-  elsewhere=$(git worktree list --porcelain | grep -xF "branch $branch") || true
-  [ "$BRANCH" != "$SESSIONS/$tag" ] || elsewhere=''
-  case $HEAD in "$start" | "$from") ;; *) start='' ;; esac
-  [ "$known$at$elsewhere" = "x$start" ] || start=''
+  case "$HEAD" in "$start" | "$(git rev-parse -q --verify "$start^")") ;; *) start='' ;; esac
+  known=$(git for-each-ref --format='%(objectname) %(refname)' "refs/experiments/$tag/" "$branch" | tr '\n' ' ')
+  case $known in "$start refs/experiments/$tag/start " | "$start refs/experiments/$tag/start $start $branch ") ;; *) start='' ;; esac
+  [ "$BRANCH" = "$SESSIONS/$tag" ] || ! git worktree list --porcelain | grep -qxF "branch $branch" || start=''
 fi
-# Compared without case: many file systems hold t and T to be one name. A slash ends each, so that all is compared.
-lower() { tr '[:upper:]' '[:lower:]'; }
-low=$(printf '%s/' "$tag" | lower) line=$'\n'
-refs=$line$(git for-each-ref --format='%(refname)/' refs/heads refs/experiments | lower)$line
-[ -z "$start" ] || refs=''
-case $refs in
-  *"${line}refs/heads/$SESSIONS/$low"* | *"${line}refs/experiments/$low"*)
-    known=$(git for-each-ref --format='%(refname:lstrip=3)' "refs/heads/$SESSIONS" | grep -ixF -e "$tag" | head -n 1) || known=$tag
-    die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/$known"
-    ;;
-  *"${line}refs/heads/$SESSIONS/$line"*)
-    die "a branch called '$SESSIONS' is in the way of $SESSIONS/$tag: git branch -m $SESSIONS NAME"
-    ;;
-  *"${line}refs/heads/$low$line"*) # runs outside a session go by the branch's name
-    die "TAG=$tag is the name of a branch, and their results would be mixed: choose another one"
-    ;;
-esac
-case $low in none/ | detached/) die "TAG=$tag is what runs outside a session are called: choose another one" ;; esac
+# Compared without case: many file systems hold t and T to be one name.
+taken=$(git for-each-ref --format='%(refname:lstrip=2)' "refs/heads/$SESSIONS" refs/experiments |
+  grep -ixF -e "$SESSIONS/$tag" -e "$tag/start" | head -n 1) || taken=''
+taken=${taken#"$SESSIONS"/}
+[ -n "$start" ] || [ -z "$taken" ] ||
+  die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/${taken%/start}"
 for who in GIT_AUTHOR_IDENT GIT_COMMITTER_IDENT; do # found out now, not at the first experiment
   git var "$who" >/dev/null 2>&1 ||
     die "git knows no author for commits: git config user.name agent && git config user.email agent@localhost"
@@ -61,7 +46,6 @@ done
 dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' ' ')
 [ -z "$start" ] || [ "$dirty" != "train.py " ] || [ "$(git hash-object train.py)" != "$(git rev-parse "$start:train.py")" ] || dirty=''
 [ -z "$dirty" ] || die "the tree is dirty ($dirty): commit that or put it back, then make setup again"
-refuse_changed_files
 
 need_python
 dataset_of() { "$PYTHON" -c 'import sys; from harness import project; print(project.dataset_of_train(*sys.argv[1:]))' "$@"; }
@@ -101,26 +85,22 @@ git symbolic-ref HEAD "$branch" || fail
 case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=1 ;; esac
 grep -q '^DEPTH = ' train.py || tune='' # another train.py may have nothing to fit
 if [ -n "$tune" ] && [ "$prepared" = True ]; then
-  if scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
-    if ! git diff --quiet -- train.py; then
-      git commit -q -m "Session $tag: sizes fitted to this machine" train.py ||
-        die "the session is open, and train.py was fitted, but git could not commit that (see above): commit it yourself"
-      git update-ref "refs/experiments/$tag/start" HEAD
-    fi
-  else
+  if ! scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
     echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
+  elif ! git diff --quiet -- train.py; then
+    git commit -q -m "Session $tag: sizes fitted to this machine" train.py ||
+      die "the session is open, and train.py was fitted, but git could not commit that (see above): commit it yourself"
+    git update-ref "refs/experiments/$tag/start" HEAD
   fi
 fi
 
 echo "session  $SESSIONS/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
-next="make baseline" prepare="make prepare"
-if [ "$prepared" != True ]; then # of files nobody but the caller knows the folder, and a download takes its time
-  [ -z "$tune" ] || next="make tune && git commit -q -m 'sizes fitted to this machine' train.py; $next"
-  [ "$name" != files ] || [ -n "${FILES:-}" ] || prepare="$prepare FILES=dir"
-  next="$prepare && $next"
-  [ -z "$tune" ] || echo "tune     not yet: there is no text to time a step with"
-fi
-if [ -f .git ]; then # a linked worktree: nothing of a session goes with it
-  echo "results  are kept in $(dirname "$(git rev-parse --path-format=absolute --git-common-dir)")/data, not in this worktree"
+next="make baseline"
+if [ "$prepared" != True ]; then # nobody but the caller knows the folder of files, and a download takes its time
+  if [ -n "$tune" ]; then
+    next="make tune && git commit -q -m 'sizes fitted to this machine' train.py; $next"
+    echo "tune     not yet: there is no text to time a step with"
+  fi
+  case $name:${FILES:-} in files:) next="make prepare FILES=dir && $next" ;; *) next="make prepare && $next" ;; esac
 fi
 echo "next     $next"

@@ -8,6 +8,6 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-refuse_detached
+refuse_off_branch
 need_python
 helper judge.verdict --tag="$TAG"

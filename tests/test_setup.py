@@ -10,7 +10,6 @@ def refused(done):
     return done.stderr
 
 
-@pytest.mark.slow
 def test_a_tag_of_git_named_like_the_branch_changes_nothing(session):
     """`git symbolic-ref --short` would answer heads/autoresearch/t, and the session go unseen."""
     for name in ("autoresearch/t", "main", "heads/autoresearch/t"):
@@ -28,18 +27,29 @@ def test_a_tag_of_git_named_like_the_branch_changes_nothing(session):
     assert session.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/u"
 
 
-def test_a_branch_called_autoresearch_is_in_the_way(checkout):
-    checkout.git("checkout", "-q", "-b", "autoresearch")
-    said = refused(checkout.script("setup", check=1, TAG="t"))
-    assert "git branch -m autoresearch NAME" in said
-    checkout.script("run", check=0)  # it is no session, and can run
-    checkout.git("branch", "-m", "autoresearch", "other")
+def test_a_second_session_in_a_worktree_as_the_readme_has_it(session):
+    """git gives the worktree a branch of the session's name."""
+    session.git("worktree", "add", "-q", "../second")
+    other = type(session)(session.path.parent / "second", session.env)
+    other.make("setup", "TAG=second", check=0)
+    other.make("baseline", "AGAIN=1", check=0)
+    assert [row[5] for row in other.rows] == ["baseline"]
+    other.git("checkout", "-q", "second")  # what is made there would be mixed with the session's
+    said = refused(other.script("run", check=1, AGAIN="1"))
+    assert "off the session's branch: git checkout autoresearch/second" in said
+    session.git("worktree", "remove", "../second")  # with no --force
+    session.git("checkout", "-q", "second")
+    assert "git checkout autoresearch/second" in refused(session.script("run", check=1, AGAIN="1"))
+
+
+def test_runs_outside_a_session_keep_their_name(checkout):
+    checkout.make("baseline", check=0)
+    assert "name of runs outside a session" in refused(checkout.script("setup", check=1, TAG="main"))
     checkout.script("setup", check=0, TAG="t")
 
 
 @pytest.mark.parametrize(("tag", "said"), [
     ("T", "TAG=T is taken: choose another one, or go on with it: git checkout autoresearch/t"),
-    ("Main", "is the name of a branch"),
     ("none", "outside a session"),
     ("Detached", "outside a session"),
 ])  # fmt: skip
@@ -87,4 +97,12 @@ def test_what_a_hook_exports_does_not_lead_to_another_repository(session, tmp_pa
     head = session.git("rev-parse", "HEAD")
     session.env.update(GIT_DIR=str(tmp_path / "other" / ".git"), GIT_WORK_TREE=str(tmp_path / "other"))
     assert f" {head[:7]} " in session.script("run", check=0, AGAIN="1").stdout
+    session.script("verdict", check=0)
+
+
+def test_what_a_shell_exports_does_not_stand_in_for_commands(session):
+    """A version manager's `cd`, a distribution's `command_not_found_handle`, functions of the names of tools."""
+    names = ("cd", "command_not_found_handle", "command_not_found", "git", "sed")
+    session.env.update({f"BASH_FUNC_{name}%%": "() { echo mine; return 1; }" for name in names})
+    session.script("run", check=0, AGAIN="1")
     session.script("verdict", check=0)
