@@ -13,5 +13,5 @@ need_python
 export_settings
 export PYTHON # built once, known to the others
 scripts/prepare.sh
-BASELINE=1 scripts/run.sh
+scripts/run.sh --baseline
 STATUS=keep DESC=baseline scripts/log-result.sh --new-table

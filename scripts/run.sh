@@ -30,4 +30,4 @@ fi
 need_python
 export_settings
 exec "${LAUNCH[@]}" -m scripts.run.experiment --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
-  ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} ${BASELINE:+--baseline}
+  ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} "$@"
