@@ -1,6 +1,7 @@
 """From tokens to batches: packing documents into rows, the training stream, the rows that a run is scored on."""
 
 import bisect
+import contextvars
 import itertools
 import queue
 import sys
@@ -99,7 +100,8 @@ class Batches:
         self._cache, self._seed = cache, seed
         self._documents, self._served, self._pieces = 0, set(), cache.pieces("train")
         self._queue = queue.Queue(self.AHEAD)
-        threading.Thread(target=self._fill, daemon=True, name="batches").start()
+        context = contextvars.copy_context()  # what the harness may open, its thread may
+        threading.Thread(target=context.run, args=(self._fill,), daemon=True, name="batches").start()
 
     def _fill(self):
         try:

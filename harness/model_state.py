@@ -1,79 +1,80 @@
-"""What a model holds: every array of it, put back bit for bit after whatever it was asked, and shaken."""
+"""The arrays that a model holds: compared, put back bit for bit, and shaken."""
 
 import functools
 import types
 from contextlib import contextmanager, suppress
 
-import mlx.core
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map
+import mlx.core as mx
+from mlx.utils import tree_map
 
-mx = types.SimpleNamespace(**vars(mlx.core))  # the harness's own: its functions as they are now, whoever replaces one
+from harness.run_checks import Refused
 
-
-class Refused(Exception):
-    """A check failed. The text names the check, and what to look for."""
-
-
-CHANGED = (
-    "parameters: {} is not what it was before the evaluation. Look for an update, a running statistic or a buffer that "
-    "the model changes when it is called: it must not learn from these rows, nor do in a call what belongs into the "
-    "budget."
-)
-PLAIN = str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.BuiltinFunctionType, np.ndarray
+# --- what it holds -----------------------------------------------------------------------------------
 
 
 def arrays_of(model):
-    """({path: array}, paths of parameters) of every MLX array that a callable holds.
+    """{path: array} of every MLX array that a callable holds.
 
-    Followed are modules, attributes, containers, partial functions, bound methods, and what a function encloses
-    or names. A path may hold another array after a call: what is watched is the content.
+    Followed are attributes, containers, partial functions, bound methods, and what a function encloses or names.
+    A path may hold another array after a call: what counts is the content.
     """
-    found, parameters, seen, left = {}, set(), {}, [("", model, False)]
-    while left and len(seen) < 100_000:
-        path, value, module = left.pop()
+    found, seen, left = {}, {}, [("model", model)]
+    while left:
+        path, value = left.pop()
         if isinstance(value, mx.array):
-            found[path.strip(".")] = value
-            if module:
-                parameters.add(path.strip("."))
-            continue
-        if isinstance(value, PLAIN) or id(value) in seen:
-            continue
-        seen[id(value)] = value  # kept, so that its id stays its own
-        inner = {}
-        if isinstance(value, dict):
-            inner = dict(value)
-        elif isinstance(value, (list, tuple, set)):
-            inner = dict(enumerate(value))
-        elif isinstance(value, functools.partial):
-            inner = {"func": value.func, "args": value.args, "keywords": value.keywords}
-        elif isinstance(value, types.MethodType):
-            inner = {"": value.__self__, value.__func__.__name__: value.__func__}
-        elif not isinstance(value, types.FunctionType):
-            call = vars(type(value)).get("__call__")  # what it names may hold more
-            inner |= {"__call__": call} if isinstance(call, types.FunctionType) else {}
-        else:
-            for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-                with suppress(ValueError):  # nothing in it yet
-                    inner[name] = cell.cell_contents
-            names = set(value.__code__.co_names) & value.__globals__.keys()
-            inner |= {name: value.__globals__[name] for name in sorted(names)}
-            inner["defaults"] = value.__defaults__
-        is_module = isinstance(value, nn.Module)
-        for key, part in [*inner.items(), *getattr(value, "__dict__", {}).items()]:
-            inside = is_module or (module and isinstance(value, (dict, list, tuple)))
-            left.append((f"{path}.{key}", part, inside and not str(key).startswith("_")))
-    if not isinstance(model, nn.Module) and callable(getattr(model, "parameters", None)):
-        own = {f"parameters.{name}": array for name, array in tree_flatten(model.parameters())}
-        found, parameters = found | own, parameters | set(own)
-    return found, parameters
+            found[path] = value
+        elif id(value) not in seen:
+            seen[id(value)] = value  # kept, so that no other object gets its id
+            left += [(f"{path}.{key}", part) for key, part in parts_of(value).items()]
+    return found
+
+
+def parts_of(value):
+    """{name: what a value is made of}; of modules, classes and plain values nothing."""
+    if isinstance(value, types.MethodType):
+        return {"self": value.__self__}
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, types.FunctionType):
+        parts = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with suppress(ValueError):  # nothing in it yet
+                parts[name] = cell.cell_contents
+        return parts
+    if isinstance(value, (type, types.ModuleType)):
+        return {}
+    parts = dict(value) if isinstance(value, dict) else {}
+    if isinstance(value, (list, tuple, set)):
+        parts = dict(enumerate(value))
+    return parts | getattr(value, "__dict__", {})
+
+
+def private(path):
+    """Whether a part of it begins with an underscore: what a model keeps there is no parameter, for MLX either."""
+    return "._" in path
+
+
+def changed(before, now):
+    """Paths whose array holds something else now, the public ones first. What is new or gone does not count."""
+    return sorted((path for path in before.keys() & now if not same(before[path], now[path])), key=private)
 
 
 def same(old, new):
-    """Whether an array is there still (new may be None), and holds what it held."""
-    alike = new is not None and (old.dtype, old.shape) == (new.dtype, new.shape)
-    return alike and mx.array_equal(old, new, equal_nan=True).item()
+    return (old.dtype, old.shape) == (new.dtype, new.shape) and mx.array_equal(old, new, equal_nan=True).item()
+
+
+def refuse_changed(paths):
+    """Refuse a model whose public arrays changed while it was asked. paths: see `changed`."""
+    if paths and not private(paths[0]):
+        raise Refused(
+            f"state: {paths[0]} changed while the model was evaluated. A call may not change what later calls compute: "
+            "nothing is learnt from these rows. Update a running statistic in training alone (if self.training), put "
+            "the weights of an average or an ensemble in place before run.finish, or call each member with its own "
+            "weights. What is kept for inspection alone belongs under a name that begins with _."
+        )
+
+
+# --- put back ----------------------------------------------------------------------------------------
 
 
 def copies_of(tree):
@@ -81,29 +82,6 @@ def copies_of(tree):
     copies = tree_map(lambda value: mx.stop_gradient(value) if isinstance(value, mx.array) else value, tree)
     mx.eval(copies)
     return copies
-
-
-@contextmanager
-def put_back(model):
-    """Within it weights may be shaken: afterwards all that the model holds is as before, bit for bit.
-
-    Yields [(array, a copy of it as it was)] of a module's parameters, or of all that another callable holds. Puts
-    MLX's random numbers back as well. Raises `Refused` where the model itself changed what it holds.
-    """
-    held, parameters = arrays_of(model)
-    key = mx.random.state[0].tolist()
-    copies = copies_of(held)
-    wanted = parameters if isinstance(model, nn.Module) else held
-    chosen = {id(held[path]): (held[path], copies[path]) for path in wanted}
-    try:
-        yield list(chosen.values())
-    finally:
-        restore([(array, copies[path]) for path, array in held.items()])
-        mx.random.seed(key[0] << 32 | key[1])
-    after = arrays_of(model)[0]
-    changed = [path for path in held if path in parameters and not same(copies[path], after.get(path))]
-    if changed:
-        raise Refused(CHANGED.format(changed[0]))
 
 
 @contextmanager
@@ -125,6 +103,22 @@ def put_in(tree, values):
             put_in(tree[key], value)
         else:
             tree[key] = value
+
+
+@contextmanager
+def put_back(model):
+    """Within it weights may be shaken: afterwards all that the model holds is as before, and MLX's random numbers.
+
+    Yields [(array, a copy of it)] of what is public. Raises `Refused` where the model itself changed what it holds.
+    """
+    held, key = arrays_of(model), mx.random.state[0].tolist()
+    copies = copies_of(held)
+    try:
+        yield [(held[path], copies[path]) for path in held if not private(path)]
+    finally:
+        restore([(array, copies[path]) for path, array in held.items()])
+        mx.random.seed(key[0] << 32 | key[1])
+    refuse_changed(changed(copies, arrays_of(model)))
 
 
 def restore(pairs):

@@ -91,28 +91,23 @@ def dataset_of_train(path=ROOT / "train.py"):
     return found.group(1)
 
 
-class _WithoutWords(ast.NodeTransformer):
-    """Drops what is said: docstrings, and all that is printed, raised or ended with."""
+SAYING = {"print", "exit", "Refused", "RuntimeError", "ValueError", "add_argument", "ArgumentParser"}
 
-    SAYING = {"print", "exit", "Refused", "RuntimeError", "ValueError", "add_argument", "ArgumentParser"}
 
-    def visit_Call(self, node):
-        self.generic_visit(node)
-        if (getattr(node.func, "id", None) or getattr(node.func, "attr", None)) in self.SAYING:
-            node.args, node.keywords = [], []
-        return node
-
-    def visit_Expr(self, node):
-        self.generic_visit(node)
-        return ast.Pass() if isinstance(node.value, ast.Constant) else node
+def harness_hash():
+    """Which harness this is."""
+    return code_hash(sorted([*ROOT.glob("harness/*.py"), ROOT / "prepare.py", ROOT / "data_sources.py"]))
 
 
 def code_hash(paths):
-    """SHA-256 over what Python files do: a changed comment, docstring or message makes no other harness."""
+    """SHA-256 over what Python files do: a changed comment, docstring or message makes no other one."""
     digest = hashlib.sha256()
     for path in paths:
-        tree = _WithoutWords().visit(ast.parse(path.read_text("utf-8")))
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""
+            elif isinstance(node, ast.Call) and (vars(node.func).get("id") or vars(node.func).get("attr")) in SAYING:
+                node.args, node.keywords = [], []
         digest.update(path.name.encode() + b"\0" + ast.dump(tree).encode() + b"\0")
     return digest.hexdigest()
-
-

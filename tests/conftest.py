@@ -24,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ["Makefile", "scripts", "harness", "pyproject.toml", "requirements.lock", "requirements-cuda.lock"]
 OURS += [".gitignore", ".gitattributes"]
 HARNESS = sorted(ROOT.glob("*.py"))  # the real one, train.py and bench.py with it
+SIZES = """
+import dataclasses
+DATASETS["files"] = dataclasses.replace(DATASETS["files"], vocab_size=512, sequence_length=64, eval_tokens=6400)
+"""  # appended to data_sources.py: the sizes of the fixture `small`
 STANDIN = Path(__file__).parent / "standin" / "prepare.py"
 
 

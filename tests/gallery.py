@@ -1,4 +1,4 @@
-"""Small models made of parts, to be examined: the honest parts here, the cheating ones in test_cheats.py.
+"""Small models made of parts, to be asked by the leak checks: honest ones and leaking ones.
 
 A `mix` is a function from states (B, T, C) to states of the same shape. A model is made of mixes, each
 followed by a small MLP, between an embedding and a head.
@@ -7,9 +7,27 @@ followed by a small MLP, between an embedding and a head.
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+import prepare
+from harness.leak_checks import LeakChecks
+
 WIDTH = 32
+
+
+def evaluate(model, tokenizer, batch_size=8, rows=None):
+    """The `Evaluation` of a model on the validation rows, with all leak checks."""
+    if rows is None:
+        rows = rows_of(tokenizer)
+    questions = LeakChecks(model, rows, tokenizer, batch_size)
+    found = prepare.evaluate_bpb(model, rows, tokenizer, batch_size)
+    questions.ask(found.nats, took=0.1)
+    return found
+
+
+def rows_of(tokenizer):
+    return prepare.evaluation_rows(prepare.TokenCache.load(tokenizer.dataset), tokenizer.dataset)
 
 
 def norm(x):
@@ -190,7 +208,7 @@ class TokenShift(Mix):
         return mx.concatenate([before[..., : self.width // 2], x[..., self.width // 2 :]], axis=-1) @ self.wo
 
 
-class RunningMean(Mix):
+class MeanSoFar(Mix):
     """Normalised by mean and variance of all positions so far."""
 
     def __call__(self, x, ids):
@@ -248,7 +266,7 @@ class Gate(Mix):
 
 HONEST = [
     Attention, Rope, GroupedHeads, SinkWindow, LinearAttention, Scan, CausalConvolution, PaddedSpectrum, Experts,
-    SortedExperts, TokenShift, RunningMean, BlocksSoFar, GatedChunks, BlockSpectrum, Gate,
+    SortedExperts, TokenShift, MeanSoFar, BlocksSoFar, GatedChunks, BlockSpectrum, Gate,
 ]  # fmt: skip
 
 
@@ -262,3 +280,364 @@ def bigram(cache, vocab_size, dtype=mx.float32):
     unigram = (np.bincount(tokens, minlength=vocab_size) + 0.1) / len(tokens)
     table = mx.array(np.log(counts + 4 * unigram), dtype)
     return lambda ids: table[ids]
+
+
+# --- mixes that see later tokens ----------------------------------------------------------------------
+
+
+class NoMask(Mix):
+    def __call__(self, x, ids):
+        return self.attend(x, None)  # not causal in mx.fast
+
+
+class OneTooMany(Mix):
+    def __call__(self, x, ids):
+        T = x.shape[1]
+        return self.attend(x, mx.arange(T) <= mx.arange(T)[:, None] + 1)
+
+
+class WindowOnBothSides(Mix):
+    def __call__(self, x, ids):
+        T = x.shape[1]
+        return self.attend(x, mx.abs(mx.arange(T) - mx.arange(T)[:, None]) < 4)
+
+
+class Beyond1024(Mix):
+    """Causal at every length that is tried out by hand."""
+
+    def __call__(self, x, ids):
+        following = mx.pad(x[:, 1:], [(0, 0), (0, 1), (0, 0)])
+        return mx.where(mx.arange(x.shape[1])[:, None] >= 1024, following, x) @ self.wo
+
+
+class Prefix(Mix):
+    """The first quarter sees itself whole, as the prompt of a prefix language model does."""
+
+    def __call__(self, x, ids):
+        T = x.shape[1]
+        return self.attend(x, ~later(T) | (mx.maximum(mx.arange(T), mx.arange(T)[:, None]) < T // 4))
+
+
+class BlockAverage(Mix):
+    size = 16
+
+    def __call__(self, x, ids):
+        B, T, C = x.shape
+        means = x.reshape(B, T // self.size, self.size, C).mean(axis=2, keepdims=True)
+        return mx.broadcast_to(means, (B, T // self.size, self.size, C)).reshape(x.shape) @ self.wo
+
+
+class BlockAverage64(BlockAverage):
+    size = 64
+
+
+class BlockAveragesInAttention(Mix):
+    """q, k and v are averages over blocks of 4; the mask is causal."""
+
+    def __call__(self, x, ids):
+        B, T, C = x.shape
+        means = x.reshape(B, T // 4, 4, C).mean(axis=2, keepdims=True)
+        return self.attend((x.reshape(B, T // 4, 4, C) + means).reshape(x.shape), "causal")
+
+
+class ChunkedState(Mix):
+    """A state for every chunk of 32, which holds the chunk itself when the chunk is decoded."""
+
+    def __call__(self, x, ids):
+        B, T, C = x.shape
+        states = mx.cumsum(mx.tanh(x @ self.wv).reshape(B, T // 32, 32, C).sum(axis=2), axis=1)
+        return mx.repeat(states, 32, axis=1) @ self.wo
+
+
+class ChunkEnds(Mix):
+    """Only the last position of a chunk sees one token too many."""
+
+    size = 16
+
+    def __call__(self, x, ids):
+        following = mx.pad(x[:, 1:], [(0, 0), (0, 1), (0, 0)])
+        return mx.where(mx.arange(1, x.shape[1] + 1)[:, None] % self.size == 0, following, x) @ self.wo
+
+
+class CircularSpectrum(PaddedSpectrum):
+    """No padding: what is filtered at the end comes round to the beginning."""
+
+    def __call__(self, x, ids):
+        spectra = [mx.fft.rfft(y, axis=-2) for y in (x, self.filter(x.shape[1]))]
+        return mx.fft.irfft(spectra[0] * spectra[1], n=x.shape[1], axis=-2) @ self.wo
+
+
+class ShiftByMinusOne(Mix):
+    def __call__(self, x, ids):
+        return mx.pad(x[:, 1:], [(0, 0), (0, 1), (0, 0)]) @ self.wo
+
+
+class FarAhead(Mix):
+    """Sees one token, 20 positions ahead."""
+
+    def __call__(self, x, ids):
+        return mx.pad(x[:, 20:], [(0, 0), (0, 20), (0, 0)]) @ self.wo
+
+
+class NormOverTime(Mix):
+    def __call__(self, x, ids):
+        return (x - x.mean(axis=1, keepdims=True)) * mx.rsqrt(x.var(axis=1, keepdims=True) + 1e-5) @ self.wo
+
+
+class ScaleOverTime(Mix):
+    """The largest value of all positions is the unit, as when activations are quantised row by row."""
+
+    def __call__(self, x, ids):
+        return x / mx.abs(x).max(axis=1, keepdims=True) @ self.wo
+
+
+class SoftmaxOverTime(Mix):
+    """Linear attention whose keys are normalised over all of time."""
+
+    def __call__(self, x, ids):
+        k = mx.softmax(x @ self.wk, axis=1) * x.shape[1]
+        return mx.cumsum(k * (x @ self.wv), axis=1) / mx.arange(1, x.shape[1] + 1)[:, None] @ self.wo
+
+
+class SamePadding(Mix):
+    def __call__(self, x, ids):
+        return mx.conv1d(x, self.wk[:, :3, None], padding=1, groups=WIDTH) @ self.wo
+
+
+class BothWays(Mix):
+    def __call__(self, x, ids):
+        return mx.cumsum(x, axis=1, reverse=True) / x.shape[1] @ self.wo
+
+
+class WholeRow(Mix):
+    def __call__(self, x, ids):
+        return mx.broadcast_to(x.mean(axis=1, keepdims=True), x.shape) @ self.wo
+
+
+class LastToken(Mix):
+    """All positions see the row's last token, so that whatever is exchanged, they move as much."""
+
+    def __call__(self, x, ids):
+        return mx.broadcast_to(x[:, -1:], x.shape) @ self.wo
+
+
+class ExpertsChoose(Mix):
+    """Each expert takes the quarter of the row's tokens that it likes best."""
+
+    def __call__(self, x, ids):
+        scores = (x @ self.wq)[..., :2]
+        bound = mx.sort(scores, axis=1)[:, -x.shape[1] // 4]
+        taken = (scores >= bound[:, None]) * mx.sigmoid(scores)
+        return taken[..., :1] * (x @ self.wk) + taken[..., 1:] * (x @ self.wv)
+
+
+class MergedTokens(Mix):
+    """Token pairs share the state of the second."""
+
+    def __call__(self, x, ids):
+        return mx.repeat(x[:, 1::2], 2, axis=1) @ self.wo
+
+
+SEES_LATER = {  # name: the mixes of a `Network`
+    "attention without a mask": [NoMask],
+    "a mask that is one too wide": [OneTooMany],
+    "a window on both sides": [WindowOnBothSides],
+    "one layer of three without a mask": [Attention, NoMask, Attention],
+    "the last layer without a mask": [Rope, Attention, NoMask],
+    "a prefix that sees itself": [Prefix],
+    "averages over blocks of 16": [BlockAverage],
+    "averages over blocks of 64": [BlockAverage64],
+    "block averages in q, k and v": [BlockAveragesInAttention],
+    "a recurrent state over the whole chunk": [ChunkedState],
+    "one token more at the ends of chunks": [Attention, ChunkEnds],
+    "a circular spectral filter": [CircularSpectrum],
+    "a token shift by minus one": [ShiftByMinusOne],
+    "a token far ahead": [FarAhead],
+    "normalised over time": [NormOverTime],
+    "scaled by the largest of all times": [ScaleOverTime],
+    "keys normalised over time": [SoftmaxOverTime],
+    "a convolution padded on both sides": [SamePadding],
+    "a sum from behind": [Attention, BothWays],
+    "the mean of the row": [WholeRow],
+    "the last token of the row": [LastToken],
+    "experts that choose tokens": [Attention, ExpertsChoose],
+    "pairs of tokens merged": [Attention, MergedTokens],
+}
+
+
+# --- models that know other rows, or earlier calls ---------------------------------------------------------
+
+
+class BatchStatistics(Mix):
+    def __call__(self, x, ids):
+        return (x - x.mean(axis=(0, 1))) * mx.rsqrt(x.var(axis=(0, 1)) + 1e-5) @ self.wo
+
+
+class AcrossRows(Mix):
+    """Each row also sees what the others have at the same position."""
+
+    def __call__(self, x, ids):
+        return mx.broadcast_to(x.mean(axis=0, keepdims=True), x.shape) @ self.wo
+
+
+class RowAbove(Mix):
+    def __call__(self, x, ids):
+        return mx.roll(x, 1, axis=0) @ self.wo
+
+
+class SharedCapacity(Mix):
+    """An expert with room for a quarter of the batch: the tokens that it likes best."""
+
+    def __call__(self, x, ids):
+        score = (x @ self.wq)[..., :1]
+        bound = mx.sort(score.reshape(-1))[-score.size // 4]
+        return mx.where(score >= bound, x @ self.wk, 0)
+
+
+class RowNumber(Mix):
+    def __call__(self, x, ids):
+        return x * mx.arange(1, len(x) + 1)[:, None, None] @ self.wo
+
+
+class Calls(Mix):
+    """Knows how often it was called."""
+
+    count = 0
+
+    def __call__(self, x, ids):
+        self.count += 1
+        return x @ self.wo * (1 + 0.3 * self.count)
+
+
+class CarriedState(Mix):
+    """What the last call ended with is where the next one begins."""
+
+    last = 0
+
+    def __call__(self, x, ids):
+        y = x + self.last
+        self.last = mx.stop_gradient(x[-1:, -1:])
+        return y @ self.wo
+
+
+class Dropout(Mix):
+    """Home-made, and never switched off."""
+
+    def __call__(self, x, ids):
+        return x * mx.random.bernoulli(0.8, x.shape) @ self.wo
+
+
+class StochasticDepth(Mix):
+    """Leaves a layer out, now and then, for all rows of a call."""
+
+    def __call__(self, x, ids):
+        return x @ self.wo * (mx.random.uniform() > 0.2)
+
+
+class RunningMeanOfCalls(Mix):
+    """Takes off a mean that goes on with every call."""
+
+    mean = 0
+
+    def __call__(self, x, ids):
+        self.mean = 0.9 * self.mean + 0.1 * mx.stop_gradient(x.mean(axis=(0, 1)))
+        return (x - 3 * self.mean) @ self.wo
+
+
+class Memory:
+    """Remembers every row that it is shown, and knows how it goes on when it is shown again."""
+
+    def __init__(self, vocab_size):
+        self.inner, self.seen = Network(vocab_size, [Attention]), {}
+
+    def __call__(self, ids):
+        rows, size = np.array(ids), self.inner.head.shape[1]
+        known = np.stack([self.seen.get(row[:8].tobytes(), np.full_like(row, size)) for row in rows])
+        for row in rows:
+            self.seen[row[:8].tobytes()] = np.append(row[1:], size)
+        return self.inner(ids) + 5 * (mx.arange(size) == mx.array(known)[..., None])
+
+
+class CountsWhileEvaluating:
+    """Learns the frequency of tokens from the rows that it is evaluated on, each after its turn."""
+
+    def __init__(self, vocab_size):
+        self.counts = np.ones(vocab_size)
+
+    def __call__(self, ids):
+        logits = mx.broadcast_to(mx.array(np.log(self.counts), mx.float32), (*ids.shape, len(self.counts)))
+        np.add.at(self.counts, np.array(ids).reshape(-1), 1)
+        return logits
+
+
+class LearnsWhileEvaluating:
+    """A step of gradient descent on every batch."""
+
+    def __init__(self, vocab_size):
+        self.bias = mx.zeros(vocab_size)
+
+    def parameters(self):
+        return {"bias": self.bias}
+
+    def __call__(self, ids):
+        logits = mx.broadcast_to(self.bias, (*ids.shape, len(self.bias)))
+        share = (mx.arange(len(self.bias)) == ids[..., None]).mean(axis=(0, 1))
+        self.bias = self.bias + 0.1 * (share - mx.softmax(self.bias))
+        return logits
+
+
+class UpdatesInPlace(LearnsWhileEvaluating):
+    """A running statistic of no consequence."""
+
+    def __call__(self, ids):
+        self.bias[0] = self.bias[0] + 1e-7
+        return mx.zeros((*ids.shape, len(self.bias)))
+
+
+class SnapshotEnsemble(nn.Module):
+    """Puts each member's weights in place, inside of the call; the last one's stay."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = mx.zeros((vocab_size, vocab_size))
+        self._members = [mx.random.normal(self.table.shape, key=mx.random.key(n)) for n in range(3)]
+
+    def __call__(self, ids):
+        logits = 0
+        for member in self._members:
+            self.table = member
+            logits = logits + self.table[ids]
+        return logits
+
+
+class RunningMean(nn.Module):
+    """A running mean that is updated in evaluation, slowly."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.inner, self._mean = Network(vocab_size, [Attention]), mx.zeros(vocab_size)
+
+    def __call__(self, ids):
+        logits = self.inner(ids)
+        self._mean = 0.99 * self._mean + 0.01 * mx.stop_gradient(logits.mean(axis=(0, 1)))
+        return logits - self._mean
+
+
+OTHERS = {  # name: (the check that refuses it, how to make it)
+    "statistics of the batch": ("rows", lambda V: Network(V, [BatchStatistics])),
+    "attention across rows": ("rows", lambda V: Network(V, [Attention, AcrossRows])),
+    "the row above": ("rows", lambda V: Network(V, [RowAbove])),
+    "experts with a shared capacity": ("rows", lambda V: Network(V, [SharedCapacity])),
+    "a row's number": ("rows", lambda V: Network(V, [RowNumber])),
+    "a count of calls": ("state", lambda V: Network(V, [Calls])),
+    "a state carried on": ("state", lambda V: Network(V, [CarriedState])),
+    "dropout that stays on": ("state", lambda V: Network(V, [Dropout])),
+    "stochastic depth": ("state", lambda V: Network(V, [Attention, StochasticDepth])),
+    "a mean of all calls": ("state", lambda V: Network(V, [Attention, RunningMeanOfCalls])),
+    "a running mean": ("state", RunningMean),
+    "a snapshot ensemble": ("state", SnapshotEnsemble),
+    "a cache that memorises": ("state", Memory),
+    "counts while evaluating": ("state", CountsWhileEvaluating),
+    "learns while evaluating": ("state", LearnsWhileEvaluating),
+    "a parameter updated in place": ("state", UpdatesInPlace),
+}

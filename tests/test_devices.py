@@ -58,8 +58,8 @@ import mlx.core as mx, numpy as np, train
 tokenizer = prepare.Tokenizer.load(prepare.get_dataset("files"))
 mx.random.seed(1)
 _, trainer = train.build(tokenizer.vocab_size, 128)
-found = prepare.evaluate_bpb(trainer.model, tokenizer, 3)
 cache = prepare.TokenCache.load(tokenizer.dataset)
+found = prepare.evaluate_bpb(trainer.model, prepare.evaluation_rows(cache, tokenizer.dataset), tokenizer, 3)
 stream = prepare.Batches(cache, 8 // group.SIZE, 128, 1, (group.RANK, group.SIZE))
 rows = [hashlib.sha1(np.array(row)).hexdigest() for _ in range(20) for row in next(stream)]
 rows = sum(map(json.loads, group.all_gather(json.dumps([r[:8] for r in rows]))), [])

@@ -6,15 +6,17 @@ import gallery
 import mlx.core as mx
 import numpy as np
 import pytest
+from gallery import evaluate, rows_of
 
 import prepare
-from harness import leak_checks
+from harness import evaluation
+from harness.evaluation import bits_per_byte
 
 V = 512
 
 
-def rows_of(tokenizer):
-    return prepare.evaluation_rows(prepare.TokenCache.load(tokenizer.dataset), tokenizer.dataset)
+def score(model, tokenizer, batch_size=8, rows=None):
+    return prepare.evaluate_bpb(model, rows_of(tokenizer) if rows is None else rows, tokenizer, batch_size)
 
 
 def uniform(ids):
@@ -23,10 +25,10 @@ def uniform(ids):
 
 def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(tokenizer):
     sizes = tokenizer.token_bytes[rows_of(tokenizer)[:, 1:]]
-    evaluation = prepare.evaluate_bpb(uniform, tokenizer, 8)
+    found = score(uniform, tokenizer, 8)
     # exactly: special targets have no bytes, and cost nothing
-    assert evaluation.bpb == pytest.approx(math.log2(V) * (sizes > 0).sum() / sizes.sum(), rel=1e-6)
-    assert evaluation.tokens == sizes.size
+    assert found.bpb == pytest.approx(math.log2(V) * (sizes > 0).sum() / sizes.sum(), rel=1e-6)
+    assert found.nats.size == sizes.size
 
 
 def test_a_fixed_distribution_scores_as_by_hand(tokenizer):
@@ -40,8 +42,8 @@ def test_a_fixed_distribution_scores_as_by_hand(tokenizer):
                 bits -= math.log2(weights[token] / total)
                 size += len(text)
     logits = mx.log(mx.array(weights, mx.float32)) + 3  # a constant changes nothing
-    evaluation = prepare.evaluate_bpb(lambda ids: mx.broadcast_to(logits, (*ids.shape, V)), tokenizer, 8)
-    assert evaluation.bpb == pytest.approx(bits / size, rel=1e-6)
+    found = score(lambda ids: mx.broadcast_to(logits, (*ids.shape, V)), tokenizer, 8)
+    assert found.bpb == pytest.approx(bits / size, rel=1e-6)
 
 
 def test_rows_of_a_few_tokens_by_hand(tokenizer):
@@ -59,31 +61,29 @@ def test_rows_of_a_few_tokens_by_hand(tokenizer):
 def test_the_batch_size_does_not_matter(tokenizer, dtype):
     n = len(rows_of(tokenizer))
     model = gallery.Network(V, [gallery.Rope, gallery.SortedExperts, gallery.PaddedSpectrum], dtype=dtype)
-    found = [prepare.evaluate_bpb(model, tokenizer, size) for size in (1, 7, 16, n, n + 5)]
-    for evaluation in found[1:]:
-        assert evaluation.bpb == pytest.approx(found[0].bpb, abs=1e-3)
-        assert evaluation.stderr == pytest.approx(found[0].stderr, rel=1e-2)
-        assert evaluation.tokens == found[0].tokens
+    found = [score(model, tokenizer, size) for size in (1, 7, 16, n, n + 5)]
+    for other in found[1:]:
+        assert other.bpb == pytest.approx(found[0].bpb, abs=1e-3)
+        assert other.stderr == pytest.approx(found[0].stderr, rel=1e-2)
 
 
 @pytest.mark.parametrize("at_once", [1, 64, 100, 10**9])
 def test_nor_does_how_much_is_summed_at_once(tokenizer, monkeypatch, at_once):
     model = gallery.Network(V, [gallery.Attention])
     whole = prepare.score_rows(model, rows_of(tokenizer), tokenizer, 16)
-    monkeypatch.setattr(prepare, "SCORED_AT_ONCE", at_once)
+    monkeypatch.setattr(evaluation, "SCORED_AT_ONCE", at_once)
     assert np.array_equal(prepare.score_rows(model, rows_of(tokenizer), tokenizer, 16), whole)
 
 
-def test_special_tokens_are_in_neither_sum(tokenizer, monkeypatch):
+def test_special_tokens_are_in_neither_sum(tokenizer):
     """Rows with and without documents that start inside of them; the cost of a special target is not small."""
     plain = np.full((4, 65), 40, np.uint16)
     broken = plain.copy()
     broken[:, 20:60:10] = tokenizer.bos
     found = []
     for rows in (plain, broken):
-        monkeypatch.setattr(prepare, "evaluation_rows", lambda cache, dataset, rows=rows: rows)
         logits = mx.where(mx.arange(V) == tokenizer.bos, -20.0, 0.0)
-        found.append(prepare.evaluate_bpb(lambda ids: mx.broadcast_to(logits, (*ids.shape, V)), tokenizer, 2))  # noqa: B023
+        found.append(score(lambda ids, x=logits: mx.broadcast_to(x, (*ids.shape, V)), tokenizer, 2, rows))
     size = int(tokenizer.token_bytes[40])
     assert size > 0 and tokenizer.token_bytes[tokenizer.bos] == 0
     assert found[0].bpb == pytest.approx(math.log2(V - 1) / size, rel=1e-6)
@@ -101,8 +101,8 @@ def test_the_loss_is_taken_in_float32(tokenizer):
 @pytest.mark.parametrize("claim", [1.0, 1e4, 1e9, 1e30])
 def test_no_distribution_sums_to_more_than_one(tokenizer, claim):
     """A model that claims all tokens at once scores as the uniform one does, to the last digit."""
-    claims = prepare.evaluate_bpb(lambda ids: mx.full((*ids.shape, V), claim), tokenizer, 8)
-    assert claims.bpb == pytest.approx(prepare.evaluate_bpb(uniform, tokenizer, 8).bpb, rel=1e-6)
+    claims = score(lambda ids: mx.full((*ids.shape, V), claim), tokenizer, 8)
+    assert claims.bpb == pytest.approx(score(uniform, tokenizer, 8).bpb, rel=1e-6)
 
 
 def test_the_model_is_given_ids_and_nothing_else(tokenizer):
@@ -112,7 +112,7 @@ def test_the_model_is_given_ids_and_nothing_else(tokenizer):
         seen.append((arguments, more))
         return uniform(arguments[0])
 
-    prepare.evaluate_bpb(model, tokenizer, 8)
+    evaluate(model, tokenizer, 8)
     rows = {row.tobytes() for row in rows_of(tokenizer)[:, :-1].astype(np.int32)}
     for (ids,), more in seen:
         assert not more and ids.shape == (8, 64) and ids.dtype == mx.int32  # one shape: kernels may be compiled for it
@@ -122,13 +122,13 @@ def test_the_model_is_given_ids_and_nothing_else(tokenizer):
 
 def test_what_is_evaluated_is_the_same_in_every_run(tokenizer):
     model = gallery.Network(V, [gallery.Attention])
-    assert prepare.evaluate_bpb(model, tokenizer, 8).bpb == prepare.evaluate_bpb(model, tokenizer, 8).bpb
+    assert score(model, tokenizer, 8).bpb == score(model, tokenizer, 8).bpb
     assert np.array_equal(rows_of(tokenizer), rows_of(tokenizer))
 
 
 def test_a_batch_without_rows_is_refused_in_one_line(tokenizer):
     with pytest.raises(SystemExit, match="^error: .*batches of at least one row"):
-        prepare.evaluate_bpb(uniform, tokenizer, 0)
+        score(uniform, tokenizer, 0)
 
 
 # --- the standard error ----------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_a_batch_without_rows_is_refused_in_one_line(tokenizer):
 def test_the_standard_error_of_rows_of_one_size_is_that_of_a_mean():
     """Rows of equal bytes: the ratio is a mean, whose error is known in closed form."""
     bits = np.random.default_rng(0).normal(100.0, 7.0, 400)
-    bpb, stderr = prepare.bits_per_byte(bits, np.full(400, 50))
+    bpb, stderr = bits_per_byte(bits, np.full(400, 50))
     assert bpb == pytest.approx(bits.mean() / 50, rel=1e-12)
     assert stderr == pytest.approx(bits.std(ddof=1) / 20 / 50, rel=1e-12)
     assert stderr == pytest.approx(7.0 / 50 / 20, rel=0.1)
@@ -148,14 +148,14 @@ def test_the_standard_error_is_the_spread_of_many_repetitions():
     rng = np.random.default_rng(1)
     size = rng.integers(20, 200, (4000, 64))
     bits = 0.9 * size + rng.normal(0, 0.3, size.shape) * size
-    found = np.array([prepare.bits_per_byte(n, s) for n, s in zip(bits, size, strict=True)])
+    found = np.array([bits_per_byte(n, s) for n, s in zip(bits, size, strict=True)])
     assert found[:, 0].mean() == pytest.approx(0.9, rel=3e-3)
     assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.05)
 
 
 def test_rows_that_score_alike_leave_no_error():
-    assert prepare.bits_per_byte(np.full(8, 30.0), np.full(8, 10))[1] == pytest.approx(0, abs=1e-12)
-    assert math.isnan(prepare.bits_per_byte(np.array([30.0]), np.array([10]))[1])
+    assert bits_per_byte(np.full(8, 30.0), np.full(8, 10))[1] == pytest.approx(0, abs=1e-12)
+    assert math.isnan(bits_per_byte(np.array([30.0]), np.array([10]))[1])
 
 
 def test_the_error_covers_the_difference_between_halves(tokenizer):
@@ -164,28 +164,5 @@ def test_the_error_covers_the_difference_between_halves(tokenizer):
     sizes = tokenizer.token_bytes[rows[:, 1:]]
     bits = prepare.score_rows(model, rows, tokenizer, 16).sum(axis=1, where=sizes > 0) / math.log(2)
     order = np.random.default_rng(0).permutation(len(rows))
-    halves = [prepare.bits_per_byte(bits[part], sizes[part].sum(axis=1)) for part in np.array_split(order, 2)]
+    halves = [bits_per_byte(bits[part], sizes[part].sum(axis=1)) for part in np.array_split(order, 2)]
     assert abs(halves[0][0] - halves[1][0]) < 4 * math.hypot(halves[0][1], halves[1][1])
-
-
-# --- what the checks cost --------------------------------------------------------------------------
-
-
-def test_the_checks_ask_little_where_there_is_much_to_evaluate(tokenizer):
-    """Counted in rows, since time is not the same twice: a twentieth and five batches of a large evaluation."""
-    for n in (100, 10_240):
-        rows, asked = np.resize(rows_of(tokenizer), (n, 65)), []
-
-        def ask(batches, function, asked=asked):
-            asked += [len(batch) for batch in batches]
-            logits = [mx.zeros((len(batch), 64, V)) for batch in batches[:1]] * len(batches)
-            return [function(x, i) for i, x in enumerate(logits)]
-
-        def score(rows, size, asked=asked):
-            asked.append(len(rows))
-            return np.ones((len(rows), 64), np.float32) * math.log(V)
-
-        questions = leak_checks.Examination(None, rows, 16, V, 1.0, ask, score)
-        questions.before()
-        questions.after(np.full((n, 64), math.log(V), np.float32))
-        assert sum(asked) <= max(leak_checks.EXCHANGES[0] + leak_checks.LOOKS[0], n // 20) + 5 * 16

@@ -1,0 +1,171 @@
+"""The metric: bits per byte of a model on rows of tokens, with its error. The same code scores whatever is asked."""
+
+import functools
+import math
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from harness import devices, machine
+from harness.run_checks import Refused
+
+SCORED_AT_ONCE = 8192  # positions whose logits stand in float32 at one time
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_bpb` found. bpb and its standard error are in bits per byte.
+
+    nats: float32 (n, T), of each target. row_bits, row_bytes: (n,), special tokens in neither.
+    """
+
+    bpb: float
+    stderr: float
+    nats: np.ndarray
+    row_bits: np.ndarray
+    row_bytes: np.ndarray
+
+
+def evaluate_bpb(model, rows, tokenizer, batch_size):
+    """Bits per byte of `model` on rows uint16 (n, T + 1): the summed bits of all targets over their UTF-8 bytes.
+
+    Args:
+        model: callable from token ids int32 (b, T) to logits (b, T, vocab_size). It sees ids and
+            nothing else; log-softmax and loss are computed here, in float32. An `nn.Module` is
+            put into evaluation mode, and back.
+        rows: see `batches.evaluation_rows`. Every rank of a group scores its part of them.
+        tokenizer: a prepared `Tokenizer`.
+        batch_size: rows handed to the model at once.
+
+    Returns an `Evaluation`. Raises `Refused` where the answers are no distributions.
+    """
+    if batch_size < 1:
+        sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
+    mine = np.arange(len(rows)) // batch_size % devices.SIZE == devices.RANK
+    nats = np.zeros((len(rows), rows.shape[1] - 1), np.float32)
+    with evaluation_mode(model), devices.agreement(Refused):
+        if mine.any():
+            nats[mine] = score_rows(model, rows[mine], tokenizer, batch_size)
+    nats = devices.all_sum(nats)
+    row_bits, row_bytes = bits_and_bytes(nats, rows, tokenizer)
+    return Evaluation(*bits_per_byte(row_bits, row_bytes), nats, row_bits, row_bytes)
+
+
+def bits_and_bytes(nats, rows, tokenizer):
+    """Bits float (n,) and bytes int (n,) of each of rows (n, T + 1), special tokens in neither. nats: (n, T)."""
+    counted = tokenizer.token_bytes[rows[:, 1:]]
+    bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
+    return bits, counted.sum(axis=1, dtype=np.int64)
+
+
+def bits_per_byte(bits, size):
+    """The ratio of sums and its standard error, rows as the independent unit (delta method).
+
+    bits: float (n,), loss of each row. size: int (n,), bytes of each row.
+    """
+    bpb = bits.sum() / size.sum()
+    residual = bits - bpb * size
+    n = len(bits)
+    stderr = math.sqrt(n / (n - 1) * (residual**2).sum()) / size.sum() if n > 1 else math.nan
+    return float(bpb), float(stderr)
+
+
+# --- from ids to nats ------------------------------------------------------------------------------
+
+
+@functools.cache
+def compute_streams():
+    """The MLX streams that independent pieces of work are spread over.
+
+    One on a GPU. On a CPU one a core: MLX runs element-wise work on a single thread a stream. They
+    work at one time only where it walks graphs breadth first: MLX_BFS_MAX_WIDTH, see train.py.
+    """
+    if mx.default_device().type == mx.gpu:
+        return [mx.default_stream(mx.gpu)]
+    return [mx.new_stream(mx.cpu) for _ in range(min(len(machine.cores()), 16))]
+
+
+@contextmanager
+def evaluation_mode(model):
+    """Dropout and the like are off within it."""
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def score_rows(model, rows, tokenizer, batch_size):
+    """Nats float32 (n, T) of the targets of rows uint16 (n, T + 1), those of special tokens included."""
+    nats = nats_of(model, rows[:, :-1], rows[:, 1:, None], tokenizer.vocab_size, batch_size)[..., 0]
+    finite(nats)
+    return nats
+
+
+def nats_of(model, ids, tokens, vocab_size, batch_size):
+    """What the model asks for some tokens at each position: -log p, float32 (n, T, k).
+
+    ids: (n, T). tokens: (n, T, k). Batches all have `batch_size` rows, the last one filled up with rows that are not
+    counted: a new shape may mean new kernels. Raises `Refused` where a logit is not a number.
+    """
+    n, whole = len(ids), -(-len(ids) // batch_size) * batch_size
+    ids, tokens = (np.resize(x, (whole, *x.shape[1:])).astype(np.int32) for x in (ids, tokens))
+    streams, ahead, found = compute_streams(), [], []
+    for first in range(0, whole, batch_size * len(streams)):
+        results = []
+        for i, stream in enumerate(streams):
+            part = slice(first + i * batch_size, first + (i + 1) * batch_size)
+            if part.start < whole:
+                with mx.stream(stream):
+                    logits = logits_of(model, mx.array(ids[part]), vocab_size)
+                    results.append(nats_of_logits(logits, mx.array(tokens[part])))
+        mx.async_eval(results)  # together, or the streams would work one after the other
+        found += [np.array(batch) for batch in ahead]
+        ahead = results
+    found = np.concatenate(found + [np.array(batch) for batch in ahead])[:n]
+    finite(np.where(np.isinf(found), 0, found))
+    return found
+
+
+def nats_of_logits(logits, tokens):
+    """-log softmax(logits) (b, T, vocab) at tokens (b, T, k), in float32, a few rows at a time."""
+    at_once, pieces = max(1, SCORED_AT_ONCE // logits.shape[1]), []
+    for first in range(0, len(logits), at_once):
+        piece, wanted = logits[first : first + at_once].astype(mx.float32), tokens[first : first + at_once]
+        # The largest is 0, or the sum below would be rounded away beside large logits.
+        piece = piece - piece.max(axis=-1, keepdims=True)
+        one_by_one = [wanted[..., j] for j in range(wanted.shape[-1])]
+        pieces.append(mx.stack([mx.fast.cross_entropy(piece, token) for token in one_by_one], axis=-1))
+    return mx.concatenate(pieces)
+
+
+def logits_of(model, ids, vocab_size):
+    """The model's logits (b, T, vocab_size) for ids (b, T): one row for every position."""
+    logits, expected = model(ids), (*ids.shape, vocab_size)
+    if not isinstance(logits, mx.array):
+        raise Refused(f"shape: the model returned {type(logits).__name__}, expected an mx.array of logits {expected}.")
+    if tuple(logits.shape) != expected:
+        raise Refused(
+            f"shape: logits are {tuple(logits.shape)}, expected (batch, positions, vocabulary) = {expected}: one row "
+            "for every position, with one number for every token of the vocabulary, none skipped and none added."
+        )
+    if not mx.issubdtype(logits.dtype, mx.floating):
+        raise Refused(f"shape: logits are {logits.dtype}, expected a floating-point type.")
+    return logits
+
+
+def finite(nats):
+    """nats: (n, T) or (n, T, k), computed from all logits of a position; not finite where one of those is not."""
+    if not np.isfinite(nats).all():
+        row, position = np.argwhere(~np.isfinite(nats))[0][:2]
+        raise Refused(
+            f"finite: logits are not finite (position {position}, row {row}). Look for a division by zero, a root or "
+            "logarithm of a negative number, a softmax with every entry masked, an overflow in float16."
+        )

@@ -1,0 +1,86 @@
+"""The dress rehearsal: what the model will be asked at the end, asked before it is trained."""
+
+import math
+import re
+import sys
+import time
+
+import numpy as np
+
+from harness import model_state
+from harness.evaluation import compute_streams, evaluation_mode, nats_of, score_rows
+from harness.leak_checks import STATELESS, LeakChecks
+from harness.run_checks import Refused
+
+OUT_OF_MEMORY = re.compile(r"memory|alloc|buffer size", re.IGNORECASE)
+ROWS = 16  # at least; else as many batches of the evaluation's size as it has in flight
+UNTRAINED = 0.85  # of ln(vocabulary), the nats of who knows nothing
+
+
+def rehearse(model, tokens, tokenizer, batch_size, seconds):
+    """Ask a model that is built and not trained yet what the evaluation will ask it, in about `seconds`.
+
+    The evaluation's batches are scored with the weights as they are. Whether the model leaks is asked of weights that
+    are shaken, since an output that begins at zero hides a leak. All arrays are put back bit for bit, and MLX's random
+    numbers. tokens: the training split, uint16. Raises `Refused`.
+    """
+    if batch_size < 1:
+        sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
+    width = tokenizer.dataset.sequence_length + 1
+    rows = np.resize(np.array(tokens[: 256 * width]), (max(ROWS, batch_size * len(compute_streams())), width))
+    with evaluation_mode(model), model_state.put_back(model) as arrays:
+        try:
+            built = score_rows(model, rows, tokenizer, batch_size)
+            knows_text(model, rows, tokenizer, batch_size)
+            end = time.monotonic() + seconds
+            for _ in range(2):  # what shows by little may pass once
+                shaken = model_state.shake(arrays)
+                try:
+                    ask(model, rows, tokenizer, batch_size, seconds / 2)
+                except Refused as refused:
+                    if not (shaken and str(refused).startswith("finite: ")):
+                        raise
+                    model_state.restore(arrays)  # shaken too much for this model: as it was built, then
+                    ask(model, rows, tokenizer, batch_size, seconds / 2)
+                model_state.restore(arrays)
+                if time.monotonic() > end - seconds / 2:
+                    break
+            if not np.allclose(score_rows(model, rows, tokenizer, batch_size), built, 1e-3, 1e-3):
+                raise Refused(STATELESS)
+        except (RuntimeError, MemoryError) as error:
+            if not OUT_OF_MEMORY.search(str(error) or "memory"):
+                error.add_note(f"(in the dress rehearsal, which calls the model with ids {(batch_size, width - 1)})")
+                raise
+            raise Refused(
+                f"memory: an evaluation of {batch_size} x {width - 1} tokens at once does not fit ({error}). Lower the "
+                "batch size of the evaluation."
+            ) from error
+
+
+def ask(model, rows, tokenizer, batch_size, seconds):
+    questions, start = LeakChecks(model, rows, tokenizer, batch_size, "training"), time.monotonic()
+    nats = score_rows(model, rows, tokenizer, batch_size)
+    questions.ask(nats, time.monotonic() - start, seconds)
+
+
+def knows_text(model, rows, tokenizer, batch_size):
+    """Refuse a model that knows, before the clock starts, which token follows which.
+
+    It is asked about pairs of neighbours, in rows in which no token comes a second time to be followed by the same
+    one: so copying from earlier in the row, which needs no text, helps nobody. rows: uint16 (n, T + 1).
+    """
+    rng, length = np.random.default_rng(0), rows.shape[1] - 1
+    pairs = rng.permutation(np.stack([rows[:, :-1], rows[:, 1:]], axis=-1).reshape(-1, 2))
+    pairs = pairs[np.unique(pairs[:, 0], return_index=True)[1]]  # of each first token one
+    shuffled = [rng.permutation(pairs)[: length // 2].reshape(-1) for _ in range(batch_size)]
+    ids = rng.integers(0, tokenizer.vocab_size, (batch_size, length))
+    ids[:, : len(shuffled[0])] = shuffled
+    asked = nats_of(model, ids[:, :], np.roll(ids, -1, axis=1)[..., None], tokenizer.vocab_size, batch_size)
+    nats, nothing = asked[:, : len(shuffled[0]) : 2].mean(), math.log(tokenizer.vocab_size)
+    if nats < UNTRAINED * nothing:
+        raise Refused(
+            f"start-up: before the clock starts the model predicts tokens of the training text with {nats:.2f} nats; "
+            f"who knows nothing has {nothing:.2f}. What is learnt from text is learnt within the budget, from "
+            "run.batches() alone. Look for weights of an earlier run, tables counted at start-up, training before the "
+            "clock starts."
+        )

@@ -1,0 +1,391 @@
+"""One run: the clock of its budget, its log, its end."""
+
+import gc
+import json
+import math
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import psutil
+from mlx.utils import tree_flatten
+
+from data_sources import get_dataset
+from harness import devices, files, machine, model_state, project, record, run_checks
+from harness.batches import Batches, evaluation_rows, sealed_rows
+from harness.corpus import cache_dir
+from harness.evaluation import evaluate_bpb
+from harness.leak_checks import SECONDS, SHARE, LeakChecks
+from harness.rehearsal import rehearse
+from harness.run_checks import Refused, harness_reads
+from harness.token_cache import TokenCache, Tokenizer, damaged
+
+PROCESS_START = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
+HARNESS = project.harness_hash()  # of the files as they are when this process begins
+EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
+
+
+def mode():
+    """(what train.py is called for, a file or None): ("run", None), ("check", None), ("weights", FILE).
+
+    Any other word ends the program, so that nothing misspelt trains for a whole budget.
+    """
+    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name != "train.py":
+        return "run", None
+    match [part for word in sys.argv[1:] for part in word.split("=", 1)]:
+        case []:
+            return "run", None
+        case ["--check"]:
+            return "check", None
+        case ["--holdout"] if devices.RANK or (project.DATA / ".holdout").exists():  # scripts/judge/holdout.py put it
+            return "holdout", None
+        case ["--weights", file]:
+            return "weights", file
+    sys.exit(f"error: train.py does not understand {' '.join(sys.argv[1:])}: it takes --check, or --weights FILE")
+
+
+class Run:
+    """One experiment: its dataset, the clock of its budget, its log and its record."""
+
+    def __init__(self, dataset_name):
+        if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name in ("bench.py", "tune.py"):
+            sys.exit(
+                "error: train.py trains when it is imported: what begins a run belongs below if __name__ == '__main__'"
+            )
+        self.mode, self._weights = mode()
+        self.dataset = get_dataset(dataset_name)
+        self.budget, self.seed = project.settings()
+        self._load()
+        self.train_blob = project.blob_hash(project.ROOT / "train.py")
+        self.warm_up_seconds = self.rehearsal_seconds = 0.0
+        self._stream = self._start = self._pending = None
+        self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
+        self._shared = []  # in a group: seconds by rank 0's clock, of each step that has ended
+        self._watch = machine.Watch()
+        self._startup = None  # seconds, peak memory, tokens taken before the clock started
+        self._changed_file = None
+        self._verifier = threading.Thread(target=self._verify_cache, daemon=True)
+        self._verifier.start()
+        self.device = machine.describe()
+        same = {"harness": HARNESS, "token cache": self.cache.hash, "version of MLX": self.device["mlx"]}
+        self.group = devices.describe(self.device["name"], **same)
+        record.tell_device(self.device)
+
+    def _load(self):
+        with harness_reads():
+            self.tokenizer, self.cache = Tokenizer.load(self.dataset), TokenCache.load(self.dataset)
+
+    def _verify_cache(self):
+        with harness_reads():
+            self._changed_file = self.cache.changed_file()
+
+    # --- before the clock ---
+
+    def batches(self, batch_size, sequence_length=None):
+        """The training stream; one a run. See `Batches`."""
+        if self._stream:
+            raise RuntimeError("a run has one training stream")
+        length = sequence_length or self.dataset.sequence_length
+        with harness_reads():
+            self._stream = Batches(self.cache, batch_size, length, self.seed, (devices.RANK, devices.SIZE))
+        return self._stream
+
+    def warm_up(self, action, state):
+        """Run `action`, which compiles. Its time does not count as start-up.
+
+        state: the arrays that it changes, a tree of dictionaries and lists; they are put back, for nothing is
+        learnt here.
+        """
+        start = time.monotonic()
+        with model_state.kept(state):
+            action()
+        self.warm_up_seconds += time.monotonic() - start
+
+    def rehearse(self, model, batch_size):
+        """Before the clock: ask the built model what it will be asked at the end, so that a fault costs seconds.
+
+        model, batch_size: as `finish` gets them. See rehearsal.py; its time counts neither as start-up nor as budget.
+        Exits with 2, after an invalid record, where a check refuses the model. The program ends here, without a record,
+        under `train.py --check`, and under `train.py --weights FILE` when it has told what these weights score.
+        """
+        if self.mode == "weights":
+            self._score_weights(model, batch_size)
+        start, reason = time.monotonic(), None
+        with harness_reads():
+            tokens = self.cache.tokens("train")
+        try:
+            with devices.agreement(Refused):
+                rehearse(model, tokens, self.tokenizer, batch_size, max(SECONDS, SHARE * self.budget))
+        except Refused as refused:
+            reason = f"{refused} (Found in the dress rehearsal, before training.)"
+        took = time.monotonic() - start
+        self.rehearsal_seconds += took
+        if self.mode == "check":
+            self._verifier.join()
+        if self._changed_file:  # found now, it costs no budget; a run does not wait for it
+            sys.exit(damaged(self.dataset, self._changed_file))
+        if self.mode == "check":
+            if reason:
+                print(f"error: this model is not valid. {reason}", file=sys.stderr)
+                sys.exit(2)
+            batch = f"{batch_size} x {self.dataset.sequence_length}"
+            print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
+            sys.exit(0)
+        if reason:
+            self._end(reason, model={"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, machine={})
+
+    def _score_weights(self, model, batch_size):
+        """Print what `model` scores with the weights of a file, and exit."""
+        try:
+            model.load_weights(self._weights)
+        except (AttributeError, OSError, RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())
+            sys.exit(f"error: {self._weights} does not hold the weights of this train.py's model: {why}")
+        try:
+            evaluation, _ = self._evaluate(model, batch_size)
+        except Refused as refused:
+            sys.exit(f"error: this model is not valid. {refused}")
+        print(f"val_bpb: {evaluation.bpb:.6f} (± {evaluation.stderr:.6f} over rows)")
+        sys.exit(0)
+
+    def start_clock(self):
+        """Begin the budget. Everything before was start-up: loading, building, compiling."""
+        if self.mode in ("check", "weights"):
+            sys.exit("error: train.py does not call run.rehearse(model, batch_size) before run.start_clock()")
+        if self._start is not None:
+            raise RuntimeError("the clock runs already")
+        gc.collect()
+        gc.freeze()  # long-lived objects need no further scanning
+        mx.synchronize()
+        devices.all_gather("ready")  # all begin together
+        taken = 0
+        if self._stream:
+            taken, self._stream.tokens, self._stream.wait_seconds = self._stream.tokens, 0, 0.0
+        self._startup = time.monotonic() - PROCESS_START, mx.get_peak_memory(), taken
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        self._watch.start()
+        self._start = time.monotonic()
+
+    # --- the clock ---
+
+    def elapsed(self):
+        """Seconds since `start_clock`."""
+        return time.monotonic() - self._start
+
+    def progress(self):
+        """The share of the budget that is used, 0 to 1."""
+        return min(1.0, self._now() / self.budget)
+
+    def _now(self):
+        """Seconds used, in a group the same on every rank: what rank 0's clock told last, and a step more."""
+        if devices.SIZE == 1:
+            return self.elapsed()
+        return self._shared[-1] + self._step_seconds(self._shared) if self._shared else 0.0
+
+    @staticmethod
+    def _step_seconds(ends):
+        """Mean of the newest steps. ends: seconds at which each ended."""
+        ends = ends[-10:]
+        return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
+
+    def training(self):
+        """Whether another step may begin.
+
+        The newest step is still in flight, so the time of one step counts as used.
+        """
+        in_flight = self._step_seconds(self._shared or [end for end, *_ in self._curve[-10:]])
+        return self._now() + in_flight < self.budget
+
+    def log_step(self, loss):
+        """Note one optimizer step. loss: scalar mx.array, mean nats per token of this rank's rows.
+
+        The loss of the step before is read, not this one's, so that the device never waits.
+        A loss that is not finite, or explodes, ends the run.
+        """
+        if devices.SIZE > 1:
+            loss = devices.step_figures(loss, self.elapsed())
+        mx.async_eval(loss)
+        self._read_loss()
+        self._pending = (loss, self._stream.tokens if self._stream else 0)
+
+    def _read_loss(self):
+        if self._pending is None:
+            return
+        loss, tokens = self._pending
+        self._pending = None
+        if devices.SIZE > 1:
+            loss, clock = loss
+            self._shared.append(clock.item())
+        loss, now, step = float(loss.item()), self.elapsed(), len(self._curve)
+        if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
+            sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
+        self._curve.append((now, loss, tokens, mx.get_peak_memory() / 2**20))
+        if not devices.RANK:
+            record.tell_step(self._curve, self.budget)
+
+    # --- the end ---
+
+    def finish(self, model, batch_size, config):
+        """Evaluate, write the record, print the summary. Exits with 2 where a check refuses the run.
+
+        Args:
+            model: see `evaluate_bpb`; its parameters are counted where it has any.
+            batch_size: rows at once in evaluation.
+            config: dict of plain values for the record's `model`; holds at least `depth` and `n_embd`.
+        """
+        if self._start is None:
+            sys.exit("error: train.py never called run.start_clock(), so there is no budget to check")
+        self._read_loss()
+        parameters = model.parameters() if hasattr(model, "parameters") else {}
+        # What is pending belongs into the budget: MLX is lazy, and would train while it is evaluated.
+        mx.eval(parameters, list(model_state.arrays_of(model).values()))
+        mx.synchronize()
+        seconds, peak = self.elapsed(), mx.get_peak_memory()
+        seen = self._watch.stop([end for end, *_ in self._curve[:-1]])
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        if not devices.RANK:
+            save_weights(parameters, self.train_blob)
+        sketches = devices.weight_sketches(parameters)
+        figures, reason = {}, None
+        self._load()  # anew, since train.py had them in its hands
+        try:
+            with devices.agreement(Refused):
+                self._check_training(seconds, seen["paused_seconds"])
+                run_checks.one_model(sketches)
+            evaluation, times = self._evaluate(model, batch_size)
+            self._verifier.join()
+            with devices.agreement(Refused):
+                opened = run_checks.opened_text(source_folders(self.dataset))
+                run_checks.text(self._changed_file, opened, self._tokens())
+            sealed = self._sealed(model, batch_size, len(evaluation.nats))
+            figures = {**times, "evaluation": evaluation, "sealed": sealed}
+        except Refused as refused:
+            reason = str(refused)
+        if devices.all_gather(self.mode)[0] == "holdout" and not reason:
+            self._score_test(model, batch_size)
+        scale, size = (config["n_embd"] / 768) ** -0.5, sum(p.size for _, p in tree_flatten(parameters))
+        model = {**config, "dmodel_scale": scale, "num_params": size}
+        self._end(reason, model, seen, seconds=seconds, train_peak=peak, **figures)
+
+    def _tokens(self):
+        return self._curve[-1][2] if self._curve else 0
+
+    def _check_training(self, seconds, paused_seconds):
+        run_checks.paused(paused_seconds, self.budget)
+        total, _, taken = self._startup
+        startup = total - self.warm_up_seconds - self.rehearsal_seconds
+        run_checks.start_up(startup, taken * len(self._curve) / max(self._tokens(), 1))
+        run_checks.budget(self.budget, seconds, [end for end, *_ in self._curve])
+
+    def _rows(self, of, *arguments):
+        with harness_reads():
+            return of(self.cache, self.dataset, *arguments)
+
+    def _evaluate(self, model, batch_size):
+        """(`Evaluation` of the validation rows, {what it took}). Raises `Refused` where a leak check fails."""
+        start, rows = time.monotonic(), self._rows(evaluation_rows)
+        questions = LeakChecks(model, rows, self.tokenizer, batch_size)
+        evaluation = evaluate_bpb(model, rows, self.tokenizer, batch_size)
+        scored = time.monotonic()
+        with devices.agreement(Refused):
+            questions.ask(evaluation.nats, scored - start)
+        end = time.monotonic()
+        return evaluation, {"eval_seconds": end - start, "check_seconds": end - scored}
+
+    def _sealed(self, model, batch_size, evaluated):
+        """(masked bits, bytes) of some rows of the test split: differences of two runs are as they were, and no
+        figure can be read off."""
+        found = evaluate_bpb(model, self._rows(sealed_rows, evaluated), self.tokenizer, batch_size)
+        mask = np.random.default_rng(int(self.cache.hash[:16], 16)).uniform(0, 2**12, len(found.row_bits))
+        return found.row_bits + mask, int(found.row_bytes.sum())
+
+    def _score_test(self, model, batch_size):
+        """The score of the test split, for `make holdout`."""
+        found = evaluate_bpb(model, self._rows(evaluation_rows, "test"), self.tokenizer, batch_size)
+        if not devices.RANK:
+            text = json.dumps({"bpb": found.bpb, "stderr": found.stderr})
+            files.write_atomically(project.DATA / "holdout.json", text)
+
+    def _end(self, reason, model, machine, seconds=0.0, train_peak=0, evaluation=None, sealed=None, **times):
+        """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run.
+
+        seconds, train_peak (bytes): of training, none where it never began. times: of evaluation and checks.
+        """
+        if devices.RANK:  # what a run leaves behind, rank 0 writes
+            sys.exit(2 if reason else 0)
+        steps, tokens, stream = len(self._curve), self._tokens(), self._stream
+        startup, startup_peak, _ = self._startup or (time.monotonic() - PROCESS_START, 0, 0)
+        training = {
+            "seconds": seconds,
+            "total_steps": steps,
+            "total_tokens": tokens,
+            "tokens_per_step": tokens // max(steps, 1),
+            "avg_tok_sec": tokens / seconds if seconds else 0.0,
+            "training_peak_mb": train_peak / 2**20,
+            "peak_memory_mb": max(startup_peak, train_peak, mx.get_peak_memory()) / 2**20,
+            "startup_seconds": startup,
+            "total_seconds": time.monotonic() - PROCESS_START,
+            "warm_up_seconds": self.warm_up_seconds,
+            "rehearsal_seconds": self.rehearsal_seconds,
+            "sequence_length": stream.sequence_length if stream else None,
+            "eval_seconds": times.get("eval_seconds"),
+            "check_seconds": times.get("check_seconds"),
+            "data_wait_seconds": stream.wait_seconds if stream else 0.0,
+            "epochs": stream.epochs if stream else 0.0,
+        }
+        result = {
+            "val_bpb": evaluation and evaluation.bpb,
+            "val_bpb_stderr": evaluation and evaluation.stderr,
+            "eval_bytes": evaluation and int(evaluation.row_bytes.sum()),
+            "row_bits": evaluation and record.packed(evaluation.row_bits),
+            "sealed_bits": sealed and record.packed(sealed[0]),
+            "sealed_bytes": sealed and sealed[1],
+        }
+        written = record.write(
+            train=self.train_blob,
+            commit=project.git("rev-parse", "--verify", "HEAD"),
+            status="invalid" if reason else "valid",
+            reason=reason,
+            harness=HARNESS,
+            dataset=self.dataset.name,
+            token_cache=self.cache.hash,
+            seed=self.seed,
+            budget=self.budget,
+            device=self.device,
+            group=self.group,
+            model=model,
+            training=training,
+            machine=machine,
+            result=result,
+            curve=record.binned(self._curve[:-1] or self._curve),  # the last end is noted otherwise
+        )
+        record.tell(written)
+        if reason:
+            sys.exit(2)
+
+
+def source_folders(dataset):
+    """Where the files lie that a dataset is made of and from."""
+    texts = os.environ.get("AUTORESEARCH_FILES") if dataset.name == "files" else None
+    return [cache_dir(dataset), *([texts] if texts else [])]
+
+
+def save_weights(parameters, train_blob):
+    """Keep what was trained in data/last_run.safetensors, so that an evaluation which dies loses no training.
+
+    The file names the program that it is of: after a pair data/last_run.json may be another's.
+    """
+    path = project.DATA / "last_run.safetensors"
+    try:
+        files.make_folder(project.DATA)
+        arrays, of = dict(tree_flatten(parameters)), {"train_blob": train_blob}
+        mx.save_safetensors(str(path.with_name(".part.safetensors")), arrays, of)
+        files.move_into_place(path.with_name(".part.safetensors"), path)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"note: the weights were not kept: {error}")
