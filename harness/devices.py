@@ -20,7 +20,11 @@ from harness.processes import LOST, UNFIT
 
 MARKS = {"MLX_HOSTFILE": "ring", "NCCL_HOST_IP": "nccl", "MLX_JACCL_COORDINATOR": "jaccl"}  # what mlx.launch sets
 BACKEND = next((backend for name, backend in MARKS.items() if name in os.environ), "any")
-GROUP = mx.distributed.init(strict=True, backend=BACKEND) if "MLX_RANK" in os.environ else None
+try:
+    GROUP = mx.distributed.init(strict=True, backend=BACKEND) if "MLX_RANK" in os.environ else None
+except RuntimeError as error:
+    print(f"error: this rank does not find the others: {error}", file=sys.stderr)
+    sys.exit(UNFIT)
 RANK, SIZE = (GROUP.rank(), GROUP.size()) if GROUP else (0, 1)
 
 

@@ -106,7 +106,11 @@ def one_at_a_time(folder):
     """Hold the lock of a folder, and wait where another process does: the kernel drops a dead one's."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # a network's file system may have no locks
+            error.filename = str(folder)
+            raise
         yield
     finally:
         os.close(descriptor)

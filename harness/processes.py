@@ -19,13 +19,11 @@ def is_alive(pid):
     """Whether a process runs. One that has ended and was not collected yet does not."""
     try:
         os.kill(pid, 0)
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):
-        pass  # another user's
-    with suppress(psutil.Error, OSError, OverflowError):
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    return True
+    except (psutil.Error, OSError, OverflowError):
+        return True  # another user's, or hidden
 
 
 def descendants(pid):
@@ -35,8 +33,14 @@ def descendants(pid):
     return []
 
 
+def kill(several):
+    for process in several:
+        with suppress(psutil.Error, OSError):
+            process.kill()
+
+
 def signal_group(group, number):
-    """Whether the process group is there. On macOS it is while it holds nothing but processes that have ended."""
+    """Send a signal to a process group, and say whether there is one. On macOS zombies alone are one."""
     with suppress(OSError):
         os.killpg(group, number)
         return True
@@ -48,14 +52,11 @@ def end_tree(pid, collect=lambda: None):
 
     collect: called while the group is waited for. It collects `pid` where that is our child and would stay a zombie.
     """
-    everyone = descendants(pid)
-    signal_group(pid, signal.SIGTERM)
-    signal_group(pid, signal.SIGCONT)  # one that was stopped would not hear
-    end = time.monotonic() + PATIENCE
+    everyone, end = descendants(pid), time.monotonic() + PATIENCE
+    for number in (signal.SIGTERM, signal.SIGCONT):  # one that was stopped would not hear
+        signal_group(pid, number)
     while time.monotonic() < end and signal_group(pid, 0):
         time.sleep(0.1)
         collect()
-    for process in {*everyone, *descendants(pid)}:
-        with suppress(psutil.Error, OSError):
-            process.kill()
+    kill({*everyone, *descendants(pid)})
     signal_group(pid, signal.SIGKILL)

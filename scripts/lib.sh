@@ -65,7 +65,10 @@ import mlx.core'
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
 need_python() {
-  local library wrong
+  local library wrong try=("${PYTHON:-.venv/bin/python}" -c 'import numpy, mlx.core')
+  if [ -n "${LD_LIBRARY_PATH:-}" ] && ! "${try[@]}" 2>/dev/null && env -u LD_LIBRARY_PATH "${try[@]}" 2>/dev/null; then
+    die "LD_LIBRARY_PATH=$LD_LIBRARY_PATH hides libraries that numpy and MLX need: unset LD_LIBRARY_PATH"
+  fi
   if [ -z "${PYTHON:-}" ]; then
     scripts/environment.sh
     PYTHON=$ROOT/.venv/bin/python

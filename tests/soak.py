@@ -72,7 +72,7 @@ class Night:
         self.lab = new_checkout(folder / "ein répo", folder / "home")
         self.folder, self.counts, self.number = folder, Counter(), 0
         (folder / "tmp").mkdir()
-        self.lab.env |= {"TMPDIR": str(folder / "tmp"), "TIMEOUT": "20", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.lab.env |= {"TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
         self.lab.write_train("prepare.finish(5.0)", commit="")
         self.lab.git("add", "-A")
         self.lab.git("commit", "-q", "-m", "start")
@@ -121,7 +121,7 @@ class Night:
 
     def open(self, tag):
         self.lab.git("checkout", "-q", "main")
-        self.type("setup", 0, TAG=tag)
+        self.type("setup", 0, TAG=tag, BUDGET="1", TIMEOUT="20")
         self.side = self.sides[tag] = Side(tag)
         self.type("baseline", 0, **({"AGAIN": "1"} if len(self.sides) > 1 else {}))
         self.side.rows.append(("keep", self.head(), "baseline"))
@@ -178,7 +178,10 @@ class Night:
     def bad(self, chance):
         body, code = chance.choice(list(ENDS.items()))
         self.commit(body.format(x=self.value(False)))
-        self.run(code, **({"TIMEOUT": "1"} if code == 124 else {}))
+        if code == 124:
+            self.lab.settings(self.side.tag, TIMEOUT="2")
+        self.run(code)
+        self.lab.settings(self.side.tag, TIMEOUT="20")
         if chance.random() < 0.4:  # mended at the second attempt
             self.pending = self.value(False)
             self.commit(f"prepare.finish({self.pending})")

@@ -1,14 +1,16 @@
 """Whatever ends a command, and wherever: the same command again ends well, and nothing is lost or there twice."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import small_laboratory
+
+from scripts.run import git_locks
 
 HERE = Path(__file__).parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the crash points are read from /proc")
@@ -147,15 +149,12 @@ def test_a_lock_of_a_git_at_work_stays(session):
     work.wait()
 
 
-@pytest.mark.slow
-def test_a_git_whose_folder_cannot_be_told_may_be_here(session, tmp_path):
-    """Another user's, say, on a machine without lsof: that is missed in silence."""
-    for name in ("bash", "dirname", "find", "ps", "sed", "sleep", "sort", "tr"):
-        (tmp_path / name).symlink_to(shutil.which(name))
-    (tmp_path / "readlink").symlink_to(shutil.which("false"))
-    held = session.path / ".git" / "index.lock"
-    held.touch()
-    with subprocess.Popen(["git", "cat-file", "--batch"], cwd=session.path, stdin=subprocess.PIPE) as work:
-        done = session.run("scripts/git-locks.sh", ".git", ".git", check=1, PATH=str(tmp_path))
-        work.stdin.close()
-    assert done.stderr == "error: git is at work, or was cut off; if it was, remove .git/index.lock\n" and held.exists()
+@pytest.mark.parametrize("hidden", ["its folder", "all processes"])
+def test_a_git_that_cannot_be_seen_may_be_here(monkeypatch, hidden):
+    def processes(_):
+        if hidden == "all processes":
+            raise FileNotFoundError("/proc")
+        yield SimpleNamespace(info={"name": "git", "status": "running", "cwd": None})
+
+    monkeypatch.setattr(git_locks.psutil, "process_iter", processes)
+    assert git_locks.git_is_at_work()

@@ -218,7 +218,7 @@ def test_a_machine_that_cannot_be_reached_is_no_fault_of_the_experiment(group_of
     hosts_by("exit 255", group_of_two, tmp_path)
     group_of_two.write_train("while True: pass")
     done = group_of_two.script("run", check=2)
-    assert "paused (exit 2)" in done.stdout and "rank 1 did not begin on 192.0.2.1" in done.stdout, done.stdout
+    assert "paused (exit 2)" in done.stdout and "no rank began on 192.0.2.1" in done.stdout, done.stdout
     assert "next     make run" in done.stdout
 
 

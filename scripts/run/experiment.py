@@ -124,7 +124,7 @@ def run_once(sitting, held, role, commit, head, seed, pair=None):
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
             "train_blob": project.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
-            "launcher": os.getpid(), "lock": held.path, "waited": round(held.waited, 1),
+            "launcher": os.getpid(), "lock": list(held.locks)[-1], "waited": round(held.waited, 1),
         }  # fmt: skip
         held.waited, before = 0.0, (files.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)

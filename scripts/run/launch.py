@@ -1,4 +1,4 @@
-"""Run a program as a group of ranks, which mlx.launch starts; where one fails, all end, and the first is named.
+"""Run a program as a group of ranks, which mlx.launch starts. Where one fails all end, and the first is named.
 
 usage: launch.py FOLDER PROGRAM [OPTION …]     NPROC and HOSTS stand in the environment; --check only looks at them
 
@@ -27,20 +27,16 @@ MLX_LAUNCH = "from mlx._distributed_utils.launch import main; main()"  # what it
 CARRIED = re.compile(r"AUTORESEARCH_(?!LOCK)|MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$|OPENBLAS_|PYTHONU|MLX_")  # by ssh
 
 
-def address_of(host):
-    try:
-        return socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0]
-    except OSError as error:
-        mend = "a hostfile of mlx.launch gives its address"
-        raise Refused(f"HOSTS: {host} is unknown ({error.strerror}); {mend}") from None
-
-
 def is_ours(address, port=0):
-    """Whether `address` is this machine's, and the port free."""
-    with socket.socket() as one:
+    """Whether `address` is this machine's, and the port free; without one, whether one can connect to it."""
+    with socket.socket() as one, socket.socket() as other:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.settimeout(5)
         try:
             one.bind((address, port))
+            one.listen()
+            if not port:
+                other.connect(one.getsockname())
         except OSError:
             return False
     return True
@@ -49,16 +45,20 @@ def is_ours(address, port=0):
 def hostfile():
     """What mlx.launch's --hostfile holds, from HOSTS and NPROC: a host for each rank; those that are here are HERE."""
     named, each = os.environ.get("HOSTS") or HERE, int(os.environ.get("NPROC") or 1)
-    group = {"backend": "", "envs": [], "hosts": [{"ssh": name} for name in named.split(",")]}
-    if named.endswith(".json"):
-        try:
+    group = {"hosts": [{"ssh": name} for name in named.split(",")]}
+    try:
+        if named.endswith(".json"):
             found = json.loads(Path(named).read_text())
-            group |= {"hosts": found} if isinstance(found, list) else found
-            group["hosts"] = [{"ssh": str(host["ssh"]), **host} for host in group["hosts"]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise Refused(f"HOSTS: {named} is no hostfile of mlx.launch: {error}") from None
-    for host in group["hosts"]:
-        host["ips"] = host.get("ips") or [address_of(host["ssh"])]
+            group = {"hosts": found} if isinstance(found, list) else found
+        for host in group["hosts"]:
+            host["ips"] = host.get("ips") or [socket.getaddrinfo(host["ssh"], None, socket.AF_INET)[0][4][0]]
+    except socket.gaierror as error:
+        mend = "a hostfile of mlx.launch gives its address"
+        raise Refused(f"HOSTS: {host['ssh']} is unknown ({error.strerror}); {mend}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Refused(f"HOSTS: {named} is no hostfile of mlx.launch: {error}") from None
+    if group.get("backend") == "mpi":
+        raise Refused("HOSTS: the backend mpi has a launcher of its own, which is not supported: nccl, ring or jaccl")
     local = [is_ours(host["ips"][0]) for host in group["hosts"]]
     if not local[0] and named == HERE:
         raise Refused(f"ranks talk by {HERE}, the network within this machine, and it is down or hidden by a sandbox")
@@ -69,75 +69,64 @@ def hostfile():
     for host, here in zip(group["hosts"], local, strict=True):
         host["ssh"] = HERE if here else host["ssh"]
     group["hosts"] = [host for host in group["hosts"] for _ in range(each)]
-    if group["backend"] == "mpi":
-        raise Refused("HOSTS: the backend mpi has a launcher of its own, which is not supported: nccl, ring or jaccl")
     return group
-
-
-def first_port(hosts, devices):
-    """The first of the ports of our first device, which no other run has while we hold its lock."""
-    port = FIRST_PORT + BLOCK * (int(devices[0]) if devices and devices[0].isdecimal() else 0)
-    if len(hosts) > BLOCK:
-        raise Refused(f"{len(hosts)} ranks: at most {BLOCK} can be launched")
-    for rank, host in enumerate(hosts):
-        if host["ssh"] == HERE and not is_ours(host["ips"][0], port + rank):
-            raise Refused(f"port {port + rank} of {host['ips'][0]} is taken by another program, which must end first")
-    return port
 
 
 def follow(launcher, hosts):
     """Pass on what the ranks say until all have ended; returns the exit code, and says which ended first of itself."""
     begun, ends = set(), {}
     for line in launcher.stderr:
-        if not (said := SAID.search(line)):
-            if b"[WARN] Node with rank" not in line:  # mlx.launch's words for what is said below
-                os.write(2, line)
-            continue
-        os.write(2, line[: said.start()])
-        rank, word = int(said[1]), said[2]
-        if word != b"begins":
-            ends[rank] = int(word)
-            continue
-        begun.add(rank)
-        if len(begun) == len(hosts):  # mlx.launch keeps a core busy until it finds that nobody reads what it writes
-            launcher.stdin.write(b"\n")
-            launcher.stdin.flush()
-    absent = [rank for rank in range(len(hosts)) if rank not in begun and hosts[rank]["ssh"] != HERE]
+        said = SAID.search(line)
+        if b"[WARN] Node with rank" not in line:  # mlx.launch's words for what is said below
+            os.write(2, line[: said.start()] if said else line)
+        if said and said[2] == b"begins":
+            begun.add(int(said[1]))
+            if len(begun) == len(
+                hosts
+            ):  # until mlx.launch finds that nobody reads what it writes, it keeps a core busy
+                launcher.stdin.write(b"\n")
+                launcher.stdin.flush()
+        elif said:
+            ends[int(said[1])] = int(said[2])
     first = next(((rank, code) for rank, code in ends.items() if code not in (0, LOST)), None)
+    absent = [host for rank, host in enumerate(hosts) if rank not in begun and host != HERE]
     if absent and not first:
-        host = hosts[absent[0]]["ssh"]
-        print(f"error: rank {absent[0]} did not begin on {host}: ssh {host} must need no password, and find the same "
-              "folder and its environment there", file=sys.stderr)  # fmt: skip
+        mend = "must need no password, and find the same folder and its environment there"
+        print(f"error: no rank began on {absent[0]}: ssh {absent[0]} {mend}", file=sys.stderr)
         return UNFIT
-    if first and ends.get(0) != first[1]:  # else rank 0 has said the same
-        rank, code = first
+    if first is None:
+        return ends.get(0, 1)
+    rank, code = first
+    if ends.get(0) != code:  # else rank 0 has said why
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit {code}"
-        print(f"error: rank {rank} of {len(hosts)} ({hosts[rank]['ssh']}) {how}", file=sys.stderr)
-    return first[1] if first and first[1] > 0 else 1 if first else ends.get(0, 1)
+        print(f"error: rank {rank} of {len(hosts)} ({hosts[rank]}) {how}", file=sys.stderr)
+    return max(code, 1)
 
 
-def main(words):
-    folder, *words = words
-    group, devices = hostfile(), [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-    port, hosts = first_port(group["hosts"], devices), [host["ssh"] for host in group["hosts"]]
-    if words[1:] == ["--check"]:
+def main(folder, program, *words):
+    group, devices = hostfile(), [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.isdecimal()]
+    port = FIRST_PORT + BLOCK * int(devices[0] if devices else 0)
+    if not is_ours(group["hosts"][0]["ips"][0], port):
+        raise Refused(f"port {port}, by which ranks talk, is taken by another program")
+    if words == ("--check",):
         return 0
+    hosts = [host["ssh"] for host in group["hosts"]]
     facts = {"hosts": hosts, "devices": devices, "folder": folder, "temporary": os.environ.get("TMPDIR"),
              "limit": float(os.environ.get("TIMEOUT") or 600)}  # fmt: skip
     if set(hosts) != {HERE}:
-        facts["program"] = base64.b64encode(zlib.compress(Path(words[0]).read_bytes())).decode()
+        facts["program"] = base64.b64encode(zlib.compress(Path(program).read_bytes())).decode()
     os.environ["AUTORESEARCH_GROUP"] = json.dumps(facts)
-    carried = [f"--env={name}={value}" for name, value in os.environ.items() if CARRIED.match(name)]
     # mlx.launch leaves files behind; where we are killed, experiment.py takes the folder away
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", ignore_cleanup_errors=True) as temporary:
         Path(temporary, "hosts.json").write_text(json.dumps(group))
-        options = [f"--hostfile={temporary}/hosts.json", "-n", os.environ.get("NPROC") or "1", *carried]
+        options = [f"--env={name}={value}" for name, value in os.environ.items() if CARRIED.match(name)]
         options += [f"--env=PYTHONPATH={folder}", f"--starting-port={port}", f"--nccl-port={port}"]
-        command = [sys.executable, "-c", MLX_LAUNCH, *options, "--", sys.executable, "-m", "scripts.run.rank", *words]
-        environment = {**os.environ, "TMPDIR": temporary}
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as launcher:
-            return follow(launcher, group["hosts"])
+        options += [f"--hostfile={temporary}/hosts.json", "-n", os.environ.get("NPROC") or "1"]
+        rank = [sys.executable, "-m", "scripts.run.rank", program, *words]
+        with subprocess.Popen([sys.executable, "-c", MLX_LAUNCH, *options, "--", *rank], stdin=subprocess.PIPE,
+                              stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": temporary}) as launcher:  # fmt: skip
+            return follow(launcher, hosts)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(run_command(main, *sys.argv[1:]))

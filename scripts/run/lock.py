@@ -1,11 +1,11 @@
-"""The lock of a device, so that one run at a time is on it.
+"""The lock of a device: one run at a time is on it.
 
 usage: lock.py -- COMMAND …     becomes COMMAND, which holds the lock
 
 A Mac or a CPU is one device. Of several NVIDIA GPUs each has a lock and an equal part of the processor cores: DEVICE
 says which, else the first free one is taken, or so many as NPROC says. CUDA_VISIBLE_DEVICES limits the choice. With
-WAIT, who finds a device taken waits for it. The lock belongs to whoever has its descriptor: the verb and the training
-under it. Should both die, the kernel drops it; no pid is trusted, none can be mistaken for another.
+WAIT, whoever finds a device taken waits for it. The lock belongs to whoever has its descriptor: the verb and the
+training under it. When both are dead the kernel drops it; no pid is trusted.
 """
 
 import errno
@@ -28,27 +28,17 @@ MEND = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who ru
 
 @dataclass
 class Held:
-    """Locks that are ours, {path: descriptor}, the device's last; and how many seconds it was waited for them."""
+    """Locks that are ours, {path: descriptor}, the device's last; and how many seconds were waited for them."""
 
     locks: dict
     waited: float
 
-    @property
-    def path(self):
-        return list(self.locks)[-1]
-
-    @property
-    def descriptors(self):
-        return list(self.locks.values())
-
     def keep(self):
-        """Make a lock file anew that was deleted under us: a second run would make one of its own, and begin."""
+        """Make a lock file anew that was deleted: a second run would make one of its own, and begin."""
         for path, lock in self.locks.items():
-            if not is_file(path, lock):
-                with suppress(OSError, Refused):
-                    new = open_lock(path)
-                    self.locks[path] = lock if new is None else new
-                    write_note(path, self.locks[path])
+            with suppress(OSError, Refused):
+                if not (os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock))):
+                    self.locks[path] = open_lock(path) or lock
 
 
 def gpus():
@@ -56,32 +46,24 @@ def gpus():
     with suppress(OSError, subprocess.SubprocessError):
         asked = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
         listed = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
-        names = dict(line.split(", ") for line in listed.splitlines())  # {number: UUID}
-        usable = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(names)).split(",")
-        of_name = [[n for n, uuid in names.items() if name.strip() in (n, uuid) or uuid.startswith(name.strip() + "-")]
-                   for name in usable if name.strip()]  # fmt: skip
-        return len(names), [int(numbers[0]) for numbers in of_name if numbers]
+        names = [line.split(", ") for line in listed.splitlines()]  # of each its number and UUID
+        usable = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(number for number, _ in names)).split(",")
+        return len(names), [int(n) for name in usable for n, uuid in names if name and (name == n or uuid == name)]
     return 0, []
 
 
-def is_file(path, lock):
-    """Whether `path` is the name of the open file `lock`."""
-    try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(lock))
-    except OSError:
-        return False
-
-
 def open_lock(path):
-    """The descriptor of a lock that was free and is ours now, or None."""
-    with suppress(OSError):
-        os.fchmod(lock := os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), 0o666)
-        os.close(lock)
-    try:  # never through a link, never to a pipe: another user may have laid it there
-        lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    """The descriptor of a lock that was free and is ours now, its file saying so; None where another has it."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link, never to a pipe: another user may have laid it there
+    try:
+        try:
+            lock = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's file
+            lock = os.open(path, flags | os.O_RDONLY)
     except OSError as error:
         raise Refused(f"the machine's lock {path} cannot be opened ({error.strerror}): {MEND}") from None
-    if not stat.S_ISREG(os.fstat(lock).st_mode):
+    facts = os.fstat(lock)
+    if not stat.S_ISREG(facts.st_mode):
         raise Refused(f"the machine's lock {path} is no plain file: rm {path}, or AUTORESEARCH_LOCK names another")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,19 +72,17 @@ def open_lock(path):
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return None
         raise Refused(f"the file system of {path} has no locks ({error.strerror}): {MEND}") from None
+    with suppress(OSError):
+        if facts.st_nlink == 1:  # else it is a second name of some other file
+            os.fchmod(lock, 0o666)
+            os.ftruncate(lock, 0)
+            note = {"pid": os.getpid(), "clock": time.monotonic(), "folder": str(ROOT)}
+            os.pwrite(lock, json.dumps(note).encode(), 0)
     return lock
 
 
-def write_note(path, lock):
-    """Say in the lock's file who holds it; of another user's file only the content is out of reach."""
-    with suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "w") as out:
-        if os.path.sameopenfile(out.fileno(), lock) and os.fstat(lock).st_nlink == 1:  # and no file of ours
-            out.truncate(0)
-            json.dump({"pid": os.getpid(), "clock": time.monotonic(), "folder": str(ROOT)}, out)
-
-
 def holder(path):
-    """Who holds a lock, in words, as far as its note tells."""
+    """Who holds a lock, in words, as far as its file tells."""
     note = files.read_json(path) or {}
     try:
         age = max(0, round(time.monotonic() - note["clock"]))
@@ -111,25 +91,25 @@ def holder(path):
         return ""
 
 
-def try_all(needed, others, wanted):
-    """({path: descriptor} of all `needed` locks and `wanted` others, None), or (None, the first that is taken)."""
-    held, taken = {}, None
-    for path in [*needed, *others]:
+def try_all(needed, devices, wanted):
+    """({path: descriptor} of all `needed` locks and `wanted` devices, None), or (None, the first that is taken)."""
+    held, taken = {}, []
+    for path in [*needed, *devices]:
         if len(held) < len(needed) + wanted:
             lock = open_lock(path)
             held |= {} if lock is None else {path: lock}
-            taken = path if lock is None and taken is None else taken
-    if len(held) == len(needed) + wanted and set(needed) <= set(held):
+            taken += [path] if lock is None else []
+    if len(held) == len(needed) + wanted and not set(needed) & set(taken):
         return held, None
     for lock in held.values():
         os.close(lock)
-    return None, taken
+    return None, taken[0]
 
 
 def take(folder=True):
-    """Take a device, or NPROC of them, and its part of the machine; returns what is `Held`.
+    """Take a device, or NPROC of them, and their part of the machine; returns what is `Held`.
 
-    folder: of several devices' runs, one at a time in this folder, since two would mix their files.
+    folder: where there are several devices, this folder as well, since two runs in it would mix their files.
     """
     total, usable = gpus()
     chosen, wanted, several = os.environ.get("DEVICE"), int(os.environ.get("NPROC") or 1), total > 1
@@ -140,30 +120,26 @@ def take(folder=True):
         raise Refused(f"NPROC={wanted} devices are wanted, and {len(devices)} may be used here")
     places = {f"{LOCK}.{d}" if several else LOCK: d for d in devices if not chosen or d == int(chosen)}
     os.makedirs(ROOT / "data", exist_ok=True)
-    needed, start = [str(ROOT / "data" / ".run")] if several and folder else [], time.monotonic()
-    held, taken = try_all(needed, places, min(wanted, len(places)))
-    if not held:
-        what = "every device" if len(places) > 1 else f"device {chosen}" if several else "this machine"
-        what = "this folder (a run beside it needs a git worktree of its own)" if taken in needed else what
+    needed, start, told = [str(ROOT / "data" / ".run")] if several and folder else [], time.monotonic(), False
+    while not (found := try_all(needed, places, min(wanted, len(places))))[0]:
+        who = holder(found[1])
         if not os.environ.get("WAIT"):
-            raise Refused(f"{what} is taken by another run{holder(taken)}; WAIT=1 waits for it")
-        tell(f"waiting for another run{holder(taken)}")
-        while not held:
-            time.sleep(PAUSE)
-            held, taken = try_all(needed, places, min(wanted, len(places)))
-    for path, lock in held.items():
-        write_note(path, lock)
+            what = "every device" if len(places) > 1 else f"device {chosen}" if several else "this machine"
+            what = "this folder (a run beside it needs a git worktree of its own)" if found[1] in needed else what
+            raise Refused(f"{what} is taken by another run{who}; WAIT=1 waits for it")
+        told = told or tell(f"waiting for another run{who}") or True
+        time.sleep(PAUSE)
     if several:
-        ours = [places[path] for path in held if path in places]
+        ours = [places[path] for path in found[0] if path in places]
         os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, ours))}
         cores = sorted(os.sched_getaffinity(0))
         parts = {core for d in ours for core in cores[d * len(cores) // total : (d + 1) * len(cores) // total]}
         os.sched_setaffinity(0, parts or cores)
-    return Held(held, time.monotonic() - start)
+    return Held(found[0], time.monotonic() - start)
 
 
 def main(command):
-    for lock in take().descriptors:
+    for lock in take().locks.values():
         os.set_inheritable(lock, True)
     os.execvp(command[0], command)
 

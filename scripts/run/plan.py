@@ -1,10 +1,8 @@
 """Which runs a `make run` makes: of which program, with which seed; and what is refused before any is made."""
 
-import ast
 import os
 import re
 import uuid
-from contextlib import suppress
 
 from harness import project
 from scripts import session
@@ -43,38 +41,22 @@ def refuse_seen(sitting, args):
             raise Refused(f"this train.py was run before: {row.line.expandtabs(1)} (make run AGAIN=1 runs it again)")
 
 
-def imported(path, strings=False):
-    """The first names of the modules that a Python file imports; `strings`: and those that its texts may name."""
-    names = set()
-    with suppress(OSError, SyntaxError, ValueError, RecursionError):
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names.add(node.module.split(".")[0])
-            elif strings and isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names.add(re.split("[./]", node.value)[0])
-    return names
-
-
 def refuse_modules(sitting, args):
-    """Refuse a program that is more than train.py: its commit alone must run again.
+    """Refuse a train.py that imports a module which git had not like this when the session began.
 
-    A module may stand beside train.py if git had it like this when the session began, or if nothing imports it.
+    The commit's train.py alone must run again.
     """
-    if not args.head:
-        return
     base = f"refs/experiments/{sitting.tag}/start" if args.session else args.head
     lists = ("ls-files", "--others", "--exclude-standard"), ("diff", "--name-only", base)
     new = {name for words in lists for name in (session.git(*words, "--", "*.py", "*.so") or "").splitlines()}
-    known = (session.git("ls-tree", "-r", "--name-only", base) or "").splitlines()
+    known = (session.git("ls-tree", "--name-only", base) or "").splitlines()
     new |= {path.name for path in ROOT.glob("*.py")} - {*known}  # what git ignores as well
-    ours = [ROOT / name for name in known if re.fullmatch(r"(harness/)?\w+\.py", name) and name != "train.py"]
-    used = imported(ROOT / "train.py", strings=True).union(*map(imported, ours))
-    for name in sorted(new - {"train.py"}):
-        if re.split("[./]", name)[0] in used:
+    text = (ROOT / "train.py").read_text("utf-8", "replace")
+    for name in sorted(new - {"train.py"}) if args.head else ():
+        module = re.escape(re.split("[./]", name)[0])  # the first part of what it is imported by
+        if re.search(rf"^\s*(from|import([\w\s.]+,)*)\s+{module}\b|import\w*\(\s*[\"']{module}\b", text, re.MULTILINE):
             what = "was committed or changed since the session began" if args.session else "git does not have like this"
-            raise Refused(f"train.py imports or names {name}, which {what if name in known else 'is new'}: "
+            raise Refused(f"train.py imports {name}, which {what if name in known else 'is new'}: "
                           "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
 
 
@@ -82,32 +64,31 @@ def plan(sitting, args):
     """The runs to make: [(role, commit or None, seed, pair), …]."""
     seed, blob = project.settings()[1], project.blob_hash(ROOT / "train.py")
     chosen = seed if os.environ.get("AUTORESEARCH_SEED") else None
+
+    def repeats(role, commit, used):  # as many runs as args.runs are more than those `used`, or one
+        seeds = []
+        for _ in range(len(used), args.runs or len(used) + 1):
+            seeds.append(unused([*used, *seeds]) if chosen is None else chosen)
+        return [(role, commit, seed, None) for seed in seeds]
+
+    if args.again:
+        return repeats("candidate", None, seeds_of(sitting, blob))
     if not (args.reference or args.pair):
-        if not args.again:
-            refuse_seen(sitting, args)
-            return [("candidate", None, seed, None)]
-        return repeats("candidate", None, seeds_of(sitting, blob), args.runs, chosen)
+        refuse_seen(sitting, args)
+        return [("candidate", None, seed, None)]
     row = sitting.reference(sitting.rows()[0], args.head)
     if row is None or not row.blob or not args.head:
         raise Refused("there is no reference yet, or git does not know it: make baseline makes one")
     used = seeds_of(sitting, row.blob)
     if args.reference:
-        return repeats("reference", row.commit, used, args.runs, chosen)
+        return repeats("reference", row.commit, used)
     if row.blob == blob:
         raise Refused("the program at hand is the reference: there is no pair (make run REFERENCE=1 repeats it)")
-    mine, made = seeds_of(sitting, blob), []
+    used, made = [*used, *seeds_of(sitting, blob)], []
     count = len({a["pair"] for a in sitting.attempts() if a.get("pair")})
     for number in range(count, count + (args.runs or 1)):
-        seed, pair = unused([*used, *mine]) if chosen is None else chosen, f"{number + 1}-{uuid.uuid4().hex[:6]}"
+        seed, pair = unused(used) if chosen is None else chosen, f"{number + 1}-{uuid.uuid4().hex[:6]}"
         ends = [("reference", row.commit, seed, pair), ("candidate", None, seed, pair)]
         made += ends if number % 2 == 0 else ends[::-1]
-        mine.append(seed)
+        used.append(seed)
     return made
-
-
-def repeats(role, commit, used, wanted, chosen):
-    """As many runs as `wanted` are more than those `used`, or one. chosen: the seed of all, or None."""
-    seeds = []
-    for _ in range(len(used), wanted or len(used) + 1):
-        seeds.append(unused([*used, *seeds]) if chosen is None else chosen)
-    return [(role, commit, seed, None) for seed in seeds]

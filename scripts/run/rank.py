@@ -12,10 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import suppress
 from pathlib import Path
-
-import psutil
 
 from harness import files, processes
 
@@ -39,13 +36,12 @@ def share(index, count, devices):
 
 def run(rank, command, limit):
     """Run the program to its end, which is ours, or for at most `limit` seconds."""
-    # What ranks other than 0 print, rank 0 prints as well. Their errors are shown.
+    # What the others print rank 0 prints as well; errors of all are shown.
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if rank else None)
 
     def stop(*_):
-        for process in (*processes.descendants(os.getpid()), child):
-            with suppress(psutil.Error, OSError):
-                process.kill()
+        processes.kill(processes.descendants(os.getpid()))
+        child.kill()
         os._exit(1)
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -75,9 +71,8 @@ def main(words):
 
         os.chdir(group["folder"])
         held = run_command(lock.take, False) if index == 0 or lock.gpus()[0] > 1 else None
-        program = Path("data", "group", f"program{index}.py")
-        files.write_atomically(program, zlib.decompress(base64.b64decode(group["program"])))
-        words[0] = str(program)
+        words[0] = f"data/group/program{index}.py"
+        files.write_atomically(Path(words[0]), zlib.decompress(base64.b64decode(group["program"])))
     say(rank, "begins")
     run(rank, [sys.executable, *words], group["limit"])
     del held  # until here

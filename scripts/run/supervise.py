@@ -13,8 +13,6 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import psutil
-
 from harness import processes
 
 TICK = 0.5  # seconds between two looks at what runs
@@ -96,7 +94,7 @@ def run(command, folder, log, limit, lock, environment):
     with open(log, "wb") as out, open(log, "rb") as written:
         child = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=lock.descriptors,
+            start_new_session=True, pass_fds=list(lock.locks.values()),
             env={**environment, **({"AUTORESEARCH_TERMINAL": "1"} if terminal else {})},
         )  # fmt: skip
         _running[:] = [child.pid]
@@ -115,9 +113,7 @@ def run(command, folder, log, limit, lock, environment):
             child.wait()
         wall = time.monotonic() - start
         _running.clear()
-        for orphan in processes.descendants(os.getpid()):
-            with suppress(psutil.Error, OSError):
-                orphan.kill()
+        processes.kill(processes.descendants(os.getpid()))  # whatever lost its parent
         show(written, terminal)
     if terminal:  # of a line that was overwritten the log keeps the last state
         log.write_bytes(re.sub(rb"[^\r\n]*\r(?!\n)", b"", log.read_bytes()))

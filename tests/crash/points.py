@@ -61,7 +61,7 @@ class Lab:
             **{f"GIT_{who}_{what}": "tester" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
             "GIT_AUTHOR_DATE": "2026-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2026-01-01T00:00:00Z",
             "PYTHONDONTWRITEBYTECODE": "1", "CRASH_UNDER": str(work / "disk"), "PYTHONUTF8": "1",
-            "PYTHONPATH": "", "TIMEOUT": "20",
+            "PYTHONPATH": "",
             "AUTORESEARCH_CACHE": str(work / "disk" / "cache"), "AUTORESEARCH_FILES": str(pristine.parent / "texts"),
         }  # fmt: skip
         (work / "bin").mkdir(parents=True)
