@@ -12,7 +12,6 @@ import os
 import sys
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -205,82 +204,6 @@ def runs_of(blob, like):
     return [r for r in archived() if r["train_blob"] == blob and not differences(r, like)]
 
 
-def beyond_seeds(programs, seeds, values):
-    """(standard deviation, degrees of freedom) of what neither program nor seed explains, by least squares.
-
-    programs, seeds, values: of each run. Programs are eliminated, so that as many unknowns as seeds are left.
-    """
-    names, s = np.unique(seeds, return_inverse=True)
-    _, p = np.unique(programs, return_inverse=True)
-    counts = np.zeros((p.max() + 1, len(names)))
-    np.add.at(counts, (p, s), 1)
-    share = counts / counts.sum(axis=1, keepdims=True)
-    beyond = values - np.bincount(p, values)[p] / counts.sum(axis=1)[p]
-    normal = np.diag(counts.sum(axis=0)) - counts.T @ share
-    effect = np.linalg.pinv(normal, rcond=1e-9, hermitian=True) @ np.bincount(s, beyond, minlength=len(names))
-    left = beyond - effect[s] + (share @ effect)[p]
-    df = len(values) - len(counts) - int(np.linalg.matrix_rank(normal, tol=1e-6, hermitian=True))
-    return math.sqrt((left**2).sum() / df) if df else math.nan, df
-
-
-RECENT, UNLIKE = 8, 2.0  # see Noise.of
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The standard deviation of one run's figures between runs of one and the same program.
-
-    bpb in bits per byte; rate as a share of the program's mean. Pooled over all programs with more than one
-    run: the squared deviations from each program's own mean, over the degrees of freedom (df), which are the
-    runs less the programs. With df = 0 nothing is known, and both are nan. same_seed, same_seed_df: what is left of
-    bpb between runs of the same seeds: these see the same text in the same order from the same initial weights.
-    """
-
-    bpb: float
-    rate: float
-    df: int
-    same_seed: float = math.nan
-    same_seed_df: int = 0
-
-    @classmethod
-    def of(cls, programs, seeds, bpbs, rates):
-        """From runs in the order in which they were made; programs: a name of each one's program.
-
-        Programs change during a night, and their noise with them: where the newest ones, which have RECENT degrees of
-        freedom, are UNLIKE times as noisy as those before, or as quiet, they alone count.
-        """
-        _, first, p, count = np.unique(programs, return_index=True, return_inverse=True, return_counts=True)
-        bpb, rate = (np.bincount(p, values) / count for values in (bpbs, rates))
-        apart = np.subtract(bpbs, bpb[p]), np.divide(rates, rate[p]) - 1
-        squares = np.stack([np.bincount(p, x**2) for x in apart], axis=1)
-        order = np.argsort(-first)
-        known = np.cumsum(count[order] - 1)
-        recent = order[: 1 + int(np.searchsorted(known, RECENT))]
-        before = np.setdiff1d(order, recent)
-        counts, other = (count[which] - 1 for which in (recent, before))
-        if other.sum() >= RECENT / 2:
-            a, b = squares[recent, 0].sum() / counts.sum(), squares[before, 0].sum() / other.sum()
-            if not UNLIKE**-2 < a / max(b, 1e-30) < UNLIKE**2:
-                order = recent
-        df = int((count[order] - 1).sum())
-        if not df:
-            return cls(math.nan, math.nan, 0)
-        chosen = np.isin(p, order)
-        left = beyond_seeds(p[chosen], np.asarray(seeds)[chosen], np.asarray(bpbs)[chosen])
-        return cls(*np.sqrt(squares[order].sum(axis=0) / df), df, *left)
-
-
-def noise(like, usable=lambda record: True):
-    """`Noise` of all `usable` runs that may be compared with the record `like`."""
-    return noise_of([r for r in archived() if usable(r) and not differences(r, like)])
-
-
-def noise_of(runs):
-    """`Noise` of these records, in the order in which they were made."""
-    figures = [(r["train_blob"], r["seed"], bpb(r), tok_sec(r) or 1.0) for r in runs]
-    return Noise.of(*zip(*figures, strict=True)) if figures else Noise(math.nan, math.nan, 0)
-
-
 # --- pairs: two runs that saw the same text ------------------------------------------------------------
 
 
@@ -312,14 +235,36 @@ def at_equal_steps(new, old):
     """(difference of training loss in nats per token, its standard error) at the same steps, or None.
 
     Two runs of one seed that take as many tokens a step see the same text at the same step, so the difference
-    of their losses is nearly free of noise, and does not know how fast the machine was. Only the steps of the
-    first half of the budget count, in which the presets do not lower their rates yet, and of those the later half. The
-    error is that of the mean of what are then correlated bins, by the batch means of four stretches.
+    of their losses is nearly free of noise, and does not know how fast the machine was. Of the steps that count the
+    later half is taken. The error is that of the mean of what are then correlated bins, by the batch means of four
+    stretches.
+    """
+    change = _apart_at_equal_steps(new, old)
+    change = change[len(change) // 2 :]
+    if len(change) < 8:
+        return None
+    parts = [part.mean() for part in np.array_split(change, 4)]
+    return change.mean(), np.std(parts, ddof=1) / 2
+
+
+def same_losses(new, old):
+    """Whether two runs of one seed had the same training loss at every step that they share, as far as records tell.
+
+    Then the second program computes what the first does, and only the clock may tell them apart.
+    """
+    change = _apart_at_equal_steps(new, old)
+    return len(change) >= 8 and bool(np.abs(change).max() < 2e-5)  # losses are written to five decimals
+
+
+def _apart_at_equal_steps(new, old):
+    """How much higher the first one's losses are at the same steps, a value for each bin; empty where none are.
+
+    Only the first half of the budget counts, in which the presets do not lower their rates yet.
     """
     curves = [r.get("curve") or {} for r in (new, old)]
     a, b = ((r["seed"], *map(r["training"].get, ("tokens_per_step", "sequence_length"))) for r in (new, old))
     if a != b or None in a or not all(c.get("loss") for c in curves):
-        return None
+        return np.empty(0)
     size = max(c["steps_per_bin"] for c in curves)
     losses = []
     for record, curve in zip((new, old), curves, strict=True):
@@ -327,8 +272,4 @@ def at_equal_steps(new, old):
         early = int(np.searchsorted(curve["seconds"], record["budget"] / 2)) // times * times
         losses.append(np.reshape(curve["loss"][:early], (-1, times)).mean(axis=1))
     shared = min(map(len, losses))
-    change = (losses[0][:shared] - losses[1][:shared])[shared // 2 :]
-    if len(change) < 8:
-        return None
-    parts = [part.mean() for part in np.array_split(change, 4)]
-    return change.mean(), np.std(parts, ddof=1) / 2
+    return losses[0][:shared] - losses[1][:shared]

@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 from harness import record  # noqa: E402
 from scripts.judge import verdict  # noqa: E402
+from scripts.judge.evidence import Evidence, Observation  # noqa: E402
+from scripts.judge.observations import slots  # noqa: E402
 
 SIGMA = 0.002  # of one run, bits per byte
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
@@ -105,32 +107,30 @@ def make(folder, count=40, tag="t", seed=1, budget=300.0, describe=None, share=(
 
 def simulated(base, count, draw, share=(0.06, 0.03)):
     """A night judged by the real rule: (what happened, program, details) in order; its programs; the last."""
-    programs, told, pooled = [], [], {}
+    programs, told, loads, pairs, runs = [], [], [], [], []
 
     def program(text, parent, truth):
-        blob = blob_of(text)
-        facts = {"text": text, "blob": blob, "parent": parent, "truth": truth, "rate": 60000.0}
-        programs.append(SimpleNamespace(runs=[], mark=0, **facts))
+        facts = {"text": text, "blob": blob_of(text), "parent": parent, "truth": truth, "rate": 60000.0}
+        programs.append(SimpleNamespace(mark=0, count=0, **facts))
         return programs[-1]
 
     def run(p, role, pair=None):
-        busy = 40 < len(told) % 150 < 55
+        busy, p.count = 40 < len(told) % 150 < 55, p.count + 1
         bpb = draw.gauss(p.truth, SIGMA) + 0.01 * busy
         rate = p.rate * draw.gauss(1, 0.01) * (0.8 if busy else 1)
-        p.runs.append((bpb, rate, "busy" if busy else None))
-        if not busy:
-            pooled.setdefault(p.blob, []).append([bpb, rate / 60000.0])
-        told.append((role, p, {"seed": 41 + len(p.runs), "bpb": bpb, "rate": rate, "busy": busy, "pair": pair}))
+        facts = {"seed": 41 + p.count, "bpb": bpb, "rate": rate, "busy": busy, "pair": pair}
+        told.append((role, p, facts))
+        runs.append((p.blob, facts["seed"], bpb, rate))
+        loads.append(0.75 if busy else None)
+        pairs.append(pair)
 
-    def side(p):
-        return verdict.Side(*map(list, zip(*p.runs, strict=True)), lines=len(p.text.splitlines()))
-
-    def noise():
-        squares, df = np.zeros(2), 0
-        for runs in pooled.values():
-            squares += ((np.array(runs) - np.mean(runs, axis=0)) ** 2).sum(axis=0)
-            df += len(runs) - 1
-        return record.Noise(*(np.sqrt(squares / df) if df else (np.nan, np.nan)), df)
+    def judged(p, reference):
+        where = slots(loads, pairs)
+        evidence = Evidence([Observation(*r[:2], slot, *r[2:]) for r, slot in zip(runs, where, strict=True)])
+        fewer = len(p.text.splitlines()) < len(reference.text.splitlines())
+        facts = verdict.Facts.of(evidence, p.blob, reference.blob, fewer_lines=fewer)
+        word, why, following = verdict.rule(facts)
+        return SimpleNamespace(word=word, rule=why, next=following, seen=facts.seen, mean=evidence.mean(p.blob))
 
     reference = program(base, None, 1.2)
     run(reference, "candidate")
@@ -155,19 +155,15 @@ def simulated(base, count, draw, share=(0.06, 0.03)):
                 told.append(("log", p, {"status": "crash", "words": words, "decision": None, "old": reference}))
                 continue
         run(p, "candidate")
-        for again in range(8):
-            decision = verdict.decide(side(p), side(reference), noise())
-            if decision.word != "rerun" or again == 7:
-                break
-            if "PAIR" in decision.next:
-                run(reference, "reference", f"{number}-{again}")
-                run(p, "candidate", f"{number}-{again}")
-            else:
-                run(*((reference, "reference") if "REFERENCE" in decision.next else (p, "candidate")))
-        keep = decision.word == "keep"
-        status = "keep" if keep else "discard"
+        while (decision := judged(p, reference)).word == "rerun":
+            ends = {"pair": ((reference, "reference"), (p, "candidate")), "old": ((reference, "reference"),),
+                    "new": ((p, "candidate"),)}[decision.next]  # fmt: skip
+            name = f"{number}-{len(told)}" if len(ends) == 2 else None
+            for end in ends:
+                run(*end, name)
+        status = "keep" if decision.word == "keep" else "discard"
         told.append(("log", p, {"status": status, "words": words, "decision": decision, "old": reference}))
-        reference = p if keep else reference
+        reference = p if status == "keep" else reference
     return told, programs, reference
 
 
@@ -229,15 +225,16 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
             clock += timedelta(seconds=20)
             words, found, question = describe(row, facts["words"])
             valid = facts["status"] != "crash"
-            bpb = np.mean([r[0] for r in p.runs]) if valid else 0
-            rate = np.mean([r[1] for r in p.runs]) if valid else 0
+            own = [f for what, q, f in told[:number] if q is p and "bpb" in f]
+            bpb = decision.mean if decision else np.mean([f["bpb"] for f in own]) if valid else 0
+            rate = np.mean([f["rate"] for f in own]) if valid else 0
             line = f"{commit[:7]}\t{bpb:.6f}\t{1.8 if valid else 0.0:.1f}\t{rate:.0f}\t{facts['status']}\t{words}"
             entry = f"\n## {row}. {facts['status']}: {words}\n\n- val_bpb {bpb:.6f}\n- found: {found}\n"
             note("logging", id=stamp, row=row, number=row, line=line, row_status=facts["status"], commit=commit,
                  train_blob=p.blob, description=words, verdict=decision.word if decision else None,
                  rule=decision.rule if decision else None, reference=commits[old.blob][:7] if old else None,
-                 gain=decision.gain if decision else None, pairs=decision and decision.pairs,
-                 error=decision.error if decision and decision.error > 0 else None, found=found,
+                 gain=decision.seen.gain if decision else None, error=decision.seen.error if decision else None,
+                 found=found,
                  question=question, entry=entry)  # fmt: skip
             note("logged", id=stamp)
             table.append(line)

@@ -6,13 +6,11 @@ Baseline and best kept program, N times in turn with equal seeds that neither ha
 scored on the validation split and on the test split. Every look at the test split is noted in the session.
 """
 
-import math
 import sys
 
-import numpy as np
-
 from scripts import session
-from scripts.judge import verdict
+from scripts.judge.evidence import Evidence, Observation, gain_words
+from scripts.judge.observations import busy
 from scripts.run import experiment, plan, supervise
 from scripts.run.notify import notify
 from scripts.session import Refused, Session, counted, options, record, run_command, tell
@@ -20,12 +18,16 @@ from scripts.show import summary
 from scripts.show.night import Night
 
 
-def interval(differences):
-    """(mean, half the width of its 95 % interval) of paired differences; nan where there is one alone."""
-    n, half = len(differences), math.nan
-    if n > 1:
-        half = verdict.in_t(1.96, n - 1) * float(np.std(differences, ddof=1)) / math.sqrt(n)
-    return float(np.mean(differences)), half
+def measured_anew(night, looks):
+    """`Comparison` of best and baseline by fresh runs alone; how noisy runs are is known from the whole session.
+
+    looks: of each pair (seed, whether the machine was shared, bits per byte of the baseline, of the best).
+    """
+    runs = list(night.evidence.runs)
+    for number, (seed, shared, *bpbs) in enumerate(looks):
+        slot = f"look {number}" if shared else None
+        runs += [Observation(("anew", i), seed, slot, bpb, 1.0) for i, bpb in enumerate(bpbs)]
+    return Evidence(runs).compare(("anew", 1), ("anew", 0))
 
 
 def main(args):
@@ -39,7 +41,7 @@ def main(args):
         raise Refused("nothing was kept yet: make baseline")
     if first is best:
         raise Refused("the baseline is the best kept program: there is no gain to measure")
-    seen = night.gain.gain
+    seen = night.gain
     used, looks = [*plan.seeds_of(sitting, first.blob), *plan.seeds_of(sitting, best.blob)], []
     before = sum(event["event"] == "holdout" for event in sitting.events())
     for number in range(args.runs or 3):
@@ -51,18 +53,19 @@ def main(args):
                 print("\n".join(summary.failure(attempt)[:-1]))
                 stopped = supervise.stopped_by
                 sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
-            found[row.commit] = record.bpb(session.record_of(attempt)), attempt["test"]["bpb"]
-        looks.append([a - b for a, b in zip(found[first.commit], found[best.commit], strict=True)])
-        words = f"gain {looks[-1][0]:+.6f} on validation, {looks[-1][1]:+.6f} on test"
+            run = session.record_of(attempt)
+            found[row.commit] = bool(busy(run)), record.bpb(run), attempt["test"]["bpb"]
+        (shared, *a), (also, *b) = found[first.commit], found[best.commit]
+        looks.append([(seed, shared or also, *both) for both in zip(a, b, strict=True)])
+        words = f"gain {a[0] - b[0]:+.6f} on validation, {a[1] - b[1]:+.6f} on test"
         tell(f"pair {number + 1}  seed {seed}: {words}")
-    fresh, test = (interval(column) for column in zip(*looks, strict=True))
+    fresh, test = (measured_anew(night, column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
-    sitting.note("holdout", **pair, night=seen, fresh=fresh, test=test)
-    told = [f"baseline {first.commit} against best {best.commit}, bits per byte, 95 % intervals:",
-            f"  as the night saw it, on validation  {seen:+.6f}"]  # fmt: skip
-    for where, (gain, half) in (("fresh runs, on validation", fresh), ("fresh runs, on test", test)):
-        width = "(one pair: no interval)" if math.isnan(half) else f"± {half:.6f}"
-        told.append(f"  {where:34}  {gain:+.6f} {width}")
+    sitting.note("holdout", **pair, night=seen.gain, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
+    told = [f"baseline {first.commit} against best {best.commit}, bits per byte, with standard errors:"]
+    for where, gain in (("as the night saw it, on validation", seen), ("fresh runs, on validation", fresh),
+                        ("fresh runs, on test", test)):  # fmt: skip
+        told.append(f"  {where:34}  {gain_words(gain)}")
     told.append(f"the test split was looked at {counted(before + 1, 'time')} in this session")
     print("\n".join(told), flush=True)
     notify("\n".join(told))

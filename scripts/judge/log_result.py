@@ -91,12 +91,12 @@ def refuse_untruthful(status, attempt):
     outcome = attempt["status"]
     if attempt.get("logged"):
         words = f"this run is logged already, as row {attempt['row']}: change train.py and make run"
-        raise Refused(verdict.typed(words, attempt))
+        raise Refused(words)
     if outcome == "running":
         raise Refused("the run has not ended yet")
     if outcome in ("interrupted", "paused"):
         words = f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run"
-        raise Refused(verdict.typed(words, attempt))
+        raise Refused(words)
     head = session.git("rev-parse", "-q", "--verify", "HEAD") if attempt["commit"] and status == "keep" else None
     if head and attempt["train_blob"] not in session.programs_of(head):
         raise Refused("the branch does not have this program any more, so it cannot be kept: "
@@ -140,13 +140,21 @@ def intended(sitting, attempt, args):
         "train_blob": attempt["train_blob"], "description": description,
         "verdict": decision and decision.word, "rule": decision and decision.rule,
         "reference": reference and reference.commit,
-        "gain": decision.gain if decision and decision.old else None,
-        "error": decision.error if decision and decision.error > 0 else None, "pairs": decision and decision.pairs,
+        **decided(decision),
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
         "table_at": files.end_of(sitting.table, HEADER + "\n"),
         "journal_at": files.end_of(JOURNAL / journal, f"# Research journal, {datetime.now():%Y-%m-%d}\n"),
         "entry": entry(sitting, attempt, args, number, description, decision, reference),
     }  # fmt: skip
+
+
+def decided(decision):
+    """What a verdict rests on, for the log: the figures that row, summary, table, brief and page show."""
+    seen = decision and decision.seen
+    if not seen:
+        return {"gain": None, "error": None}
+    return {"gain": seen.gain, "error": seen.error, "sure": seen.sure, "faster": seen.faster,
+            "runs": [decision.new.runs, decision.old.runs]}  # fmt: skip
 
 
 def entry(sitting, attempt, args, number, description, decision, reference):
@@ -157,7 +165,7 @@ def entry(sitting, attempt, args, number, description, decision, reference):
         memory, steps = f"{training['peak_memory_mb'] / 1024:.1f} GB", f"{training['total_steps']} steps"
         lines.append(f"- {verdict.change(decision)}, {memory}, {steps}, evaluation {training['eval_seconds']:.1f} s")
         against = f" against {reference.commit}" if reference else ""
-        lines.append(f"- verdict{against}: {decision.word} ({decision.rule})")
+        lines.append(f"- verdict{against}: {decision.word} ({verdict.reason(decision)})")
         lines += [f"- {note}" for note in decision.notes]
     else:
         lines.append(f"- {attempt['status']}: {one_line(attempt['reason'])}")

@@ -10,10 +10,10 @@ from datetime import datetime
 
 from harness import record
 from scripts import session
-from scripts.judge import verdict
+from scripts.judge.evidence import Comparison, Evidence, gain_words  # noqa: F401 (the views say a gain by it)
+from scripts.judge.observations import of_session
 from scripts.session import Session, one_line
 from scripts.show import programs
-from scripts.show.plain_evidence import Comparison, Evidence, Observation
 
 SAFE, DOUBTFUL = 0.975, 0.80  # how sure a kept gain is after the winner's curse: below the second it is unproven
 CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
@@ -29,7 +29,7 @@ class Experiment:
     before: "Experiment | None" = None  # what it was compared with
     runs: list = field(default_factory=list)  # comparable records of its program, the oldest first
     bpb: float = 0.0  # of its program, by all its runs
-    rate: float = 0.0  # tokens a second, the mean of its runs
+    rate: float = 0.0  # tokens a second, likewise
     gain: Comparison | None = None  # against `before`; None of a crash and of the first row
     left: Comparison | None = None  # what the winner's curse leaves of that
     reason: str = ""  # why its run has no result
@@ -98,21 +98,14 @@ class Night:
 
     def _compare(self, valid):
         """Gains by one model of all runs; a row whose records are gone counts as one run with the row's figures."""
-        alike = [r for r in self.records.values() if self.like and not record.differences(r, self.like)]
-        of_program = {}
-        for run in alike:
-            of_program.setdefault(run["train_blob"], []).append(run)
-        pairs = {a.get("run_id"): a.get("pair") for a in self.attempts}
-        observations = [observed(run, pairs) for run in alike]
+        alike, observations = of_session(self.attempts, [e.row for e in valid], self.like)
         for e in valid:
-            e.runs = of_program.get(e.blob, [])
-            if not e.runs:
-                observations.append(Observation(e.program, -e.number, None, e.row.bpb, e.row.rate))
+            e.runs = [run for run in alike if run["train_blob"] == e.blob]
         parents = {e.program: e.before.program for e in valid if e.before}
         self.evidence = Evidence(observations, parents)
         for e in valid:
             e.bpb = self.evidence.mean(e.program)
-            e.rate = sum(map(record.tok_sec, e.runs)) / len(e.runs) if e.runs else e.row.rate
+            e.rate = self.evidence.rate(e.program)
             if e.before:
                 e.gain = self.evidence.compare(e.program, e.before.program)
                 e.left = self.evidence.shrunk(e.program, e.before.program)
@@ -245,12 +238,6 @@ class Night:
         return spent
 
 
-def observed(run, pairs):
-    """A record as the model takes it. pairs: {run_id: what the runs of a pair share}."""
-    slot = (pairs.get(run["run_id"]) or run["run_id"]) if verdict.busy(run) else None
-    return Observation(run["train_blob"], run["seed"], slot, record.bpb(run), record.tok_sec(run))
-
-
 def matching(logged, row):
     """What was noted when a row was logged: by its number, or where rows were moved by its commit; else {}."""
     for event in (logged.get(row.number), *logged.values()):
@@ -268,13 +255,6 @@ def parsed(stamp):
 
 
 # --- words ---------------------------------------------------------------------------------------------
-
-
-def gain_words(gain):
-    """A comparison as every view says it: `+0.0123 ± 0.0040, 99 %`: bits per byte, standard error, how sure it is."""
-    sure = 100 * gain.sure
-    percent = ">99.9" if sure > 99.9 else "<0.1" if sure < 0.1 else f"{sure:.{0 if 1 < sure < 99 else 1}f}"
-    return f"{round(gain.gain, 4) + 0.0:+.4f} ± {gain.error:.4f}, {percent} %"  # no -0
 
 
 def numbers(found, most=6):

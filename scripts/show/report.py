@@ -21,7 +21,7 @@ except ImportError as error:
 
 from harness import files, project
 from scripts import session
-from scripts.judge import verdict
+from scripts.judge.observations import busy
 from scripts.session import Refused, counted, one_line, run_command, shown
 from scripts.show import programs
 from scripts.show.night import DOUBTFUL, SAFE, Night, clock, gain_words
@@ -97,7 +97,7 @@ class Page:
             known = f"{n.evidence.df} repeats" if n.evidence.df else "a guess: nothing was repeated"
             found.append(f"The noise of one run is ± {n.evidence.sigma:.5f}, between equal seeds "
                          f"± {n.evidence.same_seed:.5f} ({known}).")  # fmt: skip
-        busy = Counter(bool(verdict.busy(n.records[a["run_id"]])) for a in n.attempts if a.get("run_id") in n.records)
+        busy = Counter(bool(busy(n.records[a["run_id"]])) for a in n.attempts if a.get("run_id") in n.records)
         if busy[True]:
             found.append(f"The machine was shared during {busy[True]} of {busy.total()} runs, which so count for less.")
         if over := [str(e.number) for e in n.experiments if e.overruled]:

@@ -4,6 +4,7 @@ import re
 
 from scripts import session
 from scripts.judge import verdict
+from scripts.judge.observations import busy
 from scripts.session import ROOT, Refused, blanked, counted, one_line, record
 from scripts.show.brief import standing
 from scripts.show.night import Night, gain_words
@@ -18,7 +19,7 @@ def lines(sitting, attempt, baseline=False):
     if attempt["status"] != "valid":
         return failure(attempt, "make baseline" if baseline else None)
     run, found = session.record_of(attempt), []
-    disturbed = [f"busy     {words}"] if (words := verdict.busy(run)) else []
+    disturbed = [f"busy     {words}"] if (words := busy(run)) else []
     night = Night(sitting.tag)
     if attempt["role"] == "reference":  # made for the candidate that waits, if one does
         found = [] if attempt["pair"] else [brief(attempt)]
@@ -42,7 +43,7 @@ def lines(sitting, attempt, baseline=False):
         old = f"val_bpb {mean(night, row.blob, row.bpb):.6f}"
         found.append(f"against  {row.commit}  {old}, {runs}: {row.description[:60]}")
     found += [f"note     {note}" for note in decision.notes] + disturbed
-    found.append(f"verdict  {decision.word}: {decision.rule}")
+    found.append(f"verdict  {decision.word}: {verdict.reason(decision)}")
     return found if baseline else [*found, f"next     {then(decision)}"]  # baseline.sh does the next step itself
 
 

@@ -1,0 +1,182 @@
+"""Simulated nights, judged by the code that judges real ones.
+
+`python tests/simulation.py 20` prints the tables of docs/noise.md, from so many nights a line.
+"""
+
+import itertools
+import random
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.judge.evidence import Evidence, Observation, unused  # noqa: E402
+from scripts.judge.observations import slots  # noqa: E402
+from scripts.judge.verdict import Facts, rule  # noqa: E402
+
+SIGMA, SPEED = 0.004, 0.03  # of one run: val_bpb in bits per byte, throughput as a share
+COST, SHARE = 0.1, 0.5  # what a load costs: bits per byte, and the share of the throughput that is left
+TURNS = 1 / 12  # probability at each run that a load comes or goes, or changes
+NEAR = 60  # of other programs the newest runs are looked at, here: it is fast, and hardly says less
+
+
+@dataclass
+class Machine:
+    """Runs programs. seeds: the share of the variance that the seed explains.
+
+    load: whether other work comes and goes. uneven: spread of its cost from run to run, as a share, which the use of
+    cores tells where `told`; changing: the same from one stretch to the next. always: it never goes.
+    """
+
+    number: int
+    seeds: float = 0.0
+    load: bool = False
+    uneven: float = 0.0
+    changing: float = 0.0
+    told: bool = True
+    always: bool = False
+    sigma: float = SIGMA
+    runs: list = field(default_factory=list)  # as (program, seed, bpb, rate)
+    loads: list = field(default_factory=list)  # see `slots`
+    pairs: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.random, lots = np.random.default_rng(self.number), np.random.default_rng(self.number + 10**6)
+        self.luck = lots.normal(0, self.sigma * self.seeds**0.5, 400)
+        self.busy, self.level = self.always or (self.load and self.random.random() < 0.5), 1.0
+
+    def run(self, program, truth, seed=None, pair=None):
+        """A run of a program whose val_bpb truly is `truth`, with the next seed that it did not have."""
+        if self.load and self.random.random() < TURNS:
+            self.busy, self.level = self.always or not self.busy, max(0.2, self.random.normal(1, self.changing))
+        seed = unused([run for run in self.observed() if run.program == program], 0) if seed is None else seed
+        bpb = truth + self.luck[seed] + self.sigma * (1 - self.seeds) ** 0.5 * self.random.normal()
+        rate = 1e5 * self.random.normal(1, SPEED)
+        factor = max(0.0, self.level * self.random.normal(1, self.uneven)) if self.busy else 0.0
+        self.runs.append((program, seed, bpb + COST * factor, rate * SHARE**factor))
+        self.loads.append((0.5 * factor if self.told else 0.5) if self.busy else None)
+        self.pairs.append(pair)
+
+    def observed(self):
+        where = slots(self.loads, self.pairs)
+        return [Observation(*run[:2], slot, *run[2:]) for run, slot in zip(self.runs, where, strict=True)]
+
+
+def night(effects, number, fewer_lines=False, **conditions):
+    """(experiments as (effect, whether it was kept, extra runs), its observations, {program: reference}, truths).
+
+    effects: how much better than the reference of its time each program truly is, in sigmas.
+    """
+    machine, reference, told, parents = Machine(number, **conditions), 0, [], {}
+    truths = {0: 1.5}
+    for _ in range(3):
+        machine.run(0, 1.5)
+    for program, effect in enumerate(effects, 1):
+        truths[program], parents[program] = truths[reference] - effect * machine.sigma, reference
+        before = len(machine.runs)
+        machine.run(program, truths[program])
+        word, why, following = judged(machine, program, reference, fewer_lines)
+        while word == "rerun":
+            if following == "pair":
+                pair(machine, program, reference, truths)
+            else:
+                which = program if following == "new" else reference
+                machine.run(which, truths[which])
+            word, why, following = judged(machine, program, reference, fewer_lines)
+        kept = word in ("keep", "judge")  # by chance slow: a gain that is seen is worth it
+        told.append((effect, kept, len(machine.runs) - before - 1))
+        reference = program if kept else reference
+    return told, machine.observed(), parents, truths
+
+
+def judged(machine, new, old, fewer_lines):
+    runs = machine.observed()
+    near = [i for i, run in enumerate(runs) if run.program in (new, old) or i >= len(runs) - NEAR]
+    return rule(
+        Facts.of(Evidence([runs[i] for i in near]), new, old, fewer_lines=fewer_lines, unearned=("discard", ""))
+    )
+
+
+def pair(machine, new, old, truths):
+    seed = unused([run for run in machine.observed() if run.program in (new, old)], 0)
+    name = f"of {len(machine.runs)}"
+    for program in (new, old) if len(machine.runs) % 2 else (old, new):
+        machine.run(program, truths[program], seed, name)
+
+
+def plain_night(effects, number):
+    """The same by the plain rule: one run each, and what is lower is kept."""
+    random, told, truth = np.random.default_rng(number), [], 0.0
+    best = random.normal()
+    for effect in effects:
+        bpb = truth - effect + random.normal()
+        told.append((effect, bpb < best, 0))
+        if bpb < best:
+            best, truth = bpb, truth - effect
+    return told
+
+
+def mixed(number):
+    """A night as one may expect it: of 100 ideas 60 do nothing, 25 lose 2 sigma, 10 gain 2 and 5 gain 4."""
+    effects = [0.0] * 60 + [-2.0] * 25 + [2.0] * 10 + [4.0] * 5
+    random.Random(number).shuffle(effects)
+    return effects
+
+
+def nights(effect, count, plain=False, **conditions):
+    """All experiments of `count` nights. effect: of every experiment, or a function of the night's number."""
+    plans = [effect(i) if callable(effect) else [float(effect)] * 100 for i in range(count)]
+    one = plain_night if plain else lambda *arguments: night(*arguments, **conditions)[0]
+    return list(itertools.chain(*(one(plan, i) for i, plan in enumerate(plans))))
+
+
+def kept(told, effect=None):
+    """Of 100 experiments with this true effect, how many were kept."""
+    chosen = [t[1] for t in told if effect is None or t[0] == effect]
+    return 100 * float(np.mean(chosen))
+
+
+def extra(told):
+    """Runs that are not the first of their program, of 100 experiments."""
+    return 100 * float(np.mean([t[2] for t in told]))
+
+
+LINES = (
+    *((f"gains {e} σ" if e > 0 else f"loses {-e} σ" if e else "does nothing", e, {}) for e in (0, 1, 2, 4, -1, -2)),
+    *((f"{'loses' if e else 'does'} {f'{-e} σ' if e else 'nothing'}, with fewer lines", e, {"fewer_lines": True})
+      for e in (0, -2, -4)),
+    *((f"{words}, seeds explain {share}", e, {"seeds": seeds}) for share, seeds in (("half", 0.5), ("nine tenths", 0.9))
+      for words, e in (("does nothing", 0), ("gains 1 σ", 1), ("gains 2 σ", 2))),
+    *((f"{words}, {load}", e, {"load": True, **conditions})
+      for load, conditions in (("beside a load", {}), ("beside an uneven load", {"uneven": 0.2}),
+                               ("the same, unseen", {"uneven": 0.2, "told": False}),
+                               ("beside a load that never goes, and changes", {"always": True, "changing": 0.3}),
+                               ("the same, unseen", {"always": True, "changing": 0.3, "told": False}))
+      for words, e in (("does nothing", 0), ("gains 4 σ", 4))),
+    ("loses 2 σ, beside a load", -2, {"load": True}),
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    COUNT = int((sys.argv[1:] or [20])[0])
+    print("| every change of the night | kept, of 100 | by the plain rule | extra runs, of 100 |\n|---|---|---|---|")
+    for name, effect, conditions in LINES:
+        if sys.argv[2:] and not any(word in name for word in sys.argv[2:]):
+            continue
+        told, by_plain = nights(effect, COUNT, **conditions), ""
+        if not conditions:
+            by_plain = f"{kept(nights(effect, 200, plain=True)):.1f}"
+        print(f"| {name} | {kept(told):.2f} | {by_plain} | {extra(told):.0f} |", flush=True)
+    print("\n| of 100 each | without effect | losses of 2 σ | gains of 2 σ | gains of 4 σ | extra runs |")
+    print("|---|---|---|---|---|---|")
+    for name, told in (
+        ("this rule", nights(mixed, COUNT)),
+        ("this rule, seeds explain half", nights(mixed, COUNT, seeds=0.5)),
+        ("this rule, seeds explain nine tenths", nights(mixed, COUNT, seeds=0.9)),
+        ("the plain rule", nights(mixed, 200, plain=True)),
+    ):
+        shares = " | ".join(f"{kept(told, effect):.1f}" for effect in (0.0, -2.0, 2.0, 4.0))
+        print(f"| {name} | {shares} | {extra(told):.0f} |", flush=True)
