@@ -1,8 +1,9 @@
-"""A session's own files: its table, what happened in it, its journal. Read with doubt, written whole.
+"""The files of a session: its table, its events, its journal. What is read may be damaged; what is written is whole.
 
-They belong to the tag and to the clone, in data/sessions/TAG/; results.tsv in the root is a link to the table
-of the session at hand. `events.jsonl` says in order what was run, how it ended and what was logged; nothing in
-it is ever rewritten.
+They belong to the tag and the clone, in data/sessions/TAG/; results.tsv in the root is a link to the table of the
+session at hand. events.jsonl says in order which run began, how it ended and what was logged; it only grows.
+
+usage: python -m scripts.session --tag TAG [--open | --any-dataset]    (lib.sh; prints what it exports)
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from harness import files, project, record
+from harness.processes import is_alive
 from harness.project import HOME, ROOT, STORE, git
 from scripts import settings
 
@@ -87,32 +89,26 @@ class Session:
     # --- the table ---
 
     def link(self):
-        """Make results.tsv in the root this session's table; a file that stands in its place is never lost."""
+        """Make results.tsv in the root a link to this session's table. A file that stands there is moved aside."""
         if self.tag == "none" and not self.table.exists() and not LINK.exists():
             return
         files.make_folder(self.folder)
         target = os.path.relpath(self.table, ROOT)
-        if LINK.is_symlink():
-            if os.readlink(LINK) == target:
-                self.restore()
-                return
+        if LINK.is_symlink() and os.readlink(LINK) != target:
             LINK.unlink()
-        elif LINK.exists():
-            if not self.table.exists():
-                LINK.rename(self.table)
-            elif LINK.read_bytes() == self.table.read_bytes():
-                LINK.unlink()
-            else:
-                aside = files.free_name(STORE, "results", ".tsv")
-                LINK.rename(aside)
+        elif LINK.exists() and not LINK.is_symlink():
+            aside = files.free_name(STORE, "results", ".tsv") if self.table.exists() else self.table
+            LINK.rename(aside)
+            if aside is not self.table:
                 say(f"note: results.tsv was another file than this session's table; it is now {shown(aside)}")
         self.restore()
-        LINK.symlink_to(target)
+        if not LINK.is_symlink():
+            LINK.symlink_to(target)
         if HOME != ROOT and not (ROOT / "internal").exists():
             (ROOT / "internal").symlink_to(HOME / "internal")
 
     def restore(self):
-        """Write a table that is lost anew, from what was noted when its rows were logged."""
+        """Write a table that is lost anew, from the events."""
         if self.table.exists():
             return
         logged, done = self.logged(), self.completed()
@@ -121,14 +117,12 @@ class Session:
             files.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
         elif known := len(self.numbered()):
-            say(
-                f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked it: "
+            say(f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked it: "
                 "git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal brings "
-                "it back"
-            )
+                "it back")  # fmt: skip
 
     def rows(self):
-        """The rows of the table, and what is wrong with it: a line that is none does not count."""
+        """(the rows of the table, what is wrong with it): a line that is no row does not count."""
         rows, problems, logged = [], [], self.logged()
         text = self.table.read_bytes().decode("utf-8", "replace") if self.table.exists() else ""
         for number, line in enumerate(text.split("\n"), 1):
@@ -140,11 +134,9 @@ class Session:
                 rows.append(Row(len(rows) + 1, line, commit, float(bpb), memory, int(rate), status, description, blob))
             elif line.strip() and line != HEADER:
                 problems.append(f"results.tsv, line {number} is no row and was passed over: {one_line(line)[:60]!r}")
-        if unknown := [row for row in rows if not row.blob]:  # written by hand, or by an earlier version
-            names = "".join(f"{row.commit}:train.py\n" for row in unknown)
-            found = (git("cat-file", "--batch-check=%(objectname)", text=names) or "").splitlines()
-            for row, blob in zip(unknown, found, strict=False):
-                row.blob = blob if re.fullmatch("[0-9a-f]{40}", blob) else ""
+        unknown = [row for row in rows if not row.blob]  # written by hand, or by an earlier version
+        for row, blob in zip(unknown, blobs_of([row.commit for row in unknown]), strict=False):
+            row.blob = blob
         return rows, problems
 
     def archive_table(self):
@@ -239,9 +231,14 @@ def kept_rows(rows):
 def programs_of(head):
     """{program (blob): the newest commit that has it} of the commit `head` and all that it stands on."""
     commits = (git("rev-list", f"--max-count={HISTORY}", head, "--", "train.py") or "").splitlines()
+    return {blob: commit for blob, commit in reversed([*zip(blobs_of(commits), commits, strict=False)])}
+
+
+def blobs_of(commits):
+    """The blob of train.py in each of the commits, empty where git has none."""
     names = "".join(f"{commit}:train.py\n" for commit in commits)
-    blobs = (git("cat-file", "--batch-check=%(objectname)", text=names) or "").splitlines()
-    return {blob: commit for blob, commit in reversed([*zip(blobs, commits, strict=False)])}
+    found = (git("cat-file", "--batch-check=%(objectname)", text=names) or "").splitlines() if commits else []
+    return [blob if re.fullmatch("[0-9a-f]{40}", blob) else "" for blob in found]
 
 
 def tags():
@@ -252,13 +249,11 @@ def tags():
 
 def alive(attempt):
     """Whether the run still holds its device's lock (see lock.py)."""
-    path, launcher = attempt.get("lock") or LOCK, attempt["launcher"]
-    if (files.read_json(path) or {}).get("pid") != launcher:
+    path = attempt.get("lock") or LOCK
+    if (files.read_json(path) or {}).get("pid") != attempt["launcher"] or not is_alive(attempt["launcher"]):
         return False
     try:
-        with suppress(PermissionError):
-            os.kill(launcher, 0)  # asked first: to try the lock is to be in the way, however shortly
-        with open(path) as lock:
+        with open(path) as lock:  # last: to try the lock is to be in the way, however shortly
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
@@ -360,7 +355,7 @@ def options(about):
 
 
 def run_command(function, *arguments):
-    """Call it; what went wrong is said in one line."""
+    """Call it; what goes wrong is said in one line."""
     try:
         try:
             return function(*arguments)
@@ -383,26 +378,24 @@ def run_command(function, *arguments):
         sys.exit(130)
 
 
-def open_session(sitting):
+def open_session(session):
     """Write the settings and the empty table of a session that begins."""
-    content = json.dumps(settings.in_force({}, False), indent=1) + "\n"
-    if sitting.tag.lower() in ("none", "detached") or sitting.attempts():
-        raise Refused(f"TAG={sitting.tag} is the name of runs outside a session: choose another one")
+    if session.tag.lower() in ("none", "detached") or session.attempts():
+        raise Refused(f"TAG={session.tag} is the name of runs outside a session: choose another one")
     with one_writer():
-        files.write_atomically(sitting.folder / "settings.json", content)
-        if not sitting.table.exists():
-            files.write_atomically(sitting.table, HEADER + "\n")
-        sitting.link()
+        files.write_atomically(session.folder / "settings.json", json.dumps(settings.in_force({}, False)) + "\n")
+        if not session.table.exists():
+            files.write_atomically(session.table, HEADER + "\n")
+        session.link()
     if HOME != ROOT:
         print(f"results  are kept in {STORE}, not in this worktree")
 
 
 def main(arguments):
-    """For lib.sh: prints the command that exports what holds for this command."""
-    sitting = Session(arguments.tag)
+    session = Session(arguments.tag)
     if arguments.open:
-        return open_session(sitting)
-    found, given = settings.in_force(*sitting.stored_settings()), settings.typed()
+        return open_session(session)
+    found, given = settings.in_force(*session.stored_settings()), settings.typed()
     if not arguments.any_dataset:  # a prepared dataset does not need its source, which may change or go
         found = {name: text for name, text in found.items() if name not in ("FILES", "COLUMN") or name in given}
     exported = {settings.TO_PYTHON.get(name, name): text for name, text in found.items()}
