@@ -3,13 +3,11 @@
 usage: brief.py --tag TAG
 """
 
-import textwrap
-
-from scripts.session import counted, cut, one_line, options, run_command, tags
+from scripts.session import counted, cut, one_line, options, run_command
 from scripts.show.night import Night, clock, gain_words
 
 WIDTH, LINES = 120, 60
-KEPT, NEAR, DEAD, OPEN, SISTERS = 12, 6, 14, 8, 3  # of each at most
+KEPT, NEAR, DEAD, OPEN = 12, 6, 14, 8  # of each at most
 
 
 def lines(night):
@@ -19,13 +17,8 @@ def lines(night):
     found += standing(night)
     found += block("kept, the oldest first:", [entry(e) for e in night.chain[1:]][-KEPT:])
     found += block("put back, though probably better:", [entry(e) for e in night.near_misses[:NEAR]])
-    dead = [(part, "; ".join(f"{one_line(e.description)} ({short(e)})" for e in group[::-1]), len(group))
-            for part, group in night.dead_ends.items()]  # fmt: skip
-    found += block("dead ends, by the part of train.py:", [f"{part}, {n}: {tried}" for part, tried, n in dead[:DEAD]])
+    found += block("dead ends, the newest first:", [entry(e) for e in night.dead_ends[:DEAD]])
     found += block("open questions, the newest first:", [f"{e.number:3}  {text}" for e, text in night.questions[:OPEN]])
-    found += sisters(night.tag)
-    if night.untouched:
-        found += wrapped("not touched by any experiment: " + ", ".join(night.untouched), 4)
     if night.plateau:
         found.append(f"plateau: {night.plateau}")
     found += [cut(f"note: {words}", WIDTH) for words in night.missing[:3]]
@@ -34,10 +27,6 @@ def lines(night):
 
 def block(title, entries):
     return [title, *(cut(f"  {text}", WIDTH) for text in entries)] if entries else []
-
-
-def wrapped(text, most):
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", max_lines=most, placeholder=" …")
 
 
 def standing(night):
@@ -57,26 +46,9 @@ def standing(night):
     return found
 
 
-def sisters(tag):
-    """What the other sessions of this clone have tried, the last changed first: another agent may be at work beside."""
-    found = []
-    for night in map(Night, [other for other in reversed(tags()) if other != tag][:SISTERS]):
-        if night.kept:
-            ideas = "; ".join(f"{one_line(e.description)} ({e.status})" for e in night.experiments[:0:-1])
-            gain = gain_words(night.gain) if night.gain else "none"
-            tried = counted(len(night.experiments), "experiment")
-            found += wrapped(f"session {night.tag}: {tried}, gain {gain}: {ideas}", 3)
-    return found
-
-
-def short(e):
-    return f"{e.gain.gain:+.4f}" if e.gain else e.status
-
-
 def entry(e):
     trust = f"  {e.trust}" if e.trust else ""
-    where = f"  in {', '.join(e.parts[:2])}" if e.parts else ""
-    return f"{e.number:3}  {gain_words(e.gain)}{trust}  {one_line(e.description)[:60]}{where}"
+    return f"{e.number:3}  {gain_words(e.gain) if e.gain else e.status}{trust}  {one_line(e.description)}"
 
 
 def newest_run(night):

@@ -4,6 +4,7 @@ Table, summary, page, brief and screen all say what is said here, so that they a
 What is missing (records, git, repeats) is named in `Night.missing`, and the rest is there.
 """
 
+import difflib
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,7 +14,6 @@ from scripts import session
 from scripts.judge.evidence import Comparison, Evidence, gain_words  # noqa: F401 (the views say a gain by it)
 from scripts.judge.observations import of_session
 from scripts.session import Session, one_line
-from scripts.show import programs
 
 SAFE, DOUBTFUL = 0.975, 0.80  # how sure a kept gain is after the winner's curse: below the second it is unproven
 CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
@@ -33,9 +33,7 @@ class Experiment:
     gain: Comparison | None = None  # against `before`; None of a crash and of the first row
     left: Comparison | None = None  # what the winner's curse leaves of that
     reason: str = ""  # why its run has no result
-    added: int = 0
-    removed: int = 0
-    parts: list = field(default_factory=list)  # of train.py that it changed, the most lines first
+    diff: list = field(default_factory=list)  # lines of the change of train.py; empty where git does not know both
 
     def __getattr__(self, name):  # number, commit, status, description, blob, memory
         return getattr(self.row, name)
@@ -51,6 +49,12 @@ class Experiment:
         if self.status != "keep" or not self.left:
             return ""
         return "safe" if self.left.sure >= SAFE else "doubtful" if self.left.sure >= DOUBTFUL else "unproven"
+
+    @property
+    def changed(self):
+        """How many lines of train.py were added and removed: `+3/-2`."""
+        signs = Counter(line[0] for line in self.diff if line)
+        return f"+{signs['+']}/-{signs['-']}" if self.before else ""
 
     @property
     def overruled(self):
@@ -73,10 +77,12 @@ class Night:
         if valid := [e for e in self.experiments if e.status != "crash"]:
             self._compare(valid)
         texts = {blob: session.text_of(blob) for blob in {e.blob for e in self.experiments}}
-        self.texts = {blob: text.strip() for blob, text in texts.items() if text}
-        self._changes()
+        self.texts = {blob: text.strip().split("\n") for blob, text in texts.items() if text}
         reasons = {a["id"]: a.get("reason") for a in self.attempts}
         for e in self.experiments:
+            if e.before and e.blob in self.texts and e.before.blob in self.texts:
+                sides = self.texts[e.before.blob], self.texts[e.blob]
+                e.diff = list(difflib.unified_diff(*sides, lineterm=""))[2:]  # without its two head lines
             e.reason = one_line(reasons.get(e.event.get("id"))) or ("crashed" if e.status == "crash" else "")
         self.running = any(a["status"] == "running" for a in self.attempts)
         self.looks = [event for event in self.events if event["event"] == "holdout"]  # at the test split
@@ -112,19 +118,6 @@ class Night:
         if self.kept:
             best = self.evidence.best([e.program for e in self.kept])
             self.best = next(e for e in self.kept if e.program == best)
-
-    def _changes(self):
-        touched = set()
-        for e in self.experiments:
-            old, new = (self.texts.get(x.blob) if x else None for x in (e.before, e))
-            if old is not None and new is not None:
-                e.added, e.removed, e.parts = programs.change(old, new)
-                touched.update(e.parts)
-        text = self.texts.get(self.first.blob) if self.first else None
-        parts = [part for part in dict.fromkeys(programs.parts_of(text or "")) if part and part not in touched]
-        apart = {part.split(".")[0] for part in parts if "." in part} | {"DATASET", "GPU", "CUDA"}
-        # parts of train.py that no experiment changed, in their order; of a class its methods are named
-        self.untouched = [part for part in parts if part not in apart and "__init__" not in part]
 
     def _what_is_missing(self):
         gone = sum(a["status"] == "valid" and a["run_id"] not in self.records for a in self.attempts)
@@ -189,12 +182,9 @@ class Night:
 
     @property
     def dead_ends(self):
-        """{part of train.py: the discarded and crashed experiments that changed it most}, the largest group first."""
-        groups, close = {}, self.near_misses
-        for e in self.experiments:
-            if e.status != "keep" and e not in close:
-                groups.setdefault(e.parts[0] if e.parts else "?", []).append(e)
-        return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+        """Discarded and crashed, and no near miss; the newest first."""
+        close = self.near_misses
+        return [e for e in reversed(self.experiments) if e.status != "keep" and e not in close]
 
     @property
     def questions(self):
@@ -210,7 +200,7 @@ class Night:
         if since < PLATEAU:
             return ""
         together = f", or two near misses together ({' and '.join(close)})" if len(close) == 2 else ""
-        return f"nothing was kept in {since} experiments: try something large where nothing was touched{together}"
+        return f"nothing was kept in {since} experiments: try something large{together}"
 
     @property
     def span(self):

@@ -1,13 +1,11 @@
 """The picture of a night: every experiment in order, and the kept ones as a staircase.
 
-Drawn once, in one palette: the page puts its own colours in their place, the PNG keeps them. It is drawn on a Figure of
-its own with matplotlib's own settings, so that neither MPLBACKEND nor a person's matplotlibrc has a say.
+It is drawn with matplotlib's own settings: neither MPLBACKEND nor a person's matplotlibrc has a say.
 """
 
 import io
 import logging
 import os
-import re
 import warnings
 
 os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may not have
@@ -21,16 +19,15 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 from scripts.session import counted, cut, one_line  # noqa: E402
 from scripts.show.night import clock  # noqa: E402
 
-# Each is a variable of the page's style sheet too, so no two are the same.
-LIGHT = {"paper": "#fefefd", "ink": "#1c2127", "quiet": "#5f6873", "line": "#d5dae0", "dot": "#7f8b98",
+COLOURS = {"paper": "#fefefd", "ink": "#1c2127", "quiet": "#5f6873", "line": "#d5dae0", "dot": "#7f8b98",
          "good": "#0a7d4f", "doubt": "#b26a00", "bad": "#c2413a"}  # fmt: skip
 LABEL, LABELS = 40, 24  # characters of a description; how many are shown
-PAPER = {"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1}  # behind words
+PAPER = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1}  # behind words
 STYLE = {
-    "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LIGHT["line"],
-    "axes.labelcolor": LIGHT["quiet"], "xtick.color": LIGHT["quiet"], "ytick.color": LIGHT["quiet"],
-    "text.color": LIGHT["ink"], "axes.facecolor": "none", "svg.fonttype": "none", "text.parse_math": False,
-    "svg.hashsalt": "night", "font.family": "DejaVu Sans", "axes.axisbelow": True,
+    "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["quiet"], "xtick.color": COLOURS["quiet"], "ytick.color": COLOURS["quiet"],
+    "text.color": COLOURS["ink"], "axes.facecolor": "none", "text.parse_math": False,
+    "font.family": "DejaVu Sans", "axes.axisbelow": True,
 }  # fmt: skip
 KINDS = {  # name: marker, its area, edge, inside
     "discarded": ("o", 32, "paper", "dot"), "crashed": ("x", 26, "bad", "bad"), "safe": ("o", 70, "paper", "good"),
@@ -40,27 +37,25 @@ KINDS = {  # name: marker, its area, edge, inside
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks: boxes, and no word
 
 
-def progress(nights, size=(12, 6.75), labels=True):
-    """A figure with an axis for each night, all on one scale. labels: with title and words, else numbers alone."""
+def progress(nights):
+    """A figure with an axis for each night, all on one scale."""
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=size, dpi=100)
+    figure = Figure(figsize=(12, 6.75), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(nights), sharey=True, squeeze=False)[0]
-    left = 0.075 if labels else 0.16
-    figure.subplots_adjust(left=left, right=0.98, top=0.85 if labels else 0.88, bottom=0.11, wspace=0.06)
+    figure.subplots_adjust(left=0.075, right=0.98, top=0.85, bottom=0.11, wspace=0.06)
     for night, axis in zip(nights, axes, strict=True):
-        one_night(axis, night, bounds(nights), labels)
+        one_night(axis, night, bounds(nights))
     axes[0].set_ylabel("val_bpb, bits per byte")
     shown = {}
     for axis in axes:
         shown |= {words: mark for mark, words in zip(*axis.get_legend_handles_labels(), strict=True)}
-    where = {"loc": "upper right", "bbox_to_anchor": (0.99, 0.99), "ncols": 6 if labels else 3}
-    look = {"frameon": False, "fontsize": 10, "labelcolor": LIGHT["quiet"], "handletextpad": 0.2, "columnspacing": 1}
+    where = {"loc": "upper right", "bbox_to_anchor": (0.99, 0.99), "ncols": len(KINDS)}
+    look = {"frameon": False, "fontsize": 10, "labelcolor": COLOURS["quiet"], "handletextpad": 0.2, "columnspacing": 1}
     figure.legend([*shown.values()], [*shown], **where, **look)
-    if labels:
-        figure.text(left, 0.95, title(nights), fontsize=16, fontweight="bold", va="center")
-        figure.text(left, 0.9, subtitle(nights), fontsize=10.5, color=LIGHT["quiet"], va="center")
+    figure.text(0.075, 0.95, title(nights), fontsize=16, fontweight="bold", va="center")
+    figure.text(0.075, 0.9, subtitle(nights), fontsize=10.5, color=COLOURS["quiet"], va="center")
     return figure
 
 
@@ -93,19 +88,19 @@ def bounds(nights):
     return low - 0.3 * (high - low), high + 0.05 * (high - low)
 
 
-def one_night(axis, night, limits, labels):
+def one_night(axis, night, limits):
     low, high = limits
     count = max(2, len(night.experiments))
     axis.set_ylim(low, high)
     axis.set_xlim(0.5 - 0.01 * count, count + 0.5 + 0.01 * count)
-    axis.grid(axis="y", color=LIGHT["line"], linewidth=0.6)
+    axis.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
     axis.tick_params(length=0)
     axis.set_xlabel("experiment")
-    axis.xaxis.set_major_locator(MaxNLocator(8 if labels else 5, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     chain = night.chain
     if chain:
         edges = [*(e.number for e in chain), count + 0.5]
-        look = {"where": "post", "zorder": 2, "color": LIGHT["good"], "linewidth": 1.6}
+        look = {"where": "post", "zorder": 2, "color": COLOURS["good"], "linewidth": 1.6}
         axis.step(edges, [e.bpb for e in [*chain, chain[-1]]], **look)
     for name, (marker, area, edge, inside) in KINDS.items():
         found = [e for e in night.experiments if kind(e) == name]
@@ -113,14 +108,12 @@ def one_night(axis, night, limits, labels):
             continue
         if name in ("safe", "doubtful", "unproven"):  # 95 % of the gain, against what it was compared with
             x, y, half = zip(*((e.number, e.bpb, 1.96 * e.gain.error) for e in found), strict=True)
-            axis.errorbar(x, y, half, fmt="none", ecolor=LIGHT["dot"], elinewidth=1, zorder=3)
+            axis.errorbar(x, y, half, fmt="none", ecolor=COLOURS["dot"], elinewidth=1, zorder=3)
         y = [low + 0.03 * (high - low) if name == "crashed" else min(e.bpb, high) for e in found]
-        look = {"marker": marker, "color": LIGHT[inside], "label": name, "clip_on": False, "zorder": 4}
-        look |= {} if marker == "x" else {"edgecolors": LIGHT[edge], "linewidths": 1.8 if inside == "paper" else 0.8}
-        dots = axis.scatter([e.number for e in found], y, area, **look)
-        if labels:
-            dots.set_urls([f"#{place(night, e)}" for e in found])
-    put_labels(axis, chain, labels)
+        look = {"marker": marker, "color": COLOURS[inside], "label": name, "clip_on": False, "zorder": 4}
+        look |= {} if marker == "x" else {"edgecolors": COLOURS[edge], "linewidths": 1.8 if inside == "paper" else 0.8}
+        axis.scatter([e.number for e in found], y, area, **look)
+    put_labels(axis, chain)
 
 
 def kind(e):
@@ -128,7 +121,7 @@ def kind(e):
     return {"discard": "discarded", "crash": "crashed"}.get(e.status) or e.trust or "baseline"
 
 
-def put_labels(axis, chain, words):
+def put_labels(axis, chain):
     """Text below and left of the kept points, where nothing can be: each in a line of its own, or not at all."""
     renderer = axis.figure.canvas.get_renderer()
     frame, below = axis.get_window_extent(renderer), float("inf")
@@ -137,7 +130,7 @@ def put_labels(axis, chain, words):
         text = f"{cut(one_line(e.description), LABEL)}  {-e.gain.gain:+.4f}".replace("-0.", "\u22120.")
         x, y = axis.transData.transform((e.number, e.bpb))
         look = {"fontsize": 9.5, "ha": "right", "va": "top", "zorder": 3, "bbox": PAPER}
-        label = axis.text(0, 0, text if words else str(e.number), **look)
+        label = axis.text(0, 0, text, **look)
         box = label.get_window_extent(renderer)
         top, right = min(y - 5, below), max(x - 7, frame.x0 + 4 + 1.05 * box.width)
         if top - box.height < frame.y0 + 0.08 * frame.height:  # there crashes are marked
@@ -147,28 +140,8 @@ def put_labels(axis, chain, words):
         label.set_position(axis.transData.inverted().transform((right, top)))
 
 
-def place(night, experiment):
-    """The id of an experiment on the page."""
-    return f"e-{re.sub('[^A-Za-z0-9]', '-', night.tag)}-{experiment.number}"
-
-
-def png(figure):
-    """The figure as bytes of a PNG, 100 dots an inch."""
+def saved(figure, kind):
+    """The figure as the bytes of a `png`, 100 dots an inch, or of an `svg`."""
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=100, facecolor=LIGHT["paper"])
+    figure.savefig(out, format=kind, dpi=100, facecolor=COLOURS["paper"])
     return out.getvalue()
-
-
-def svg(figure, name, alt):
-    """The figure as SVG to stand in a page: its colours are the page's, its ids its own."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    for variable, colour in LIGHT.items():
-        text = text.replace(colour, f"var(--{variable})")
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(xlink:href="#|url\(#)(?!e-)', rf"\1{name}-", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text.replace("<a xlink:href", '<a tabindex="-1" href').replace(' target="_blank"', "")
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{alt}" ', text, count=1)

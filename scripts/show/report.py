@@ -6,6 +6,7 @@ The page is one file that needs nothing else. What is known comes from night.py;
 """
 
 import argparse
+import base64
 import re
 import shlex
 import sys
@@ -23,7 +24,6 @@ from harness import files, project
 from scripts import session
 from scripts.judge.observations import busy
 from scripts.session import Refused, counted, one_line, run_command, shown
-from scripts.show import programs
 from scripts.show.night import DOUBTFUL, SAFE, Night, clock, gain_words
 
 LINES = 600  # of a diff
@@ -41,9 +41,6 @@ class Page:
         self.night, self.id = night, re.sub("[^A-Za-z0-9]", "-", night.tag)
         self.changes = night.chain[1:]
         self.trusted = {word: [e for e in self.changes if e.trust == word] for word in MEANING}
-
-    def place(self, e):
-        return pictures.place(self.night, e)
 
     @property
     def sentence(self):
@@ -97,9 +94,9 @@ class Page:
             known = f"{n.evidence.df} repeats" if n.evidence.df else "a guess: nothing was repeated"
             found.append(f"The noise of one run is ± {n.evidence.sigma:.5f}, between equal seeds "
                          f"± {n.evidence.same_seed:.5f} ({known}).")  # fmt: skip
-        busy = Counter(bool(busy(n.records[a["run_id"]])) for a in n.attempts if a.get("run_id") in n.records)
-        if busy[True]:
-            found.append(f"The machine was shared during {busy[True]} of {busy.total()} runs, which so count for less.")
+        shared = Counter(bool(busy(n.records[a["run_id"]])) for a in n.attempts if a.get("run_id") in n.records)
+        if shared[True]:
+            found.append(f"The machine was shared during {shared[True]} of {shared.total()} runs, which so count for less.")
         if over := [str(e.number) for e in n.experiments if e.overruled]:
             found.append(f"The verdict was overruled in {', '.join(over[:12])}{' and more' if over[12:] else ''}.")
         if len(n.looks) > 1:
@@ -127,24 +124,19 @@ class Page:
 
     def diff(self, e):
         """The change of an experiment as HTML, or an empty text where git does not know both programs."""
-        a, b = (self.night.texts.get(x.blob) if x else None for x in (e.before, e))
-        if a is None or b is None:
-            return ""
-        lines, found = programs.diff(a, b), []
-        for line in lines[:LINES]:
+        found = []
+        for line in e.diff[:LINES]:
             kind = {"+": "add", "-": "del", "@": "hunk"}.get(line[:1])
             found.append(Markup('<span class="{}">{}</span>').format(kind, line) if kind else escape(line))
-        if len(lines) > LINES:
-            found.append(escape(f"… {len(lines) - LINES} more: git diff {e.before.commit} {e.commit} -- train.py"))
+        if len(e.diff) > LINES:
+            found.append(escape(f"… {len(e.diff) - LINES} more: git diff {e.before.commit} {e.commit} -- train.py"))
         return Markup("\n").join(found)
 
     @property
-    def pictures(self):
-        """The night as SVG, for a desk and for a phone."""
-        alt = "val_bpb of every experiment in order; the table below has the figures"
-        wide, narrow = pictures.progress([self.night], (12, 5.6)), pictures.progress([self.night], (4.6, 4.4), False)
-        drawn = ((wide, "wide"), (narrow, "narrow"))
-        return [Markup(pictures.svg(figure, f"{self.id}-{name}", alt)) for figure, name in drawn]
+    def picture(self):
+        """The address of the night's picture, which holds the picture itself."""
+        drawn = pictures.saved(pictures.progress([self.night]), "svg")
+        return f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode()}"
 
     @property
     def cost(self):
@@ -170,7 +162,7 @@ def write(args):
     text = environment.get_template("report.html.j2").render(pages=[Page(n) for n in nights], meaning=MEANING)
     text = text.encode("utf-8", "replace").decode("utf-8")
     files.write_atomically(project.DATA / "report.html", text)
-    files.write_atomically(project.DATA / "progress.png", pictures.png(pictures.progress(nights)))
+    files.write_atomically(project.DATA / "progress.png", pictures.saved(pictures.progress(nights), "png"))
     print(f"report   {shown(project.DATA / 'report.html')}, {len(text.encode()) / 1e6:.1f} MB; open it in a browser")
     print(f"picture  {shown(project.DATA / 'progress.png')}")
     for night in nights:

@@ -28,9 +28,8 @@ def table(night):
     print(look.format(*head))
     for e in night.experiments:
         number = f"{e.number}{'*' if e is night.best else '!' if e.overruled else ' '}"
-        changed = f"+{e.added}/-{e.removed}" if e.before else ""
         print(look.format(number, e.commit, f"{e.bpb:.6f}", gain_words(e.gain) if e.gain else "", len(e.runs) or "",
-                          e.memory, f"{e.rate:.0f}", changed, f"{e.status} {e.trust}", e.description))  # fmt: skip
+                          e.memory, f"{e.rate:.0f}", e.changed, f"{e.status} {e.trust}", e.description))  # fmt: skip
     print("* the best; ! verdict overruled; a kept gain is safe, doubtful or unproven")
     print("\n".join(standing(night)))
 
