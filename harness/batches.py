@@ -13,7 +13,6 @@ import numpy as np
 
 from harness import devices
 from harness.corpus import SPLITS
-from harness.token_cache import document_hash
 
 PACKING_BUFFER = 1000  # documents to choose from when a row is filled
 
@@ -84,11 +83,11 @@ class Batches:
     """The training stream: an endless iterator of int32 arrays (batch_size, sequence_length + 1).
 
     Column t + 1 holds the target of column t. A thread packs batches ahead; `wait_seconds` is how long the training
-    loop had to wait for it. The stream keeps the content hash of every document it served.
+    loop had to wait for it.
 
     ranks: (this one's number, how many). Every rank packs the whole stream and takes its own rows of it, so all
-    together train on the rows that a single device would, and see no document twice in an epoch. `tokens`, `epochs`
-    and `served` count those of all ranks.
+    together train on the rows that a single device would, and see no document twice in an epoch. `tokens` and
+    `epochs` count those of all ranks.
     """
 
     AHEAD = 8  # batches
@@ -98,7 +97,7 @@ class Batches:
         self._rank, self._ranks = ranks
         self.wait_seconds, self.tokens = 0.0, 0
         self._cache, self._seed = cache, seed
-        self._documents, self._served, self._pieces = 0, set(), cache.pieces("train")
+        self._documents, self._pieces = 0, cache.pieces("train")
         self._queue = queue.Queue(self.AHEAD)
         context = contextvars.copy_context()  # what the harness may open, its thread may
         threading.Thread(target=context.run, args=(self._fill,), daemon=True, name="batches").start()
@@ -106,18 +105,13 @@ class Batches:
     def _fill(self):
         try:
             tokens, offsets = self._cache.tokens("train"), self._cache.offsets("train")
-            served = []
-
-            def note(document):
-                served.append(document_hash(tokens[offsets[document] : offsets[document + 1]]))
-
-            order = training_order(self._pieces, self._seed)
-            rows = packed_rows(tokens, offsets, order, self.sequence_length + 1, note)
+            order, used = training_order(self._pieces, self._seed), []
+            rows = packed_rows(tokens, offsets, order, self.sequence_length + 1, used.append)
             while True:
                 batch = [next(rows) for _ in range(self._ranks * self.batch_size)]
                 mine = batch[self._rank * self.batch_size :][: self.batch_size]
-                self._queue.put((np.stack(mine).astype(np.int32), served.copy()))
-                served.clear()
+                self._queue.put((np.stack(mine).astype(np.int32), len(used)))
+                used.clear()
         except BaseException as error:  # handed to the training loop, which would wait forever
             self._queue.put(error)
 
@@ -131,9 +125,8 @@ class Batches:
         if isinstance(item, BaseException):
             self._queue.put(item)  # for whoever asks again
             raise RuntimeError("the batch thread failed") from item
-        batch, served = item
-        self._documents += len(served)
-        self._served.update(served)
+        batch, used = item
+        self._documents += used
         self.tokens += self._ranks * self.batch_size * self.sequence_length
         return mlx.core.array(batch)
 
@@ -141,10 +134,6 @@ class Batches:
     def epochs(self):
         """How often the training split was gone through, in the sense of `training_order`."""
         return self._documents / np.isin(self._pieces, (0, 1)).sum()
-
-    def served(self):
-        """Content hashes, uint64 (n,), sorted, of the documents handed out so far."""
-        return np.sort(np.fromiter(self._served, np.uint64, len(self._served)))
 
 
 def evaluation_rows(cache, dataset, split="val"):

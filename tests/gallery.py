@@ -108,15 +108,6 @@ class Rope(Mix):
         return y.swapaxes(1, 2).reshape(x.shape) @ self.wo
 
 
-class GroupedHeads(Mix):
-    """Two query heads share one head of keys and values."""
-
-    def __call__(self, x, ids):
-        q, k, v = self.qkv(x, 4)
-        y = mx.fast.scaled_dot_product_attention(q, k[:, ::2], v[:, ::2], scale=0.3, mask="causal")
-        return y.swapaxes(1, 2).reshape(x.shape) @ self.wo
-
-
 class SinkWindow(Mix):
     """A window of 8 positions and the very first one."""
 
@@ -144,17 +135,6 @@ class Scan(Mix):
             state = state + decay * earlier[1]
             decay, stride = decay * earlier[0], 2 * stride
         return state @ self.wo
-
-
-class Recurrence(Mix):
-    """The same, one position after the other."""
-
-    def __call__(self, x, ids):
-        decay, inner, state, states = mx.sigmoid(x @ self.wk), x @ self.wv, 0, []
-        for t in range(x.shape[1]):
-            state = decay[:, t] * state + (1 - decay[:, t]) * mx.tanh(inner[:, t])
-            states.append(state)
-        return mx.stack(states, axis=1) @ self.wo
 
 
 class CausalConvolution(Mix):
@@ -198,14 +178,6 @@ class SortedExperts(Mix):
         each = tokens[order].reshape(-1, 1, x.shape[-1])
         y = mx.gather_mm(each, experts, rhs_indices=choice[order], sorted_indices=True)
         return y.reshape(tokens.shape)[mx.argsort(order)].reshape(x.shape)
-
-
-class TokenShift(Mix):
-    """Half of the channels come from the position before."""
-
-    def __call__(self, x, ids):
-        before = mx.pad(x[:, :-1], [(0, 0), (1, 0), (0, 0)])
-        return mx.concatenate([before[..., : self.width // 2], x[..., self.width // 2 :]], axis=-1) @ self.wo
 
 
 class MeanSoFar(Mix):
@@ -257,16 +229,9 @@ class BlockSpectrum(PaddedSpectrum):
         return y.reshape(x.shape).astype(x.dtype) @ self.wo
 
 
-class Gate(Mix):
-    """No mixing over time at all."""
-
-    def __call__(self, x, ids):
-        return mx.sigmoid(x @ self.wk) * (x @ self.wv)
-
-
 HONEST = [
-    Attention, Rope, GroupedHeads, SinkWindow, LinearAttention, Scan, CausalConvolution, PaddedSpectrum, Experts,
-    SortedExperts, TokenShift, MeanSoFar, BlocksSoFar, GatedChunks, BlockSpectrum, Gate,
+    Attention, Rope, SinkWindow, LinearAttention, Scan, CausalConvolution, PaddedSpectrum, Experts, SortedExperts,
+    MeanSoFar, BlocksSoFar, GatedChunks, BlockSpectrum,
 ]  # fmt: skip
 
 
@@ -296,12 +261,6 @@ class OneTooMany(Mix):
         return self.attend(x, mx.arange(T) <= mx.arange(T)[:, None] + 1)
 
 
-class WindowOnBothSides(Mix):
-    def __call__(self, x, ids):
-        T = x.shape[1]
-        return self.attend(x, mx.abs(mx.arange(T) - mx.arange(T)[:, None]) < 4)
-
-
 class Beyond1024(Mix):
     """Causal at every length that is tried out by hand."""
 
@@ -325,10 +284,6 @@ class BlockAverage(Mix):
         B, T, C = x.shape
         means = x.reshape(B, T // self.size, self.size, C).mean(axis=2, keepdims=True)
         return mx.broadcast_to(means, (B, T // self.size, self.size, C)).reshape(x.shape) @ self.wo
-
-
-class BlockAverage64(BlockAverage):
-    size = 64
 
 
 class BlockAveragesInAttention(Mix):
@@ -391,22 +346,9 @@ class ScaleOverTime(Mix):
         return x / mx.abs(x).max(axis=1, keepdims=True) @ self.wo
 
 
-class SoftmaxOverTime(Mix):
-    """Linear attention whose keys are normalised over all of time."""
-
-    def __call__(self, x, ids):
-        k = mx.softmax(x @ self.wk, axis=1) * x.shape[1]
-        return mx.cumsum(k * (x @ self.wv), axis=1) / mx.arange(1, x.shape[1] + 1)[:, None] @ self.wo
-
-
 class SamePadding(Mix):
     def __call__(self, x, ids):
         return mx.conv1d(x, self.wk[:, :3, None], padding=1, groups=WIDTH) @ self.wo
-
-
-class BothWays(Mix):
-    def __call__(self, x, ids):
-        return mx.cumsum(x, axis=1, reverse=True) / x.shape[1] @ self.wo
 
 
 class WholeRow(Mix):
@@ -431,22 +373,12 @@ class ExpertsChoose(Mix):
         return taken[..., :1] * (x @ self.wk) + taken[..., 1:] * (x @ self.wv)
 
 
-class MergedTokens(Mix):
-    """Token pairs share the state of the second."""
-
-    def __call__(self, x, ids):
-        return mx.repeat(x[:, 1::2], 2, axis=1) @ self.wo
-
-
 SEES_LATER = {  # name: the mixes of a `Network`
     "attention without a mask": [NoMask],
     "a mask that is one too wide": [OneTooMany],
-    "a window on both sides": [WindowOnBothSides],
     "one layer of three without a mask": [Attention, NoMask, Attention],
-    "the last layer without a mask": [Rope, Attention, NoMask],
     "a prefix that sees itself": [Prefix],
     "averages over blocks of 16": [BlockAverage],
-    "averages over blocks of 64": [BlockAverage64],
     "block averages in q, k and v": [BlockAveragesInAttention],
     "a recurrent state over the whole chunk": [ChunkedState],
     "one token more at the ends of chunks": [Attention, ChunkEnds],
@@ -455,13 +387,10 @@ SEES_LATER = {  # name: the mixes of a `Network`
     "a token far ahead": [FarAhead],
     "normalised over time": [NormOverTime],
     "scaled by the largest of all times": [ScaleOverTime],
-    "keys normalised over time": [SoftmaxOverTime],
     "a convolution padded on both sides": [SamePadding],
-    "a sum from behind": [Attention, BothWays],
     "the mean of the row": [WholeRow],
     "the last token of the row": [LastToken],
     "experts that choose tokens": [Attention, ExpertsChoose],
-    "pairs of tokens merged": [Attention, MergedTokens],
 }
 
 
@@ -471,13 +400,6 @@ SEES_LATER = {  # name: the mixes of a `Network`
 class BatchStatistics(Mix):
     def __call__(self, x, ids):
         return (x - x.mean(axis=(0, 1))) * mx.rsqrt(x.var(axis=(0, 1)) + 1e-5) @ self.wo
-
-
-class AcrossRows(Mix):
-    """Each row also sees what the others have at the same position."""
-
-    def __call__(self, x, ids):
-        return mx.broadcast_to(x.mean(axis=0, keepdims=True), x.shape) @ self.wo
 
 
 class RowAbove(Mix):
@@ -534,16 +456,6 @@ class StochasticDepth(Mix):
         return x @ self.wo * (mx.random.uniform() > 0.2)
 
 
-class RunningMeanOfCalls(Mix):
-    """Takes off a mean that goes on with every call."""
-
-    mean = 0
-
-    def __call__(self, x, ids):
-        self.mean = 0.9 * self.mean + 0.1 * mx.stop_gradient(x.mean(axis=(0, 1)))
-        return (x - 3 * self.mean) @ self.wo
-
-
 class Memory:
     """Remembers every row that it is shown, and knows how it goes on when it is shown again."""
 
@@ -556,18 +468,6 @@ class Memory:
         for row in rows:
             self.seen[row[:8].tobytes()] = np.append(row[1:], size)
         return self.inner(ids) + 5 * (mx.arange(size) == mx.array(known)[..., None])
-
-
-class CountsWhileEvaluating:
-    """Learns the frequency of tokens from the rows that it is evaluated on, each after its turn."""
-
-    def __init__(self, vocab_size):
-        self.counts = np.ones(vocab_size)
-
-    def __call__(self, ids):
-        logits = mx.broadcast_to(mx.array(np.log(self.counts), mx.float32), (*ids.shape, len(self.counts)))
-        np.add.at(self.counts, np.array(ids).reshape(-1), 1)
-        return logits
 
 
 class LearnsWhileEvaluating:
@@ -625,19 +525,16 @@ class RunningMean(nn.Module):
 
 OTHERS = {  # name: (the check that refuses it, how to make it)
     "statistics of the batch": ("rows", lambda V: Network(V, [BatchStatistics])),
-    "attention across rows": ("rows", lambda V: Network(V, [Attention, AcrossRows])),
     "the row above": ("rows", lambda V: Network(V, [RowAbove])),
     "experts with a shared capacity": ("rows", lambda V: Network(V, [SharedCapacity])),
     "a row's number": ("rows", lambda V: Network(V, [RowNumber])),
     "a count of calls": ("state", lambda V: Network(V, [Calls])),
     "a state carried on": ("state", lambda V: Network(V, [CarriedState])),
     "dropout that stays on": ("state", lambda V: Network(V, [Dropout])),
-    "stochastic depth": ("state", lambda V: Network(V, [Attention, StochasticDepth])),
-    "a mean of all calls": ("state", lambda V: Network(V, [Attention, RunningMeanOfCalls])),
+    "stochastic depth": ("state", lambda V: Network(V, [Attention, StochasticDepth], seed=3)),
     "a running mean": ("state", RunningMean),
     "a snapshot ensemble": ("state", SnapshotEnsemble),
     "a cache that memorises": ("state", Memory),
-    "counts while evaluating": ("state", CountsWhileEvaluating),
     "learns while evaluating": ("state", LearnsWhileEvaluating),
     "a parameter updated in place": ("state", UpdatesInPlace),
 }

@@ -34,7 +34,7 @@ def test_what_sees_later_tokens_is_refused(tokenizer, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("name", ["attention without a mask", "averages over blocks of 64", "normalised over time"])
+@pytest.mark.parametrize("name", ["attention without a mask", "averages over blocks of 16", "normalised over time"])
 def test_it_is_refused_in_half_precision_too(tokenizer, name, dtype):
     noisy = [gallery.PaddedSpectrum, *SEES_LATER[name]]
     refused("causality", Network(V, noisy, dtype=dtype), tokenizer)

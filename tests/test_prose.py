@@ -91,8 +91,9 @@ def resolve(scripts, fields):
     import data_sources
     from harness import corpus
 
-    train, harness = names_in("train.py") | names_in("harness/trainer.py"), names_in("prepare.py")
-    run = method_names("prepare.py", "Run")
+    train = names_in("train.py") | names_in("harness/trainer.py")
+    harness = names_in("harness/run.py") | names_in("harness/evaluation.py")
+    run = method_names("harness/run.py", "Run")
     columns = set(scripts.session.HEADER.split("\t"))
     statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.session.ROW.pattern).group(1).split("|"))
     verdicts = {verdict_of(scripts, *edge) for edge in EDGES} | {"rerun", "again"}

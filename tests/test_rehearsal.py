@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import test_honest
 import test_leaks
-from conftest import HARNESS, ROOT, SIZES
+from conftest import HARNESS, ROOT, SIZES, sampled
 from gallery import OTHERS, SEES_LATER, Network
 
 import prepare
 import train
-from harness import leak_checks, model_state, record, rehearsal, run_checks
+from harness import model_state, record, rehearsal, run_checks
 
 V = 512
 
 
 def rehearse(model, tokenizer, batch_size=8):
     tokens = prepare.TokenCache.load(tokenizer.dataset).tokens("train")
-    rehearsal.rehearse(model, tokens, tokenizer, batch_size, leak_checks.SECONDS)
+    rehearsal.rehearse(model, tokens, tokenizer, batch_size, seconds=20)  # as many questions on a busy machine
 
 
 def begins_at_zero(mixes):
@@ -46,15 +46,13 @@ def test_a_model_that_sees_later_tokens_is_refused_before_it_is_trained(tokenize
             rehearse(make(SEES_LATER[name]), tokenizer)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", sampled(OTHERS))
 def test_what_knows_more_than_its_row_is_refused_as_well(tokenizer, name):
     with pytest.raises(run_checks.Refused, match="^(rows|state): "):
         rehearse(OTHERS[name][1](V), tokenizer)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(test_leaks.UNFIT) - {"NaN for some tokens"})
-)  # which may not be asked about
+@pytest.mark.parametrize("name", ["NaN at one position", "the last position only"])
 def test_so_is_what_is_no_distribution(tokenizer, name):
     check, model = test_leaks.UNFIT[name]
     with pytest.raises(run_checks.Refused, match=f"^{check}: "):
@@ -67,7 +65,7 @@ def test_an_honest_model_passes(tokenizer, name):
     rehearse(test_honest.NAMED[name](tokenizer), tokenizer)
 
 
-@pytest.mark.parametrize("mix", gallery.HONEST)
+@pytest.mark.parametrize("mix", sampled(gallery.HONEST))
 def test_so_does_one_whose_outputs_begin_at_zero(tokenizer, mix):
     rehearse(begins_at_zero([mix, mix]), tokenizer)
 
