@@ -18,6 +18,7 @@ import pytest
 from conftest import HARNESS, ROOT, small_laboratory
 
 from harness import project
+from scripts import settings
 
 PLUGIN = ROOT / "experiment-plugin"
 SKILL = PLUGIN / "skills" / "model" / "SKILL.md"
@@ -91,9 +92,8 @@ def resolve(scripts, fields):
     import data_sources
     from harness import corpus
 
-    train = names_in("train.py") | names_in("harness/trainer.py")
-    harness = names_in("harness/run.py") | names_in("harness/evaluation.py")
-    run = method_names("harness/run.py", "Run")
+    code = [path.relative_to(ROOT) for folder in (".", "harness") for path in (ROOT / folder).glob("*.py")]
+    train, run = set().union(*map(names_in, code)), method_names("harness/run.py", "Run")
     columns = set(scripts.session.HEADER.split("\t"))
     statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.session.ROW.pattern).group(1).split("|"))
     verdicts = {verdict_of(scripts, *edge) for edge in EDGES} | {"rerun", "again"}
@@ -127,7 +127,7 @@ def resolve(scripts, fields):
             return None if Path(text).expanduser() == cache else f"the cache is in {cache}"
         name = text.removeprefix("./")
         if not ignored(name):
-            return None if any(ROOT.glob(name)) else f"no file {text}"
+            return None if any(any((ROOT / folder).glob(name)) for folder in FOLDERS) else f"no file {text}"
         # written at run time: its name, up to what varies, stands in the code
         stem = re.split(r"YYYY|\*", name.rstrip("/").rsplit("/", 1)[-1])[0]
         return None if re.search(rf"[\"'/ ]{re.escape(stem)}", SOURCES) else f"nothing writes {text}"
@@ -145,7 +145,7 @@ def resolve(scripts, fields):
                 return
         if text.startswith("."):
             return None if hasattr(mx.array, name) else f"arrays have no {text}"
-        if text in train | harness or text in {path.stem for path in HARNESS} or keyword.iskeyword(text):
+        if text in train or text in {path.stem for path in HARNESS} or keyword.iskeyword(text):
             return
         return f"{text} is nothing that the code knows"
 
@@ -241,16 +241,17 @@ def test_the_sections_that_program_names_exist():
 # --- the rule for keeping ------------------------------------------------------------------------
 
 EDGES = [
-    (gain, faster, simpler)
+    (gain, faster, simpler, harmless)
     for gain in (-0.0031, -0.003, -0.0029, 0.0, 0.0049, 0.005, 0.2)
     for faster in (-0.3, -0.16, -0.15, -0.06, -0.05, 0.0, 0.1, 0.11, 0.25, 0.26)
     for simpler in (False, True)
+    for harmless in (False, True)
 ]
 
 
-def verdict_of(scripts, gain, faster, simpler, part=0):
-    """The verdict of the code, or (part=1) the rule that it prints. A gain of 0 stands for none that was seen."""
-    return scripts.verdict.table((gain > 0) - (gain < 0), gain, faster, simpler)[part]
+def verdict_of(scripts, gain, faster, simpler, harmless):
+    """The verdict of the code. A gain of 0: none was seen; harmless: a loss that matters is ruled out."""
+    return scripts.verdict.table(gain > 0, gain < 0, harmless, gain, faster, simpler)[0]
 
 
 def rows_of_table(text):
@@ -259,15 +260,15 @@ def rows_of_table(text):
 
 
 def table_says(text):
-    """The table of the page's rule as a function of (gain, share of throughput won, whether it is simpler)."""
+    """The table of the page's rule as a function of an edge, see EDGES."""
     bpb = {
-        r"improved": lambda g, s: g > 0,
-        r"improved by less than ([\d.]+)": lambda g, s, n: 0 < g < float(n),
-        r"improved by ([\d.]+) or more": lambda g, s, n: g >= float(n),
-        r"no difference seen": lambda g, s: g == 0,
-        r"no difference seen, fewer lines": lambda g, s: g == 0 and s,
-        r"worse by less than ([\d.]+)": lambda g, s, n: -float(n) < g < 0,
-        r"anything else": lambda g, s: True,
+        r"improved": lambda g, s, h: g > 0,
+        r"improved by less than ([\d.]+)": lambda g, s, h, n: 0 < g < float(n),
+        r"improved by ([\d.]+) or more": lambda g, s, h, n: g >= float(n),
+        r"no loss that matters": lambda g, s, h: h,
+        r"no loss that matters, fewer lines": lambda g, s, h: h and s,
+        r"worse by less than ([\d.]+)": lambda g, s, h, n: -float(n) < g < 0,
+        r"anything else": lambda g, s, h: True,
     }
     speed = {
         r"fell by at most (\d+) %": lambda f, n: f >= -int(n) / 100,
@@ -285,7 +286,7 @@ def table_says(text):
     rule = []
     for change, throughput, verdict in rows_of_table(text):
         rule.append((understand(change, bpb), understand(throughput, speed), verdict))
-    return lambda gain, faster, simpler: next(v for b, s, v in rule if b(gain, simpler) and s(faster))
+    return lambda gain, faster, *more: next(v for b, s, v in rule if b(gain, *more) and s(faster))
 
 
 def disagreements(text, scripts):
@@ -344,9 +345,8 @@ def test_every_target_and_variable_is_in_the_readme():
 
 
 def test_the_defaults_that_are_told():
-
-    timeout = re.search(r"\$\{TIMEOUT:-(\d+)", SOURCES).group(1)
-    defaults = {"BUDGET": f"{project.BUDGET:g}", "TIMEOUT": timeout, "SEED": str(project.SEED)}
+    budget, timeout = (settings.complete({})[name] for name in ("BUDGET", "TIMEOUT"))
+    defaults = {"BUDGET": budget, "TIMEOUT": timeout, "SEED": str(project.SEED)}
     table = re.findall(r"^\| `([A-Z]+)` \| (\d+) \|", PAGES["README.md"].read_text(), re.MULTILINE)
     assert dict(table) == defaults
     text = PAGES["program.md"].read_text()
