@@ -89,7 +89,7 @@ class Training:
         trainer, gradients = self.trainer, self.trainer.gradients(self.micro_batches)
         return {
             "gradients_ms": 1e3 * median_seconds(lambda: mx.eval(trainer.gradients(self.micro_batches))),
-            "update_ms": 1e3 * median_seconds(lambda: mx.eval(trainer.update(gradients), trainer.state)),
+            "update_ms": 1e3 * median_seconds(lambda: mx.eval(trainer.update(*gradients), trainer.state)),
         }
 
     def attention(self):
@@ -135,7 +135,8 @@ def flops_per_token(config, parameters):
     whole window. Work done a second time is not counted.
     """
     matrices = {path: p for path, p in tree_flatten(parameters) if p.ndim > 1}
-    in_products = sum(p.size for path, p in matrices.items() if train.parameter_group(path, p) != "embeddings")
+    looked_up = "embeddings", "ngrams"
+    in_products = sum(p.size for path, p in matrices.items() if train.parameter_group(path, p) not in looked_up)
     return 6 * in_products + sum(12 * config.n_embd * config.window(layer) for layer in range(config.depth))
 
 

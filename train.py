@@ -19,10 +19,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from harness import kernels
+from harness import kernels, ngrams
 from harness.batches import cut_step
 from harness.fast import fast
-from harness.trainer import StackedOptimizer, Trainer, mean_in_chunks
+from harness.trainer import AdamW, StackedOptimizer, Trainer, mean_in_chunks
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
@@ -42,8 +42,10 @@ ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to 
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
 WINDOWS = "SL" if CUDA else "L"  # block-local attention, a letter a layer: L one block of all the context, S two halves
 MLP_RATIO = 4  # hidden channels of an MLP, in widths
-GATE_CHANNELS = 32  # leading channels of the stream that a value gate reads
-GATE_MAX = 2.0  # a value gate lies between 0 and this, and starts at half of it
+GATE_CHANNELS = 32  # leading channels of the stream that a value gate reads; each n-gram gate reads the next as many
+GATE_MAX = 2.0  # a gate lies between 0 and this, and starts at half of it
+NGRAM_ROWS = 0  # rows of a table of hashed n-grams, 0 for none; they pay where a budget sees its text about once
+NGRAMS = (2, 3)  # tokens of an n-gram; two tables for each of these in every layer with a value embedding
 ROPE_BASE = 10000.0  # longest wavelength of the positions, over 2 pi
 SOFTCAP = 15.0  # logits are bounded to ±SOFTCAP
 MATRIX_INIT = 0.4  # standard deviation of matrices and value embeddings at the start, times width^-0.5
@@ -52,7 +54,9 @@ X0_INIT = 0.1  # share of the token embedding that each layer adds at the start
 
 MATRIX_LR = 0.02 if CUDA else 0.03  # Muon: matrices of the blocks
 EMBEDDING_LR = 0.3  # AdamW: token and value embeddings; scaled by (width / 768)^-0.5, as HEAD_LR
-HEAD_LR = 0.008  # AdamW: output head, value gates and shifts
+HEAD_LR = 0.008  # AdamW: output head, gates and shifts
+NGRAM_LR = 9.5  # Adagrad: tables of n-grams, scaled likewise; rises as (1 - NGRAM_WARMUP^step)^0.5 and never falls
+NGRAM_WARMUP = 0.999
 X0_LR = 0.5  # AdamW: x0_lambdas
 RESID_LR = 0.005  # AdamW: resid_lambdas
 ADAM_BETAS = (0.8, 0.95)  # AdamW; the second one also for Muon's second moment
@@ -79,6 +83,7 @@ class GPTConfig:
     aspect_ratio: int = ASPECT_RATIO
     head_dim: int = HEAD_DIM
     windows: str = WINDOWS
+    ngram_rows: int = NGRAM_ROWS
 
     @property
     def n_head(self):
@@ -187,18 +192,30 @@ class Attention(nn.Module):
         if config.has_value_embedding(layer):
             self.value_embedding = uniform(config.vocab_size, n)
             self.value_gate = Linear(mx.zeros((config.n_head, GATE_CHANNELS)))
+            if config.ngram_rows:
+                self.ngrams = [NGrams(config, layer, n) for n in NGRAMS]
+                self.ngram_gates = [Linear(mx.zeros((config.n_head, GATE_CHANNELS))) for _ in NGRAMS]
+        if config.ngram_rows:
+            self.out_gate = Linear(mx.zeros((config.n_head, GATE_CHANNELS)))
         self._heads, self._scale, self._window = config.n_head, config.head_dim**-0.5, config.window(layer)
 
     def __call__(self, x, tokens):
         B, T, C = x.shape
-        gate = table = None
+        gate, table, tables = None, None, self.get("ngrams", [])
+        leading = mx.split(x[..., : (1 + len(tables)) * GATE_CHANNELS], 1 + len(tables), axis=-1)
         if "value_embedding" in self:
-            gate, table = self.value_gate(x[..., :GATE_CHANNELS]), self.value_embedding
+            gate, table = self.value_gate(leading[0]), self.value_embedding
         q, k, v = heads(self.qkv(x).reshape(B, T, 3, self._heads, -1), gate, table, tokens)
+        if tables:
+            gates = [gate(part) for gate, part in zip(self.ngram_gates, leading[1:], strict=True)]
+            v = add_gated(v.transpose(0, 2, 1, 3), gates, [table(tokens) for table in tables]).transpose(0, 2, 1, 3)
         if T > self._window:  # block-local attention (arXiv:1801.10198): a query sees what precedes it in its block
             q, k, v = (blocks_of(x, self._window) for x in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
-        return self.out(y.transpose(0, 2, 1, 3).reshape(B, -1, C)[:, :T])
+        y = y.transpose(0, 2, 1, 3).reshape(B, -1, self._heads, C // self._heads)[:, :T]
+        if "out_gate" in self:
+            y = gated_norm(y, self.out_gate(leading[0]))
+        return self.out(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -244,6 +261,61 @@ class GPT(nn.Module):
     def __call__(self, tokens):
         """Logits (B, T, vocab_size), float32, for token ids (B, T)."""
         return logits_of(self.hidden(tokens), self.head)
+
+
+# --- n-gram value embeddings ---------------------------------------------------------------------
+
+
+class NGrams(ngrams.Table):
+    """Value embeddings of the n tokens that end at each position: looked up, not computed (Engram, arXiv:2601.07372).
+
+    Two tables of half the width, each with a hash of its own: n-grams that share a row in one seldom do in both
+    (arXiv:1709.03933).
+    """
+
+    def __init__(self, config, layer, n):
+        bound, shape = (3 / config.n_embd) ** 0.5, (2, config.ngram_rows, config.n_embd // 2)
+        super().__init__(mx.random.uniform(-bound, bound, shape, COMPUTE_DTYPE), rows_at)
+        self._factors = 2 * np.random.default_rng((layer, n)).integers(2**31, size=(n, 2, 1, 1), dtype=np.uint32) + 1
+
+    def slots(self, tokens):
+        """The row of either table for tokens (B, T): uint32 (2, B, T)."""
+        mixed, length = mx.zeros((2, *tokens.shape), mx.uint32), tokens.shape[1]
+        for back, factors in enumerate(self._factors):
+            mixed = mixed ^ (mx.pad(tokens, [(0, 0), (back, 0)])[:, :length].astype(mx.uint32) * mx.array(factors))
+        return ((mixed ^ (mixed >> 15)) * mx.array(2654435769, mx.uint32) >> 7) % self.weight.shape[1]
+
+
+@fast(ngrams.rows_at, when=KERNELS)
+def rows_at(tables, slots):
+    """Rows (B, T, 2 c) of two tables (2, rows, c), side by side. slots: (2, B, T)."""
+    return mx.concatenate([tables[0][slots[0]], tables[1][slots[1]]], axis=-1)
+
+
+@fast(ngrams.add_gated, when=KERNELS)
+def add_gated(v, gates, rows):
+    """Values v (B, T, heads, head_dim) and each of rows (B, T, n_embd), with a gate per head. gates: (B, T, heads)."""
+    for gate, row in zip(gates, rows, strict=True):
+        v = v + GATE_MAX * mx.sigmoid(gate)[..., None] * row.reshape(v.shape)
+    return v
+
+
+@fast(ngrams.gated_norm, when=KERNELS)
+def gated_norm(y, gate):
+    """Output y (B, T, heads, head_dim) of each head, normed (arXiv:2410.05258) and gated (arXiv:2505.06708)."""
+    return GATE_MAX * mx.sigmoid(gate)[..., None] * norm(y)
+
+
+@fast(ngrams.adagrad, when=KERNELS)
+def adagrad(tables, squares, slots, gradient, rate):
+    """New tables (2, rows, c) and squares (2, rows): Adagrad (JMLR 12:2121) with one sum of squares a row.
+
+    slots: (2, N), the rows that were looked up; gradient: (N, 2 c), theirs. A row's rate falls with its own use.
+    """
+    parts = zip(slots, mx.split(gradient.astype(mx.float32), 2, axis=-1), strict=True)
+    whole = mx.stack([mx.zeros(tables.shape[1:]).at[rows].add(part) for rows, part in parts])
+    squares = squares + mx.square(whole).mean(axis=-1)
+    return (tables - rate * whole * mx.rsqrt(squares + 1e-20)[..., None]).astype(tables.dtype), squares
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -336,24 +408,15 @@ def parameter_group(path, parameter):
     """Which of GPTOptimizer's optimizers updates a parameter; an error where none is meant to."""
     if path.endswith("_embedding"):
         return "embeddings"
-    if path == "head" or ".value_gate." in path or path.endswith(".shift"):
+    if ".ngrams." in path:
+        return "ngrams"
+    if path == "head" or "_gate" in path or path.endswith(".shift"):
         return "head"
     if path in ("x0_lambdas", "resid_lambdas"):
         return path.split("_")[0]
     if path.startswith("blocks.") and parameter.ndim in (2, 3):
         return "matrices"
     raise ValueError(f"parameter {path} {parameter.shape} is in no optimizer group: see parameter_group in train.py")
-
-
-class AdamW(optim.Adam):
-    """Adam with weight decay (arXiv:1711.05101). The decay is an array, so that all groups share compiled kernels."""
-
-    def __init__(self, learning_rate, decay=0.0):
-        super().__init__(learning_rate, ADAM_BETAS, eps=1e-10)  # schedule() corrects the bias by the rate
-        self.state["decay"] = mx.array(decay)
-
-    def apply_single(self, gradient, parameter, state):
-        return super().apply_single(gradient, parameter * (1 - self.learning_rate * self.state["decay"]), state)
 
 
 class GPTOptimizer(optim.MultiOptimizer):
@@ -363,10 +426,11 @@ class GPTOptimizer(optim.MultiOptimizer):
         width = (n_embd / 768) ** -0.5
         self.groups = {
             "matrices": Muon(MATRIX_LR, streams),
-            "embeddings": AdamW(EMBEDDING_LR * width, EMBEDDING_DECAY),
-            "head": AdamW(HEAD_LR * width, HEAD_DECAY),
-            "x0": AdamW(X0_LR),
-            "resid": AdamW(RESID_LR),
+            "embeddings": AdamW(EMBEDDING_LR * width, ADAM_BETAS, EMBEDDING_DECAY),
+            "head": AdamW(HEAD_LR * width, ADAM_BETAS, HEAD_DECAY),
+            "ngrams": ngrams.RowOptimizer(NGRAM_LR * width, adagrad, model),
+            "x0": AdamW(X0_LR, ADAM_BETAS),
+            "resid": AdamW(RESID_LR, ADAM_BETAS),
         }
         filters = [lambda path, p, name=name: parameter_group(path, p) == name for name in self.groups]
         super().__init__(list(self.groups.values()), filters[:-1])  # the last one gets the rest
@@ -380,12 +444,13 @@ class GPTOptimizer(optim.MultiOptimizer):
         They are arrays in the optimizers' state, so a compiled update sees the new values.
         """
         for name, optimizer in self.groups.items():
-            optimizer.learning_rate = self.rates[name] * learning_rate_factor(progress)
+            factor = (1 - NGRAM_WARMUP ** (step + 1)) ** 0.5 if name == "ngrams" else learning_rate_factor(progress)
+            optimizer.learning_rate = self.rates[name] * factor
             if isinstance(optimizer, AdamW):  # bias correction: its averages begin at zero
                 first, second = (1 - beta ** (step + 1) for beta in optimizer.betas)
                 optimizer.learning_rate *= second**0.5 / first
         muon = self.groups["matrices"].state
-        muon["momentum"], muon["decay"] = mx.array(momentum(step)), mx.array(weight_decay(progress))
+        muon["momentum"], muon["decay"] = mx.array(momentum(step)), mx.array(WEIGHT_DECAY * (1 - progress))
 
 
 # --- schedules -----------------------------------------------------------------------------------
@@ -401,10 +466,6 @@ def learning_rate_factor(progress):
 def momentum(step):
     start, end, steps = MOMENTUM
     return start + (end - start) * min(1.0, step / steps)
-
-
-def weight_decay(progress):
-    return WEIGHT_DECAY * (1 - progress)
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from harness.processes import LOST, UNFIT
 
@@ -59,6 +59,11 @@ def all_gather(text):
     sent[0, : content.size] = content
     rows = np.array(mx.distributed.all_gather(mx.array(sent), group=GROUP))
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def gathered(tree):
+    """A tree of arrays, those of all ranks one behind the other along their first axis."""
+    return tree_map(lambda x: mx.distributed.all_gather(x, group=GROUP), tree) if SIZE > 1 else tree
 
 
 @contextmanager

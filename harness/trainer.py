@@ -8,12 +8,11 @@ import os
 from functools import reduce
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from harness import devices, kernels
+from harness import devices, kernels, ngrams
 
 GPU = mx.default_device().type == mx.gpu
 # MLX reads these once, at its first computation. What it sends to CUDA at once is freed at once: with its own limit a
@@ -33,7 +32,7 @@ class Trainer:
 
     def __init__(self, model, optimizer, loss_fn, streams, compiled):
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
-        self.streams, self.compiled = streams, compiled
+        self.streams, self.compiled, self.tables = streams, compiled, ngrams.tables_of(model)
         self.state = [model.state, optimizer.state]
         mx.eval(self.state)
         self.accumulate, self.update = self._accumulate, self._update
@@ -42,18 +41,28 @@ class Trainer:
             self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
     def _accumulate(self, tokens, share, *total):
-        """(loss, gradients) of tokens (B, T + 1), times `share`, added to `total` where it is given."""
+        """(loss, gradients) of tokens (B, T + 1), times `share`, added to `total` where it is given.
 
-        def loss(model, tokens):
-            return share * self.loss_fn(model, tokens)
+        And the gradient of what each table of n-grams has for these tokens alone.
+        """
 
-        part = nn.value_and_grad(self.model, loss)(self.model, tokens)
-        return tree_map(mx.add, *total, part) if total else part
+        def loss(parameters, rows):
+            self.model.update(parameters)
+            with ngrams.given(self.tables, rows):
+                return share * self.loss_fn(self.model, tokens)
 
-    def _update(self, totals):
-        """Apply the sum of the streams' gradients; returns the sum of their losses."""
+        rows = [table(tokens[:, :-1]) for table in self.tables]
+        value, (gradients, of_rows) = mx.value_and_grad(loss, argnums=(0, 1))(self.model.trainable_parameters(), rows)
+        part = value, gradients
+        return tree_map(mx.add, *total, part) if total else part, of_rows
+
+    def _update(self, totals, looked_up):
+        """Apply the sum of the streams' gradients; returns the sum of their losses. looked_up: see RowOptimizer."""
         loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
         self.optimizer.update(self.model, devices.average_gradients(gradients))
+        for optimizer in getattr(self.optimizer, "optimizers", ()):
+            if isinstance(optimizer, ngrams.RowOptimizer) and looked_up:
+                optimizer.update_tables(self.tables, devices.gathered(looked_up))
         return loss
 
     def split(self, tokens):
@@ -61,18 +70,21 @@ class Trainer:
         return mx.split(tokens, math.gcd(len(tokens), len(self.streams)))
 
     def gradients(self, micro_batches):
-        """[(loss, gradients)] of each stream; their sums are the means over all micro-batches."""
-        totals = [[] for _ in self.split(micro_batches[0])]
+        """[(loss, gradients)] of each stream, whose sums are the means over all micro-batches, and what their tokens
+        looked up in tables: see ngrams.RowOptimizer."""
+        looked_up, totals = [], [[] for _ in self.split(micro_batches[0])]
         share = mx.array(1 / (len(totals) * len(micro_batches)))
         for tokens in micro_batches:
             for i, part in enumerate(self.split(tokens)):
                 with mx.stream(self.streams[i]):
-                    totals[i] = [self.accumulate(part, share, *totals[i])]
-            mx.async_eval(totals)
-        return [total for (total,) in totals]
+                    total, of_rows = self.accumulate(part, share, *totals[i])
+                    totals[i] = [total]
+                    looked_up += [[part[:, :-1], of_rows]] if of_rows else []
+            mx.async_eval(totals, looked_up)
+        return [total for (total,) in totals], looked_up
 
     def step(self, micro_batches):
-        loss = self.update(self.gradients(micro_batches))
+        loss = self.update(*self.gradients(micro_batches))
         mx.async_eval(loss, self.state)
         return loss
 
@@ -104,6 +116,17 @@ def mean_in_chunks(loss_and_gradients, hidden, head, targets, rows):
         return tuple(kernels.scaled(x, cotangents[0], 1 / n) for x in outputs[1:])
 
     return mean(hidden, head)[0]
+
+
+class AdamW(optim.Adam):
+    """Adam with weight decay (arXiv:1711.05101). The decay is an array, so that all groups share compiled kernels."""
+
+    def __init__(self, learning_rate, betas, decay=0.0):
+        super().__init__(learning_rate, betas, eps=1e-10)  # train.py's schedule() corrects the bias by the rate
+        self.state["decay"] = mx.array(decay)
+
+    def apply_single(self, gradient, parameter, state):
+        return super().apply_single(gradient, parameter * (1 - self.learning_rate * self.state["decay"]), state)
 
 
 class StackedOptimizer(optim.Optimizer):

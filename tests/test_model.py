@@ -16,9 +16,15 @@ from mlx.utils import tree_flatten, tree_map
 
 import data_sources
 import train
-from harness import batches, fast, kernels, model_state
+from harness import batches, fast, kernels, model_state, ngrams
 
 VOCAB, T = 61, 24
+
+
+@pytest.fixture(autouse=True)
+def narrow_gates(monkeypatch):
+    """So that models of 32 channels have channels for every gate."""
+    monkeypatch.setattr(train, "GATE_CHANNELS", 8)
 
 
 def small_config(pattern="SL", sequence_length=T, depth=2, **config):
@@ -57,7 +63,7 @@ def assert_same(a, b, rtol):
 
 # --- an edited train.py ----------------------------------------------------------------------------
 
-SOURCE = inspect.getsource(train)
+SOURCE = inspect.getsource(train).replace("\nNGRAM_ROWS = 0 ", "\nNGRAM_ROWS = 97 ")  # so that all of it is at work
 
 
 def loaded(folder, source):
@@ -169,9 +175,10 @@ def test_a_layer_sees_what_is_before_it_in_its_piece_of_the_context(pattern, len
         assert np.flatnonzero(np.array(moved) > 1e-6).tolist() == list(range(j, end)), (length, j)
 
 
+@pytest.mark.parametrize("ngram_rows", [0, 40])
 @pytest.mark.parametrize("pattern", ["L", "SSSL"])
-def test_the_future_and_other_rows_do_not_move_the_past(pattern):
-    model = tiny(pattern, depth=3)
+def test_the_future_and_other_rows_do_not_move_the_past(pattern, ngram_rows):
+    model = tiny(pattern, depth=3, ngram_rows=ngram_rows)
     for length in (2, T // 2 + 1, T):
         tokens, cut = tokens_of(2, length), max(1, length // 2)
         logits = model(tokens)
@@ -179,6 +186,68 @@ def test_the_future_and_other_rows_do_not_move_the_past(pattern):
         other = mx.concatenate([tokens[:1, :cut], (tokens[:1, cut:] + 1) % VOCAB], axis=1)
         moved = mx.abs(model(mx.concatenate([other, (tokens[1:] + 1) % VOCAB])) - logits)[0].max(axis=1)
         assert moved[:cut].max().item() < 1e-4 and moved[cut:].min().item() > 1e-3
+
+
+# --- n-grams ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 97, 2**19])
+def test_an_n_gram_has_a_row_that_its_tokens_alone_decide(n, rows):
+    table, again = (train.NGrams(small_config(ngram_rows=rows), 1, n) for _ in range(2))
+    tokens = np.array(tokens_of(3, 50))
+    slots = np.array(table.slots(mx.array(tokens)))
+    assert slots.shape == (2, 3, 50) and slots.dtype == np.uint32 and slots.max() < rows
+    assert (slots == np.array(again.slots(mx.array(tokens)))).all()
+    changed = tokens.copy()
+    changed[:, 20] = (changed[:, 20] + 1) % VOCAB
+    moved = (slots != np.array(table.slots(mx.array(changed)))).any(axis=(0, 1))
+    assert set(np.flatnonzero(moved)) <= set(range(20, 20 + n)), "no later token, and none too far back"
+    assert rows == 1 or moved[20 : 20 + n].all()
+
+
+def test_hashes_spread_n_grams_and_collide_in_one_table_at_a_time():
+    pairs = np.stack(np.meshgrid(np.arange(1, 257), np.arange(256)), -1).reshape(-1, 2)
+    others = [train.NGrams(small_config(ngram_rows=2**16), layer, 2) for layer in (1, 3)]
+    slots = np.concatenate([np.array(table.slots(mx.array(pairs, mx.int32)))[:, :, 1] for table in others])  # (4, 2^16)
+    for one in slots:  # as many rows are in use as if each pair drew its own: 1 - 1 / e of them
+        assert len(np.unique(one)) == pytest.approx(2**16 * (1 - math.exp(-1)), rel=0.02)
+    for i, one in enumerate(slots):
+        for other in slots[:i]:
+            assert len(np.unique(one.astype(np.uint64) << 32 | other)) > 0.999 * 2**16
+
+
+def test_the_gradient_of_rows_is_that_of_the_whole_tables():
+    """Summed over all places that looked a row up."""
+    trainer, tokens = step_of(tiny(depth=3, ngram_rows=11)), tokens_of(4)
+    tables = ngrams.tables_of(trainer.model)
+    assert len(tables) == 4
+    _, [(seen, gradients)] = trainer.gradients([tokens])
+    trainer.model.unfreeze()
+    whole = dict(tree_flatten(nn.value_and_grad(trainer.model, train.loss_fn)(trainer.model, tokens)[1]))
+    names = {id(module): name for name, module in trainer.model.named_modules()}
+    for table, gradient in zip(tables, gradients, strict=True):
+        expected, summed = np.array(whole[f"{names[id(table)]}.weight"]), np.zeros(table.weight.shape)
+        for half, part in enumerate(np.split(np.array(gradient), 2, axis=-1)):
+            np.add.at(summed[half], np.array(table.slots(seen)[half]), part)
+        assert np.abs(expected).max() > 0 and np.abs(summed - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_rows_follow_adagrad_with_one_sum_of_squares_each():
+    generator = np.random.default_rng(0)
+    tables, squares = mx.array(generator.normal(size=(2, 9, 4)).astype(np.float32)), mx.zeros((2, 9))
+    expected, sums = np.array(tables, np.float64), np.zeros((2, 9))
+    for step in range(4):
+        slots, gradient = generator.integers(0, 7, (2, 20)), generator.normal(size=(20, 8)) * 10.0**-step
+        tables, squares = train.adagrad(tables, squares, mx.array(slots, mx.uint32), mx.array(gradient), mx.array(0.3))
+        for half in range(2):
+            whole = np.zeros((9, 4))
+            np.add.at(whole, slots[half], gradient[:, 4 * half : 4 * half + 4])
+            sums[half] += (whole**2).mean(-1)
+            used = whole.any(-1)
+            expected[half][used] -= 0.3 * whole[used] / np.sqrt(sums[half][used])[:, None]
+        assert np.abs(np.array(tables) - expected).max() < 1e-5
+    assert (np.array(squares)[:, 7:] == 0).all()  # rows that nothing looked up
 
 
 # --- the loss --------------------------------------------------------------------------------------
@@ -314,18 +383,19 @@ def test_the_loss_falls_when_it_overfits_one_batch():
     assert losses[-1] < 0.2
 
 
+@pytest.mark.parametrize("ngram_rows", [0, 40])
 @pytest.mark.parametrize("streams", [1, 2, 3])
-def test_accumulated_gradients_are_those_of_one_large_batch(streams):
+def test_accumulated_gradients_are_those_of_one_large_batch(streams, ngram_rows):
     tokens = tokens_of(12)
-    large, parts = step_of(tiny()), step_of(tiny(), streams)
+    large, parts = step_of(tiny(ngram_rows=ngram_rows)), step_of(tiny(ngram_rows=ngram_rows), streams)
     micro_batches = [tokens[i : i + 6] for i in range(0, 12, 6)]
-    lanes = parts.gradients(micro_batches)
-    assert len(lanes) == streams
+    lanes, looked_up = parts.gradients(micro_batches)
+    assert len(lanes) == streams and len(looked_up) == (2 * streams if ngram_rows else 0)
     loss = sum(loss.item() for loss, _ in lanes)
-    assert loss == pytest.approx(large.gradients([tokens])[0][0].item(), rel=1e-5)
+    assert loss == pytest.approx(large.gradients([tokens])[0][0][0].item(), rel=1e-5)
     mean = [dict(tree_flatten(gradients)) for _, gradients in lanes]
     mean = {path: sum(np.array(lane[path], np.float64) for lane in mean) for path in mean[0]}
-    whole = dict(tree_flatten(large.gradients([tokens])[0][1]))
+    whole = dict(tree_flatten(large.gradients([tokens])[0][0][1]))
     assert_same(mean, {path: np.array(g, np.float64) for path, g in whole.items()}, 1e-5)
     for _ in range(3):
         assert parts.step(micro_batches).item() == pytest.approx(large.step([tokens]).item(), rel=1e-4)
@@ -337,8 +407,9 @@ def test_accumulated_gradients_are_those_of_one_large_batch(streams):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU, MLX compiles with g++, which is not here")
 @pytest.mark.slow
-def test_a_compiled_step_is_the_uncompiled_one():
-    plain, compiled = step_of(tiny(depth=1)), step_of(tiny(depth=1), compiled=True)
+@pytest.mark.parametrize("ngram_rows", [0, 40])
+def test_a_compiled_step_is_the_uncompiled_one(ngram_rows):
+    plain, compiled = (step_of(tiny(depth=1, ngram_rows=ngram_rows), compiled=c) for c in (False, True))
     batches = [[tokens_of(2, seed=n), tokens_of(2, seed=10 + n)] for n in range(4)]
     for n, batch in enumerate(batches):
         for trainer in (plain, compiled):
@@ -354,7 +425,7 @@ def states(step):
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_warm_up_leaves_no_trace(steps_before):
-    warm, cold = step_of(tiny(), 2), step_of(tiny(), 2)
+    warm, cold = (step_of(tiny(ngram_rows=40), 2) for _ in range(2))
     for step in (warm, cold):
         for n in range(steps_before):
             step.step([tokens_of(2, seed=n)])
@@ -387,19 +458,25 @@ def test_the_preset_serves_every_dataset(tmp_path, name):
 # --- fast forms ------------------------------------------------------------------------------------
 
 CHANGED = {  # each function with a fast form, or called by one: an edit, and the forms that it puts out of use
-    "norm": ("x, None, 1e-6", "x + 0.1, None, 1e-6", ["heads", "mix"]),
+    "norm": ("x, None, 1e-6", "x + 0.1, None, 1e-6", ["gated_norm", "heads", "mix"]),
     "rope": ("scale=1.0", "scale=0.5", ["heads"]),
     "mix": ("x = x + y", "x = x + 2 * y", ["mix"]),
     "heads": ("return rope(q), rope(k), v", "return rope(q), rope(k), 2 * v", ["heads"]),
     "embed": ("return table[tokens]", "return (1 - table[tokens])", ["embed"]),
     "relu_squared": ("mx.square(mx.maximum(x, 0))", "mx.maximum(x, 0) ** 3", ["relu_squared"]),
+    "rows_at": ("tables[1][slots[1]]", "tables[0][slots[1]]", ["rows_at"]),
+    "add_gated": ("* row.reshape", "* 2 * row.reshape", ["add_gated"]),
+    "gated_norm": ("* norm(y)", "* norm(y + 2)", ["gated_norm"]),
+    "adagrad": ("rate * whole", "2 * rate * whole", ["adagrad"]),
     "softcap": ("mx.tanh(", "mx.sin(", ["loss_and_gradients"]),
     "logits_of": ("softcap(hidden", "1.1 * softcap(hidden", ["loss_and_gradients"]),
     "summed_loss": (".sum()", ".max()", ["loss_and_gradients"]),
     "loss_and_gradients": ("grad(summed_loss", "grad(lambda *a: 2 * summed_loss(*a)", ["loss_and_gradients"]),
 }
 FORWARD = {"embed", "mix", "heads", "relu_squared", "loss_and_gradients"}
+FORWARD |= {"rows_at", "add_gated", "gated_norm", "adagrad"}
 BACKWARD = {"embed_vjp", "mix_vjp", "heads_vjp", "embedding_vjp", "relu_squared_vjp", "scaled"}
+BACKWARD |= {"add_gated_vjp", "gated_norm_vjp", "owners", "sums_of_rows"}
 
 
 def edited(name, source=SOURCE):
@@ -408,18 +485,22 @@ def edited(name, source=SOURCE):
     return source.replace(old, new)
 
 
+def form_of(name):
+    return getattr(ngrams if hasattr(ngrams, name) else kernels, name)
+
+
 def notes(forms):
     words = "or what it calls, was edited: it runs as it is written, without its fast form"
     return [f"note: {form}, {words}" for form in forms]
 
 
 def test_every_fast_form_is_made_for_the_function_that_it_stands_at():
-    pairs = re.findall(r"^@fast\(kernels\.(\w+).*\ndef (\w+)\(", SOURCE, re.MULTILINE)
+    pairs = re.findall(r"^@fast\((?:kernels|ngrams)\.(\w+).*\ndef (\w+)\(", SOURCE, re.MULTILINE)
     assert [form for form, _ in pairs] == [name for _, name in pairs] and len(pairs) == SOURCE.count("\n@fast(")
     assert {name for _, name in pairs} == FORWARD == {form for _, _, forms in CHANGED.values() for form in forms}
     for name in FORWARD:
-        form, source = getattr(kernels, name), fast.source_hash(plain(name))
-        assert form.made_for == source, f"does kernels.{name} still compute the same? then: @made_for({source!r})"
+        form, source = form_of(name), fast.source_hash(plain(name))
+        assert form.made_for == source, f"does the form of {name} still compute the same? then: @made_for({source!r})"
         named = {p.name for p in inspect.signature(form).parameters.values() if p.kind is p.KEYWORD_ONLY}
         assert named <= set(vars(train)), name
 
@@ -432,8 +513,8 @@ def test_no_function_of_train_is_without_effect(tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def unedited():
-    return trained(train)
+def unedited(tmp_path_factory):
+    return trained(loaded(tmp_path_factory.mktemp("unedited"), SOURCE))
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -482,12 +563,14 @@ def test_a_step_on_cuda_hands_the_kernels_what_their_sources_name(tmp_path, capf
     for name, value in constants.items():
         setattr(module, name, value)
     _, trainer = module.build(64, 32, compiled=False, depth=2)
-    gradients = nn.value_and_grad(trainer.model, module.loss_fn)(trainer.model, mx.random.randint(0, 64, (4, 33)))[1]
-    mx.eval(gradients)
+    totals, looked_up = trainer.gradients([mx.random.randint(0, 64, (4, 33))])
+    gradients = totals[0][1]
+    mx.eval(gradients, trainer.update(totals, looked_up), trainer.state)
     shapes = [{path: x.shape for path, x in tree_flatten(t)} for t in (gradients, trainer.model.trainable_parameters())]
     assert shapes[0] == shapes[1] and set(launches) == FORWARD | BACKWARD and not capfd.readouterr().err
     assert launches["heads"]["ROPE_BASE"] == launches["heads_vjp"]["ROPE_BASE"] == "500.0f"
     assert launches["heads"]["GATE_MAX"] == launches["embedding_vjp"]["GATE_MAX"] == "3.0f"
+    assert launches["add_gated_vjp"]["GATE_MAX"] == launches["gated_norm"]["GATE_MAX"] == "3.0f"
     assert launches["loss_and_gradients"]["SOFTCAP"] == "7.0f"
 
 
@@ -531,6 +614,18 @@ def test_the_kernels_compute_what_the_plain_functions_do(dtype, limit, B, length
         compare(lambda *a: kernels.heads(*a, tokens, **constants), lambda *a: plain("heads")(*a, tokens), inputs)
         table = mx.random.normal((VOCAB, H * D))
         compare(lambda t: [kernels.embed(t, tokens, COMPUTE_DTYPE=dtype)], lambda t: [t[tokens]], [table])
+        v, y = (mx.random.normal((B, length, H, D)).astype(dtype) for _ in range(2))
+        gates = [mx.random.normal((B, length, H)).astype(dtype) for _ in range(2)]
+        forms = partial(ngrams.add_gated, GATE_MAX=train.GATE_MAX), plain("add_gated")
+        compare(*(lambda v, a, b, x, y, f=f: [f(v, [a, b], [x, y])] for f in forms), [v, *gates, x, x0])
+        forms = partial(ngrams.gated_norm, GATE_MAX=train.GATE_MAX), plain("gated_norm")
+        compare(*(lambda y, g, f=f: [f(y, g)] for f in forms), [y, gates[0]])
+        tables, slots = mx.random.normal((2, 300, H * D // 2)).astype(dtype), mx.random.randint(0, 200, (2, B, length))
+        slots = slots.astype(mx.uint32)
+        assert mx.array_equal(ngrams.rows_at(tables, slots), plain("rows_at")(tables, slots))
+        step = tables, mx.random.uniform(shape=(2, 300)), slots.reshape(2, -1), x.reshape(-1, H * D), mx.array(0.1)
+        for a, b in zip(ngrams.adagrad(*step), plain("adagrad")(*step), strict=True):
+            assert mx.allclose(a.astype(mx.float32), b.astype(mx.float32), rtol=limit, atol=limit)
         for vocab in (VOCAB, 8192):
             h, w = mx.random.normal((50, 64)).astype(dtype), mx.random.normal((vocab, 64)).astype(dtype)
             targets = mx.random.randint(0, vocab, (50,))

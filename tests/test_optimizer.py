@@ -214,7 +214,7 @@ def test_the_schedules_are_what_the_constants_say(monkeypatch, warmup):
     _, optimizer = build()
     width = math.sqrt(768 / 32)
     start = {"matrices": train.MATRIX_LR, "embeddings": train.EMBEDDING_LR * width, "head": train.HEAD_LR * width,
-             "x0": train.X0_LR, "resid": train.RESID_LR}  # fmt: skip
+             "x0": train.X0_LR, "resid": train.RESID_LR, "ngrams": train.NGRAM_LR * width}  # fmt: skip
     betas = {"embeddings": (0.8, 0.95), "head": (0.8, 0.95), "x0": (0.8, 0.95), "resid": (0.8, 0.95)}
     for step, progress in [(0, 0.0), (10, 0.1), (10, 0.3), (30, 0.5), (100, 0.6), (299, 0.75), (300, 0.9), (999, 1.0)]:
         optimizer.schedule(step, progress)
@@ -222,6 +222,8 @@ def test_the_schedules_are_what_the_constants_say(monkeypatch, warmup):
         factor *= min(1, progress / warmup) if warmup else 1
         for name, o in optimizer.groups.items():  # Adam's averages begin at zero: their correction is in the rate
             first, second = (1 - beta ** (step + 1) for beta in betas.get(name, (0, 0)))
+            if name == "ngrams":
+                factor, second = 1, 1 - train.NGRAM_WARMUP ** (step + 1)
             assert o.learning_rate.item() == pytest.approx(start[name] * factor * math.sqrt(second) / first, rel=1e-5)
         muon = optimizer.groups["matrices"].state
         assert muon["momentum"].item() == pytest.approx(momentum, rel=1e-6)
