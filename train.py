@@ -36,7 +36,7 @@ SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of cont
 DEPTH = 8 if CUDA else 4 if GPU else 2  # layers; a deeper model learns more from each token and sees fewer tokens
 TOTAL_BATCH_SIZE = 2**16 if CUDA else 2**14 if GPU else 2**12  # tokens an optimizer step; fewer buy more steps
 DEVICE_BATCH_SIZE = max(1, (2**16 if CUDA else 2**14 if GPU else 2**12) // SEQUENCE_LENGTH)  # rows at once: memory
-EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 4 if CUDA else DEVICE_BATCH_SIZE // 2)  # rows; all their logits exist
+EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 2)  # rows; all their logits exist
 
 ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
@@ -213,8 +213,7 @@ class Attention(nn.Module):
             q, k, v = (blocks_of(x, self._window) for x in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
         y = y.transpose(0, 2, 1, 3).reshape(B, -1, self._heads, C // self._heads)[:, :T]
-        if "out_gate" in self:
-            y = gated_norm(y, self.out_gate(leading[0]))
+        y = gated_norm(y, self.out_gate(leading[0])) if "out_gate" in self else y
         return self.out(y.reshape(B, T, C))
 
 
@@ -267,14 +266,13 @@ class GPT(nn.Module):
 
 
 class NGrams(ngrams.Table):
-    """Value embeddings of the n tokens that end at each position: looked up, not computed (Engram, arXiv:2601.07372).
+    """Value embeddings of the n tokens that end at each position: a look-up, no arithmetic (Engram, arXiv:2601.07372).
 
-    Two tables of half the width, each with a hash of its own: n-grams that share a row in one seldom do in both
-    (arXiv:1709.03933).
+    Two half-width tables, hashed differently: n-grams that share a row in one seldom do in both (arXiv:1709.03933).
     """
 
     def __init__(self, config, layer, n):
-        bound, shape = (3 / config.n_embd) ** 0.5, (2, config.ngram_rows, config.n_embd // 2)
+        shape, bound = (2, config.ngram_rows, config.n_embd // 2), (3 / config.n_embd) ** 0.5
         super().__init__(mx.random.uniform(-bound, bound, shape, COMPUTE_DTYPE), rows_at)
         self._factors = 2 * np.random.default_rng((layer, n)).integers(2**31, size=(n, 2, 1, 1), dtype=np.uint32) + 1
 
@@ -471,9 +469,9 @@ def momentum(step):
 # --- training ------------------------------------------------------------------------------------
 
 
-def build(vocab_size, sequence_length, compiled=GPU, depth=DEPTH):
-    """A new model with its optimizer: (GPTConfig, Trainer). bench.py and tune.py use it too."""
-    config = GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length, depth=depth)
+def build(vocab_size, sequence_length, compiled=GPU, **sizes):
+    """A new model with its optimizer: (GPTConfig, Trainer). bench.py and tune.py use it too, with other sizes."""
+    config = GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length, **sizes)
     model, streams = GPT(config), prepare.compute_streams()
     return config, Trainer(model, GPTOptimizer(model, config.n_embd, streams), loss_fn, streams, compiled)
 
