@@ -112,6 +112,13 @@ def test_a_size_that_fails_is_passed_over(tune, gpu):
     assert climb(tune, measure)[0]["depth"] == 2
 
 
+def test_tables_of_n_grams_are_for_text_that_is_seen_once(tune):
+    assert tune.is_seen_once(401e6, 0.9) and tune.is_seen_once(80e6, 0.9)  # as measured
+    assert not tune.is_seen_once(401e6, 2.0) and not tune.is_seen_once(20e6, 0.1) and not tune.is_seen_once(4e9, 0.9)
+    config = train.GPTConfig(vocab_size=8192, sequence_length=2048, head_dim=128, **tune.SEEN_ONCE)
+    assert (config.n_embd, config.n_head) == (640, 5)
+
+
 def test_only_the_three_lines_change(tune):
     text = (ROOT / "train.py").read_text()
     new = tune.written(text, {"DEPTH": 6, "TOTAL_BATCH_SIZE": 2**15, "DEVICE_BATCH_SIZE": 4})
