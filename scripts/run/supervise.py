@@ -37,11 +37,7 @@ def take_charge():
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop_with_us if number == signal.SIGTSTP else note)
-
-
-def note(number, _):
-    stopped_by.append(number)
+            signal.signal(number, stop_with_us if number == signal.SIGTSTP else lambda it, _: stopped_by.append(it))
 
 
 def stop_with_us(*_):
@@ -123,5 +119,4 @@ def run(command, folder, log, limit, lock, environment):
 def show(written, terminal):
     """Pass on to the terminal what was written to the log; it may be gone, and the run goes on."""
     with suppress(OSError):
-        if terminal and (text := written.read()):
-            os.write(1, text)
+        os.write(1, written.read()) if terminal else None
