@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
+import psutil  # noqa: E402
 from conftest import Checkout, new_checkout  # noqa: E402
 
 CRASH = Path(__file__).resolve().parent / "crash"
@@ -409,12 +410,9 @@ class Night:
 
 
 def ours():
-    """Processes below this one; what lost its parent is ours too (PR_SET_CHILD_SUBREAPER)."""
-    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    for pid in found:
-        with suppress(OSError):
-            os.waitpid(int(pid), os.WNOHANG)
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    """Processes below this one that have not ended; what lost its parent is ours too (PR_SET_CHILD_SUBREAPER)."""
+    psutil.wait_procs(found := psutil.Process().children(recursive=True), timeout=0)
+    return [process for process in found if process.is_running()]
 
 
 def attempt_of(self, tag):
@@ -485,10 +483,8 @@ def main(args):
     plan = drawn(args.seed, lambda n: time.monotonic() < end if args.hours else n < args.scenarios)
     if args.replay:
         plan = [(name, int(seed)) for name, seed in (pair.split(":") for pair in args.replay.split())]
-    times = []
 
     def tell(number, now):
-        times.append(time.monotonic())
         if number % 50 == 0:
             print(f"{number} scenarios, {dict(now.counts)}, {time.monotonic() - start:.0f} s", flush=True)
 
@@ -498,17 +494,14 @@ def main(args):
         shorter = shrink(done, folder / "again", args.shrink)
         print("the shortest that still fails:", " ".join(f"{name}:{seed}" for name, seed in shorter))
         sys.exit(1)
-    rows = sum(len(side.rows) for side in now.sides.values())
+    rows, counts = sum(len(side.rows) for side in now.sides.values()), now.counts
     records = len(list((now.lab.path / "data").glob("run_*.json")))
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    size = sum(p.lstat().st_size for p in (now.lab.path / "data").rglob("*")) / 1e6
-    kinds = Counter(name for name, _ in done)
-    counts, took = now.counts, time.monotonic() - start
     print(f"seed {args.seed}: {len(done)} scenarios, {counts['commands']} commands, {counts['run']} runs, "
           f"{counts['killed']} killed from outside, {counts['died']} died at a point of their own, {rows} rows in "
-          f"{len(now.sides)} sessions, {records} records, {took:.0f} s; largest process {children:.0f} MB, "
-          f"data {size:.1f} MB, {len(os.listdir('/proc/self/fd'))} file handles here")  # fmt: skip
-    print(dict(kinds))
+          f"{len(now.sides)} sessions, {records} records, {time.monotonic() - start:.0f} s; largest process "
+          f"{children:.0f} MB, {len(os.listdir('/proc/self/fd'))} file handles here")  # fmt: skip
+    print(dict(Counter(name for name, _ in done)))
     shutil.rmtree(folder)
 
 

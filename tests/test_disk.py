@@ -130,19 +130,14 @@ NO_MEMORY = {
     "mlx": "raise RuntimeError('[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum "
            "allowed buffer size')",
     "from outside": "import os; os.kill(os.getpid(), 9)",
+    "a limit": "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)); x = b'x' * 2**31",
 }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_memory_that_is_short_is_named_with_what_helps(session):
     for body in NO_MEMORY.values():
         done = session.experiment(body)
         assert done.returncode == 2 and "memory" in done.stdout.lower() and "halve DEVICE_BATCH_SIZE" in done.stdout
-
-
-def test_a_limit_that_the_system_sets_is_named_as_memory(session):
-    session.write_train("import resource\nresource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\nx = b'x' * 2**31")
-    assert "Out of memory: halve DEVICE_BATCH_SIZE" in session.script("run", check=2).stdout
 
 
 @slow
