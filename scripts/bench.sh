@@ -9,4 +9,4 @@
 read_git
 need_python
 export_settings
-locked "${LAUNCH[@]}" bench.py
+exec "$PYTHON" -m scripts.run.lock -- "${LAUNCH[@]}" bench.py

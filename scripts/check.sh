@@ -10,4 +10,4 @@
 read_git
 need_python
 export_settings
-locked "${LAUNCH[@]}" train.py --check
+exec "$PYTHON" -m scripts.run.lock -- "${LAUNCH[@]}" train.py --check

@@ -322,12 +322,6 @@ def test_BACKEND_beside_PYTHON_is_refused(checkout):
     assert "unset one" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_with_PYTHON_set_nothing_is_built(checkout):
-    checkout.make("prepare", check=0)
-    checkout.make("results", check=0)
-    assert not (checkout.path / ".venv").exists()
-
-
 def test_only_python_gets_the_preloaded_library_even_in_a_folder_with_spaces(checkout):
     blas = pytest.importorskip("scipy_openblas32", reason="the CPU environment of Linux has it")
     library = checkout.path / ".venv" / "lib" / "libopenblas.so"

@@ -32,7 +32,8 @@ def test_a_row_and_an_entry_from_the_record(ran):
     entry = ran.journal.split("\n## ")[2]
     for text in (
         "2. keep: warmer",
-        "val_bpb 1.400000 (-0.100000), 1100 tok/s (+10.0 %), 1 run against 1, 1.5 GB, 10 steps",
+        "val_bpb 1.400000 (-0.100000",
+        "1100 tok/s (+10.0 %), 1 run against 1, 1.5 GB, 10 steps",
         "verdict against",
         "keep (val_bpb improved",
         f"- t, commit {head}, ",
@@ -49,11 +50,9 @@ def test_a_run_is_logged_once(ran):
     assert (table(ran), ran.journal) == before
 
 
-@pytest.mark.parametrize("typed", ["a\tb\nc", "  a b  c ", "a\r\nb \x1b[31mc", "a\x00b\x85c".replace("\x00", "\x01")])
-def test_a_description_is_made_one_line(ran, typed):
-    log(ran, desc=typed)
-    assert re.fullmatch(r"a b (\[31m)?c", ran.rows[1][5])
-    assert len(ran.rows) == 2
+def test_a_description_is_made_one_line(ran):
+    log(ran, desc="  a\tb\r\nc \x1b[31m \x85 d ")
+    assert ran.rows[1][5] == "a b c [31m d" and len(ran.rows) == 2
 
 
 def test_text_reaches_the_row_as_it_was_typed(ran):
@@ -86,12 +85,6 @@ def test_a_record_that_was_changed_by_hand_is_not_logged(ran):
         path.write_text(path.read_text().replace('"val_bpb": 1.4', '"val_bpb": 1.1'))
     assert "changed" in log(ran, check=1).stderr
     assert len(ran.rows) == 1
-
-
-def test_the_archive_serves_when_last_run_is_of_something_else(ran):
-    (ran.path / "data" / "last_run.json").unlink()
-    log(ran)
-    assert ran.rows[1][1] == "1.400000"
 
 
 # --- faults ----------------------------------------------------------------------------------------
@@ -195,21 +188,6 @@ def test_two_at_once_log_one_row(ran):
     errors = [p.communicate()[1] for p in both]
     assert sorted(p.returncode for p in both) == [0, 1, 1, 1], errors
     assert len(ran.rows) == 2 and ran.journal.count("\n## ") == 2
-
-
-def test_appends_from_many_processes_lose_no_row(checkout):
-    code = """
-import sys, record
-from harness import project, files
-for n in range(50):
-    files.append(project.ROOT / "results.tsv", f"{sys.argv[1]} {n}\\n", "head\\n")
-"""
-    (checkout.path / "results.tsv").write_text("head\n")
-    command = [checkout.env["PYTHON"], "-c", code]
-    writers = [subprocess.Popen([*command, str(n)], cwd=checkout.path, env=checkout.env) for n in range(4)]
-    assert [w.wait() for w in writers] == [0] * 4
-    lines = table(checkout).decode().splitlines()
-    assert lines[0] == "head" and sorted(lines[1:]) == sorted(f"{w} {n}" for w in range(4) for n in range(50))
 
 
 def test_log_result_that_was_killed_half_way_is_completed(ran):

@@ -84,21 +84,6 @@ def test_without_a_session(checkout):
     assert "make baseline" in checkout.script("results", check=0).stdout
 
 
-@pytest.mark.slow
-def test_session_in_a_worktree_and_from_a_detached_head(checkout, tmp_path):
-    checkout.git("checkout", "-q", "--detach")
-    other = tmp_path / "zweiter Baum"
-    checkout.git("worktree", "add", "-q", str(other), "main")
-    checkout.path, main = other, checkout.path
-    checkout.make("setup", "TAG=t", check=0)
-    checkout.make("baseline", check=0)
-    checkout.experiment("prepare.finish(1.6)", "discard")
-    checkout.make("discard", check=0)
-    assert checkout.git("rev-parse", "HEAD") == checkout.refs("t")["001"]
-    checkout.path = main
-    checkout.make("setup", "TAG=u", check=0)
-
-
 def test_off_its_branch_a_session_says_so(session):
     session.git("checkout", "-q", "--detach")
     for verb in ("run", "log-result", "verdict", "discard"):
@@ -254,19 +239,6 @@ def test_each_session_has_its_own_table_and_reference(session):
     assert [row[5] for row in session.rows] == ["baseline", "kept in t", "x"]
 
 
-def test_a_worktree_that_is_removed_takes_no_results_with_it(session):
-    beside = session.path.parent / "beside"
-    session.git("worktree", "add", "-q", str(beside), "main")
-    other = type(session)(beside, session.env)
-    assert "results  are kept in" in other.make("setup", "TAG=w", check=0).stdout
-    other.make("baseline", "AGAIN=1", check=0)
-    assert [row[5] for row in other.rows] == ["baseline"] and "baseline" in other.journal
-    session.git("worktree", "remove", "--force", str(beside))
-    session.git("checkout", "-q", "autoresearch/w")
-    assert session.make("results", check=0).stdout.count("baseline") >= 1
-    assert [row[5] for row in session.rows] == ["baseline"]
-
-
 def test_verdict_is_against_the_last_kept_run(session):
     session.experiment("prepare.finish(1.4)", "keep")
     session.experiment("prepare.finish(1.3)", "discard")
@@ -314,14 +286,6 @@ def test_discard_puts_back_train_and_the_branch_and_nothing_else(session):
     assert session.git("status", "--porcelain") == "?? notes.txt"
     assert session.refs("t")["002"] == tried
     session.make("discard", check=0)  # again: nothing to do
-
-
-def test_discard_goes_to_the_last_kept_commit(session):
-    session.experiment("prepare.finish(1.4)", "keep")
-    kept = session.git("rev-parse", "HEAD")
-    session.experiment("prepare.finish(1.45)", "discard")
-    session.make("discard", check=0)
-    assert session.git("rev-parse", "HEAD") == kept
 
 
 def test_discard_refuses_what_would_lose_work(session):

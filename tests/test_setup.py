@@ -31,13 +31,14 @@ def test_a_second_session_in_a_worktree_as_the_readme_has_it(session):
     """git gives the worktree a branch of the session's name."""
     session.git("worktree", "add", "-q", "../second")
     other = type(session)(session.path.parent / "second", session.env)
-    other.make("setup", "TAG=second", check=0)
+    assert "results  are kept in" in other.make("setup", "TAG=second", check=0).stdout
     other.make("baseline", "AGAIN=1", check=0)
     assert [row[5] for row in other.rows] == ["baseline"]
     other.git("checkout", "-q", "second")  # what is made there would be mixed with the session's
     said = refused(other.script("run", check=1, AGAIN="1"))
     assert "off the session's branch: git checkout autoresearch/second" in said
-    session.git("worktree", "remove", "../second")  # with no --force
+    session.git("worktree", "remove", "../second")  # with no --force, and it takes no results along
+    assert "baseline" in (session.path / "data/sessions/second/results.tsv").read_text()
     session.git("checkout", "-q", "second")
     assert "git checkout autoresearch/second" in refused(session.script("run", check=1, AGAIN="1"))
 
