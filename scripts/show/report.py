@@ -96,7 +96,7 @@ class Page:
                          f"± {n.evidence.same_seed:.5f} ({known}).")  # fmt: skip
         shared = Counter(bool(busy(n.records[a["run_id"]])) for a in n.attempts if a.get("run_id") in n.records)
         if shared[True]:
-            found.append(f"The machine was shared during {shared[True]} of {shared.total()} runs, which so count for less.")
+            found.append(f"The machine was shared during {shared[True]} of {shared.total()} runs; they count for less.")
         if over := [str(e.number) for e in n.experiments if e.overruled]:
             found.append(f"The verdict was overruled in {', '.join(over[:12])}{' and more' if over[12:] else ''}.")
         if len(n.looks) > 1:
