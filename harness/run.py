@@ -24,7 +24,16 @@ from harness.rehearsal import rehearse
 from harness.run_checks import Refused, harness_reads
 from harness.token_cache import TokenCache, Tokenizer, damaged
 
-PROCESS_START = time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
+
+def process_start():
+    """When this process began, by time.monotonic(): what it did before it imported this is start-up, too."""
+    try:
+        return time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
+    except (OSError, psutil.Error):  # a sandbox may hide it
+        return time.monotonic()
+
+
+PROCESS_START = process_start()
 HARNESS = project.harness_hash()  # of the files as they are when this process begins
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
