@@ -44,13 +44,6 @@ def blas_library():
         return "unknown"
 
 
-def free_memory():
-    """Bytes that may be used without taking them from other programs, or None where it cannot be told."""
-    with suppress(OSError, psutil.Error):
-        return mx.device_info().get("free_memory") or psutil.virtual_memory().available  # the first is of CUDA
-    return None
-
-
 def cores():
     """The numbers of the processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
