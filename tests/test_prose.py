@@ -14,10 +14,12 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from conftest import HARNESS, ROOT, small_laboratory
 
-from harness import project
+import data_sources
+from harness import corpus, project
 from scripts import settings
 
 PLUGIN = ROOT / "experiment-plugin"
@@ -84,42 +86,38 @@ def fields(lab):
     return set(walk(json.loads((lab.path / "data" / "last_run.json").read_text())))
 
 
-@pytest.fixture(scope="module")
-def resolve(scripts, fields):
-    """resolve(text) says what is wrong with a piece of code in the prose; nothing where it resolves."""
-    import mlx.core as mx
+class Names:
+    """All names that the prose may use."""
 
-    import data_sources
-    from harness import corpus
+    def __init__(self, scripts, fields):
+        code = [path.relative_to(ROOT) for folder in (".", "harness") for path in (ROOT / folder).glob("*.py")]
+        self.train, self.run = set().union(*map(names_in, code)), method_names("harness/run.py", "Run")
+        columns = set(scripts.session.HEADER.split("\t"))
+        statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.session.ROW.pattern).group(1).split("|"))
+        verdicts = {verdict_of(scripts, *edge) for edge in EDGES} | {"rerun", "again"}
+        datasets, self.exits = set(data_sources.DATASETS), set(scripts.run.EXIT.values())
+        self.words = columns | statuses | verdicts | set(scripts.run.EXIT) | datasets | EXAMPLES | CLAUDE_CODE | fields
+        self.values = {"STATUS": statuses, "DATASET": datasets}
 
-    code = [path.relative_to(ROOT) for folder in (".", "harness") for path in (ROOT / folder).glob("*.py")]
-    train, run = set().union(*map(names_in, code)), method_names("harness/run.py", "Run")
-    columns = set(scripts.session.HEADER.split("\t"))
-    statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.session.ROW.pattern).group(1).split("|"))
-    verdicts = {verdict_of(scripts, *edge) for edge in EDGES} | {"rerun", "again"}
-    datasets = set(data_sources.DATASETS)
-    words = columns | statuses | verdicts | set(scripts.run.EXIT) | datasets | EXAMPLES | CLAUDE_CODE
-    values = {"STATUS": statuses, "DATASET": datasets}
-
-    def assignment(text):
+    def assignment(self, text):
         name, _, value = text.partition("=")
         if name not in VARIABLES:
             return f"make has no variable {name}"
-        if name in values and not {*value.split("|")} <= values[name]:
+        if name in self.values and not {*value.split("|")} <= self.values[name]:
             return f"{name} cannot be {value}"
 
-    def command(text):
+    def command(self, text):
         words = shlex.split(text.split("  #")[0].replace("[", "").replace("]", ""))
         if words[:1] == ["make"]:
             targets = [word for word in words[1:] if "=" not in word]
             wrong = [f"make has no target {word}" for word in targets if word not in TARGETS]
-            return "; ".join(filter(None, wrong + [assignment(word) for word in words[1:] if "=" in word]))
+            return "; ".join(filter(None, wrong + [self.assignment(word) for word in words[1:] if "=" in word]))
         if words[:2] == ["uv", "run"]:
-            return path(words[2])
+            return self.path(words[2])
         files = [word for word in words[1:] if re.search(r"\.(md|py|log|json|tsv)$|^\./", word)]
-        return "; ".join(filter(None, [path(word) for word in files if not word.startswith("import ")]))
+        return "; ".join(filter(None, [self.path(word) for word in files if not word.startswith("import ")]))
 
-    def path(text):
+    def path(self, text):
         if text.startswith("~/"):
             with pytest.MonkeyPatch.context() as patch:
                 patch.delenv("AUTORESEARCH_CACHE", raising=False)
@@ -132,11 +130,11 @@ def resolve(scripts, fields):
         stem = re.split(r"YYYY|\*", name.rstrip("/").rsplit("/", 1)[-1])[0]
         return None if re.search(rf"[\"'/ ]{re.escape(stem)}", SOURCES) else f"nothing writes {text}"
 
-    def python(text):
+    def python(self, text):
         text = re.sub(r"\(.*\)$", "", text)
         owner, _, name = text.rpartition(".")
         if owner == "run":
-            return None if name in run else f"prepare.Run has no {name}"
+            return None if name in self.run else f"prepare.Run has no {name}"
         if text.startswith("mx.") or owner == "":
             found = mx
             for part in text.removeprefix("mx.").split("."):
@@ -145,15 +143,15 @@ def resolve(scripts, fields):
                 return
         if text.startswith("."):
             return None if hasattr(mx.array, name) else f"arrays have no {text}"
-        if text in train or text in {path.stem for path in HARNESS} or keyword.iskeyword(text):
+        if text in self.train or text in {path.stem for path in HARNESS} or keyword.iskeyword(text):
             return
         return f"{text} is nothing that the code knows"
 
-    def resolve(text):
-        if text in words or text in fields or text in ENVIRONMENT | VARIABLES:
+    def resolve(self, text):
+        if text in self.words or text in ENVIRONMENT | VARIABLES:
             return
         if text.split()[0] in COMMANDS:
-            return command(text)
+            return self.command(text)
         if text.startswith("/") and ":" in text:
             plugin, skill = re.match(r"/([\w-]+):([\w-]+)", text).groups()
             known = json.loads((PLUGIN / ".claude-plugin" / "plugin.json").read_text())["name"] == plugin
@@ -161,11 +159,12 @@ def resolve(scripts, fields):
         if re.fullmatch(r"autoresearch/(<tag>|nov24)|refs/experiments/(nov24/)?", text):
             return None if text.split("<")[0].split("nov24")[0] in SOURCES else f"no code makes {text}"
         if re.fullmatch(r"[A-Z][A-Z0-9_]+", text):
-            return None if text in VARIABLES | {n for n in train if n.isupper()} else f"no variable or constant {text}"
+            known = VARIABLES | {name for name in self.train if name.isupper()}
+            return None if text in known else f"no variable or constant {text}"
         if re.fullmatch(r"[A-Z]+=.*", text):
-            return assignment(text)
+            return self.assignment(text)
         if text == "Error 124":
-            return None if 124 in scripts.run.EXIT.values() else "no such exit code"
+            return None if 124 in self.exits else "no such exit code"
         if argument := re.fullmatch(r'(\w+)=(None|"\w+")', text):
             known = mx.fast.scaled_dot_product_attention.__doc__
             return None if argument.group(1) in known else f"no argument {text}"
@@ -175,15 +174,19 @@ def resolve(scripts, fields):
             return f"the record has no field {text}"
         if "/" in text or re.search(r"\.(py|md|sh|tsv|json|toml|lock|log)$", text) or text == "Makefile":
             # a file, perhaps a script with an option
-            return path(text.split()[0])
+            return self.path(text.split()[0])
         if " " in text or "…" in text:  # a message, or its beginning
             message = text.split("…")[0].strip()
             if re.fullmatch(r"\w+\.\w+\(", message):
-                return python(text)
+                return self.python(text)
             return None if message in SOURCES else f"no message says: {text}"
-        return python(text)
+        return self.python(text)
 
-    return resolve
+
+@pytest.fixture(scope="module")
+def resolve(scripts, fields):
+    """resolve(text) says what is wrong with a piece of code in the prose; nothing where it resolves."""
+    return Names(scripts, fields).resolve
 
 
 def ignored(path):
