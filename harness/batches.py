@@ -146,14 +146,3 @@ def evaluation_rows(cache, dataset, split="val"):
     if not rows:
         sys.exit(f"error: split '{split}' of '{dataset.name}' does not fill a row of {dataset.sequence_length} tokens")
     return np.stack(rows)
-
-
-SEALED = 32  # rows of the test split that every run is scored on unseen: so many, or this part of the evaluation's
-
-
-def sealed_rows(cache, dataset, evaluated):
-    """Rows uint16 (n, sequence_length + 1) of documents from all over the test split: the same for every run."""
-    tokens, offsets = cache.tokens("test"), cache.offsets("test")
-    order = np.random.default_rng(0).permutation(len(offsets) - 1).tolist()
-    rows = packed_rows(tokens, offsets, order, dataset.sequence_length + 1)
-    return np.array(list(itertools.islice(rows, max(SEALED, evaluated // SEALED))))

@@ -46,14 +46,10 @@ def write_atomically(path, content):
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
-            if path.exists():
-                os.fchmod(out.fileno(), stat.S_IMODE(path.stat().st_mode))
-            out.flush()
-            to_disk(out.fileno())
-        temporary.replace(path)
-        folder_to_disk(path.parent)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        move_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,9 +112,9 @@ def one_at_a_time(folder):
         os.close(descriptor)
 
 
-def remove_leftovers(folder):
+def remove_leftovers(folder, prefix=""):
     """Delete the temporary `NAME.PID.part` and `.NAME.PID.tmp` of processes that were killed."""
-    for path in [*folder.glob("*.part"), *folder.glob(".*.tmp")]:
+    for path in [*folder.glob(f"{prefix}*.part"), *folder.glob(f".{prefix}*.tmp")]:
         pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
         if pid.isdecimal() and not is_alive(int(pid)):
             with suppress(OSError):
@@ -170,5 +166,3 @@ def one_line_for(tool):
 def printable(text):
     """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-

@@ -5,9 +5,6 @@ Facts alone, for the record. Whether they disturbed a run is judged in scripts/j
 
 import os
 import platform
-import re
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -64,8 +61,7 @@ class Watch:
         self._paused, self._done = 0.0, threading.Event()
 
     def start(self):
-        self._load, self._before = os.getloadavg()[0], (time.monotonic(), own_seconds(), all_seconds())
-        self._swap = swapped_mb()
+        self._start, self._others, self._swap = time.monotonic(), seconds_of_others(), swapped_mb()
         threading.Thread(target=self._tick, daemon=True, name="watch").start()
 
     def _tick(self):
@@ -79,20 +75,15 @@ class Watch:
     def stop(self, step_ends):
         """What was seen, for the record. step_ends: seconds at which each step ended."""
         self._done.set()
-        (start, own, everything), now, others = self._before, all_seconds(), None
-        wall, own = max(time.monotonic() - start, 1e-3), own_seconds() - own
-        if None not in (everything, now):
-            others = round(max(0.0, now - everything - own) / wall, 3)
+        others, wall = seconds_of_others(), max(time.monotonic() - self._start, 1e-3)
+        known = None not in (others, self._others)
         steps = 1e3 * np.diff(step_ends)
         return {
-            "load": [round(self._load, 2), round(os.getloadavg()[0], 2)],
             "cores": len(cores()),
-            "own_cores": round(own / wall, 3),
-            "other_cores": others,
+            "other_cores": round(max(0.0, others - self._others) / wall, 3) if known else None,
             "step_ms": [round(float(ms), 3) for ms in np.percentile(steps, (5, 50, 95))] if len(steps) else None,
             "paused_seconds": round(self._paused, 2),
             "swapped_mb": round(swapped_mb() - self._swap),
-            "speed_limit_percent": speed_limit(),
         }
 
 
@@ -106,16 +97,16 @@ def own_seconds():
     return sum(os.times()[:4])
 
 
-def all_seconds():
-    """Processor seconds that all processes have used on our cores, or None where a sandbox hides them."""
+BUSY = ("user", "system", "nice", "irq", "softirq", "steal")  # time of guests is in `user`
+
+
+def seconds_of_others():
+    """Processor seconds that other processes have used on our cores, or None where a sandbox hides them."""
     with suppress(OSError, RuntimeError, psutil.Error):
         every = psutil.cpu_times(percpu=True)
         ours = [every[core] for core in cores() if core < len(every)]
-        return sum(t.user + t.system + sum(getattr(t, name, 0.0) for name in BUSY) for t in ours)
+        return sum(getattr(times, name, 0.0) for times in ours for name in BUSY) - own_seconds()
     return None
-
-
-BUSY = ("nice", "irq", "softirq", "steal")  # Linux counts these apart; time of guests is in `user`
 
 
 def swapped_mb():
@@ -123,13 +114,3 @@ def swapped_mb():
     with suppress(OSError, RuntimeError, psutil.Error):
         return psutil.swap_memory().used / 2**20
     return 0.0
-
-
-def speed_limit():
-    """The share of its speed, in percent, that heat leaves the processor of a Mac; 100 elsewhere."""
-    if sys.platform == "darwin":
-        with suppress(OSError, subprocess.SubprocessError):
-            said = subprocess.run(["pmset", "-g", "therm"], capture_output=True, text=True, timeout=5).stdout
-            if limit := re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", said):
-                return int(limit[1])
-    return 100

@@ -91,23 +91,14 @@ def dataset_of_train(path=ROOT / "train.py"):
     return found.group(1)
 
 
-SAYING = {"print", "exit", "Refused", "RuntimeError", "ValueError", "add_argument", "ArgumentParser"}
-
-
 def harness_hash():
     """Which harness this is."""
     return code_hash(sorted([*ROOT.glob("harness/*.py"), ROOT / "prepare.py", ROOT / "data_sources.py"]))
 
 
 def code_hash(paths):
-    """SHA-256 over what Python files do: a changed comment, docstring or message makes no other one."""
+    """SHA-256 over Python files, in which comments and layout do not count."""
     digest = hashlib.sha256()
     for path in paths:
-        tree = ast.parse(path.read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""
-            elif isinstance(node, ast.Call) and (vars(node.func).get("id") or vars(node.func).get("attr")) in SAYING:
-                node.args, node.keywords = [], []
-        digest.update(path.name.encode() + b"\0" + ast.dump(tree).encode() + b"\0")
+        digest.update(path.name.encode() + b"\0" + ast.dump(ast.parse(path.read_text("utf-8"))).encode() + b"\0")
     return digest.hexdigest()

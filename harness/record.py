@@ -207,28 +207,17 @@ def runs_of(blob, like):
 # --- pairs: two runs that saw the same text ------------------------------------------------------------
 
 
-def on_same_rows(new, old, bits="row_bits", size="eval_bytes"):
+def on_same_rows(new, old):
     """(difference of val_bpb, its standard error) from the losses of the same validation rows, or None.
 
     The error is that of a finite validation set alone. Both runs were scored on the same rows, so what makes a
     row hard is in both and cancels: it is far smaller than the error of either result by itself.
     """
-    a, b = (r["result"].get(bits) for r in (new, old))
-    total = new["result"].get(size)
-    if not (a and b and total) or total != old["result"].get(size):
+    (a, total), (b, other) = (map(r["result"].get, ("row_bits", "eval_bytes")) for r in (new, old))
+    if not (a and b and total) or total != other:
         return None
     change = unpacked(a) - unpacked(b)
     return change.sum() / total, math.sqrt(len(change)) * change.std() / total
-
-
-def held_out_gap(new, old):
-    """(change of val_bpb less that of sealed rows of the test split, its standard error), or None.
-
-    What was learnt from the training split alone moves both alike. No figure of the test split is shown: whoever
-    selects by it has none left for `make holdout`.
-    """
-    val, test = on_same_rows(new, old), on_same_rows(new, old, "sealed_bits", "sealed_bytes")
-    return (val[0] - test[0], math.hypot(val[1], test[1])) if val and test else None
 
 
 def at_equal_steps(new, old):

@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import psutil
 from mlx.utils import tree_flatten
 
 from data_sources import get_dataset
 from harness import devices, files, machine, model_state, project, record, run_checks
-from harness.batches import Batches, evaluation_rows, sealed_rows
+from harness.batches import Batches, evaluation_rows
 from harness.corpus import cache_dir
 from harness.evaluation import evaluate_bpb
 from harness.leak_checks import SECONDS, SHARE, LeakChecks
@@ -43,14 +42,17 @@ def mode():
 
     Any other word ends the program, so that nothing misspelt trains for a whole budget.
     """
-    if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name != "train.py":
+    program = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
+    if program in ("bench.py", "tune.py"):
+        sys.exit("error: train.py trains when it is imported: below if __name__ == '__main__' is where a run begins")
+    if program != "train.py":
         return "run", None
     match [part for word in sys.argv[1:] for part in word.split("=", 1)]:
         case []:
             return "run", None
         case ["--check"]:
             return "check", None
-        case ["--holdout"] if devices.RANK or (project.DATA / ".holdout").exists():  # scripts/judge/holdout.py put it
+        case ["--holdout"]:  # of scripts/judge/holdout.py
             return "holdout", None
         case ["--weights", file]:
             return "weights", file
@@ -61,10 +63,6 @@ class Run:
     """One experiment: its dataset, the clock of its budget, its log and its record."""
 
     def __init__(self, dataset_name):
-        if Path(getattr(sys.modules["__main__"], "__file__", None) or "").name in ("bench.py", "tune.py"):
-            sys.exit(
-                "error: train.py trains when it is imported: what begins a run belongs below if __name__ == '__main__'"
-            )
         self.mode, self._weights = mode()
         self.dataset = get_dataset(dataset_name)
         self.budget, self.seed = project.settings()
@@ -73,7 +71,7 @@ class Run:
         self.warm_up_seconds = self.rehearsal_seconds = 0.0
         self._stream = self._start = self._pending = None
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
-        self._shared = []  # in a group: seconds by rank 0's clock, of each step that has ended
+        self._ends = []  # of each step: seconds at its end, in a group by rank 0's clock
         self._watch = machine.Watch()
         self._startup = None  # seconds, peak memory, tokens taken before the clock started
         self._changed_file = None
@@ -123,6 +121,8 @@ class Run:
         """
         if self.mode == "weights":
             self._score_weights(model, batch_size)
+        if self.mode == "check":
+            self._verifier.join()
         start, reason = time.monotonic(), None
         with harness_reads():
             tokens = self.cache.tokens("train")
@@ -131,21 +131,18 @@ class Run:
                 rehearse(model, tokens, self.tokenizer, batch_size, max(SECONDS, SHARE * self.budget))
         except Refused as refused:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
-        took = time.monotonic() - start
-        self.rehearsal_seconds += took
-        if self.mode == "check":
-            self._verifier.join()
+        self.rehearsal_seconds = time.monotonic() - start
         if self._changed_file:  # found now, it costs no budget; a run does not wait for it
             sys.exit(damaged(self.dataset, self._changed_file))
-        if self.mode == "check":
-            if reason:
-                print(f"error: this model is not valid. {reason}", file=sys.stderr)
-                sys.exit(2)
-            batch = f"{batch_size} x {self.dataset.sequence_length}"
-            print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
-            sys.exit(0)
+        if reason and self.mode == "check":
+            print(f"error: this model is not valid. {reason}", file=sys.stderr)
+            sys.exit(2)
         if reason:
-            self._end(reason, model={"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, machine={})
+            self._end(reason, model={"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, machine={}, training={})
+        if self.mode == "check":
+            batch, took = f"{batch_size} x {self.dataset.sequence_length}", f"{self.rehearsal_seconds:.1f} s"
+            print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took}")
+            sys.exit(0)
 
     def _score_weights(self, model, batch_size):
         """Print what `model` scores with the weights of a file, and exit."""
@@ -194,12 +191,11 @@ class Run:
         """Seconds used, in a group the same on every rank: what rank 0's clock told last, and a step more."""
         if devices.SIZE == 1:
             return self.elapsed()
-        return self._shared[-1] + self._step_seconds(self._shared) if self._shared else 0.0
+        return self._ends[-1] + self._step_seconds() if self._ends else 0.0
 
-    @staticmethod
-    def _step_seconds(ends):
-        """Mean of the newest steps. ends: seconds at which each ended."""
-        ends = ends[-10:]
+    def _step_seconds(self):
+        """Mean of the newest steps."""
+        ends = self._ends[-10:]
         return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
 
     def training(self):
@@ -207,8 +203,7 @@ class Run:
 
         The newest step is still in flight, so the time of one step counts as used.
         """
-        in_flight = self._step_seconds(self._shared or [end for end, *_ in self._curve[-10:]])
-        return self._now() + in_flight < self.budget
+        return self._now() + self._step_seconds() < self.budget
 
     def log_step(self, loss):
         """Note one optimizer step. loss: scalar mx.array, mean nats per token of this rank's rows.
@@ -227,10 +222,9 @@ class Run:
             return
         loss, tokens = self._pending
         self._pending = None
-        if devices.SIZE > 1:
-            loss, clock = loss
-            self._shared.append(clock.item())
+        loss, clock = loss if devices.SIZE > 1 else (loss, None)
         loss, now, step = float(loss.item()), self.elapsed(), len(self._curve)
+        self._ends.append(now if clock is None else clock.item())
         if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
             sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
         self._curve.append((now, loss, tokens, mx.get_peak_memory() / 2**20))
@@ -257,11 +251,10 @@ class Run:
         seconds, peak = self.elapsed(), mx.get_peak_memory()
         seen = self._watch.stop([end for end, *_ in self._curve[:-1]])
         mx.clear_cache()
-        mx.reset_peak_memory()
         if not devices.RANK:
             save_weights(parameters, self.train_blob)
         sketches = devices.weight_sketches(parameters)
-        figures, reason = {}, None
+        evaluation, times, reason = None, {}, None
         self._load()  # anew, since train.py had them in its hands
         try:
             with devices.agreement(Refused):
@@ -270,17 +263,17 @@ class Run:
             evaluation, times = self._evaluate(model, batch_size)
             self._verifier.join()
             with devices.agreement(Refused):
-                opened = run_checks.opened_text(source_folders(self.dataset))
+                texts = os.environ.get("AUTORESEARCH_FILES") if self.dataset.name == "files" else None
+                opened = run_checks.opened_text(filter(None, [cache_dir(self.dataset), texts]))
                 run_checks.text(self._changed_file, opened, self._tokens())
-            sealed = self._sealed(model, batch_size, len(evaluation.nats))
-            figures = {**times, "evaluation": evaluation, "sealed": sealed}
         except Refused as refused:
-            reason = str(refused)
-        if devices.all_gather(self.mode)[0] == "holdout" and not reason:
+            evaluation, times, reason = None, {}, str(refused)
+        if self.mode == "holdout" and not reason:
             self._score_test(model, batch_size)
         scale, size = (config["n_embd"] / 768) ** -0.5, sum(p.size for _, p in tree_flatten(parameters))
         model = {**config, "dmodel_scale": scale, "num_params": size}
-        self._end(reason, model, seen, seconds=seconds, train_peak=peak, **figures)
+        times |= {"seconds": seconds, "training_peak_mb": peak / 2**20}
+        self._end(reason, model, seen, times, evaluation)
 
     def _tokens(self):
         return self._curve[-1][2] if self._curve else 0
@@ -292,13 +285,13 @@ class Run:
         run_checks.start_up(startup, taken * len(self._curve) / max(self._tokens(), 1))
         run_checks.budget(self.budget, seconds, [end for end, *_ in self._curve])
 
-    def _rows(self, of, *arguments):
+    def _rows(self, split):
         with harness_reads():
-            return of(self.cache, self.dataset, *arguments)
+            return evaluation_rows(self.cache, self.dataset, split)
 
     def _evaluate(self, model, batch_size):
         """(`Evaluation` of the validation rows, {what it took}). Raises `Refused` where a leak check fails."""
-        start, rows = time.monotonic(), self._rows(evaluation_rows)
+        start, rows = time.monotonic(), self._rows("val")
         questions = LeakChecks(model, rows, self.tokenizer, batch_size)
         evaluation = evaluate_bpb(model, rows, self.tokenizer, batch_size)
         scored = time.monotonic()
@@ -307,54 +300,46 @@ class Run:
         end = time.monotonic()
         return evaluation, {"eval_seconds": end - start, "check_seconds": end - scored}
 
-    def _sealed(self, model, batch_size, evaluated):
-        """(masked bits, bytes) of some rows of the test split: differences of two runs are as they were, and no
-        figure can be read off."""
-        found = evaluate_bpb(model, self._rows(sealed_rows, evaluated), self.tokenizer, batch_size)
-        mask = np.random.default_rng(int(self.cache.hash[:16], 16)).uniform(0, 2**12, len(found.row_bits))
-        return found.row_bits + mask, int(found.row_bytes.sum())
-
     def _score_test(self, model, batch_size):
         """The score of the test split, for `make holdout`."""
-        found = evaluate_bpb(model, self._rows(evaluation_rows, "test"), self.tokenizer, batch_size)
+        found = evaluate_bpb(model, self._rows("test"), self.tokenizer, batch_size)
         if not devices.RANK:
             text = json.dumps({"bpb": found.bpb, "stderr": found.stderr})
             files.write_atomically(project.DATA / "holdout.json", text)
 
-    def _end(self, reason, model, machine, seconds=0.0, train_peak=0, evaluation=None, sealed=None, **times):
+    def _end(self, reason, model, machine, training, evaluation=None):
         """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run.
 
-        seconds, train_peak (bytes): of training, none where it never began. times: of evaluation and checks.
+        training: what it took, as far as it came. evaluation: None where there is a reason.
         """
         if devices.RANK:  # what a run leaves behind, rank 0 writes
             sys.exit(2 if reason else 0)
-        steps, tokens, stream = len(self._curve), self._tokens(), self._stream
         startup, startup_peak, _ = self._startup or (time.monotonic() - PROCESS_START, 0, 0)
+        steps, tokens = len(self._curve), self._tokens()
         training = {
-            "seconds": seconds,
+            "seconds": 0.0,
+            "training_peak_mb": 0.0,
+            "eval_seconds": None,
+            "check_seconds": None,
+            **training,
             "total_steps": steps,
             "total_tokens": tokens,
             "tokens_per_step": tokens // max(steps, 1),
-            "avg_tok_sec": tokens / seconds if seconds else 0.0,
-            "training_peak_mb": train_peak / 2**20,
-            "peak_memory_mb": max(startup_peak, train_peak, mx.get_peak_memory()) / 2**20,
+            "avg_tok_sec": tokens / training["seconds"] if steps else 0.0,
+            "peak_memory_mb": max(startup_peak, mx.get_peak_memory()) / 2**20,
             "startup_seconds": startup,
             "total_seconds": time.monotonic() - PROCESS_START,
             "warm_up_seconds": self.warm_up_seconds,
             "rehearsal_seconds": self.rehearsal_seconds,
-            "sequence_length": stream.sequence_length if stream else None,
-            "eval_seconds": times.get("eval_seconds"),
-            "check_seconds": times.get("check_seconds"),
-            "data_wait_seconds": stream.wait_seconds if stream else 0.0,
-            "epochs": stream.epochs if stream else 0.0,
+            "sequence_length": self._stream.sequence_length if self._stream else None,
+            "data_wait_seconds": self._stream.wait_seconds if self._stream else 0.0,
+            "epochs": self._stream.epochs if self._stream else 0.0,
         }
         result = {
             "val_bpb": evaluation and evaluation.bpb,
             "val_bpb_stderr": evaluation and evaluation.stderr,
             "eval_bytes": evaluation and int(evaluation.row_bytes.sum()),
             "row_bits": evaluation and record.packed(evaluation.row_bits),
-            "sealed_bits": sealed and record.packed(sealed[0]),
-            "sealed_bytes": sealed and sealed[1],
         }
         written = record.write(
             train=self.train_blob,
@@ -377,12 +362,6 @@ class Run:
         record.tell(written)
         if reason:
             sys.exit(2)
-
-
-def source_folders(dataset):
-    """Where the files lie that a dataset is made of and from."""
-    texts = os.environ.get("AUTORESEARCH_FILES") if dataset.name == "files" else None
-    return [cache_dir(dataset), *([texts] if texts else [])]
 
 
 def save_weights(parameters, train_blob):

@@ -29,8 +29,8 @@ def paused(seconds, budget):
     """The process was at work throughout. seconds: for which it stood still."""
     if seconds > max(OVERSHOOT * budget, SLACK):
         raise Refused(
-            f"paused: for {seconds:.0f} s of the budget the process stood still: the machine slept, or the process was "
-            "stopped. That says nothing of the experiment: run it again."
+            f"paused: for {seconds:.0f} s of the budget the process stood still: the machine slept, or it was stopped. "
+            "That says nothing of the experiment: run it again."
         )
 
 
@@ -44,8 +44,7 @@ def start_up(seconds, steps):
     if steps > WARM_UP_STEPS:
         raise Refused(
             f"start-up: batches for {steps:.1f} steps were taken before run.start_clock(); a warm-up takes one or two. "
-            "Look for training or counting before the clock starts: what is learnt from text is learnt within the "
-            "budget."
+            "Look for training or counting before the clock starts."
         )
 
 
@@ -60,8 +59,7 @@ def budget(budget, seconds, step_ends):
         raise Refused(
             f"budget: training took {seconds:.1f} s of {budget:g} s: over by more than one step ({longest:.1f} s) and "
             f"more than {OVERSHOOT:.0%}. Look for a loop that does not ask run.training() before each step, for steps "
-            "that are not logged, for work between the last step and run.finish(). On a busy machine one step may "
-            "have stood still: then make run AGAIN=1."
+            "that are not logged, for work before run.finish(). Where the machine held up a step: make run AGAIN=1."
         )
 
 
@@ -135,9 +133,8 @@ def text(changed_file, opened, tokens):
         )
     if opened:
         raise Refused(
-            f"data: {opened} was opened during the run. Text reaches train.py by run.batches() alone: validation and "
-            "test belong to the harness, as does evaluate_bpb, and what is learnt from the training split is learnt "
-            "within the budget. Look for code that reads a split, the texts, or calls the evaluation."
+            f"data: {opened} was opened during the run. Text reaches train.py by run.batches() alone. Look "
+            "for code that reads a split, the texts, or calls the evaluation."
         )
     if not tokens:
         raise Refused("data: no batch was taken from run.batches(). Look for a loop that trains on other data.")

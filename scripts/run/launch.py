@@ -1,6 +1,6 @@
 """Run a program as a group of ranks, which mlx.launch starts. Where one fails all end, and the first is named.
 
-usage: launch.py FOLDER PROGRAM [OPTION …]     NPROC and HOSTS stand in the environment; --check only looks at them
+usage: launch.py FOLDER PROGRAM [OPTION …]     NPROC and HOSTS stand in the environment
 
 Rank 0 is of this machine, and alone writes results. HOSTS are names for ssh, or a hostfile as mlx.launch reads it. On
 each stands the same checkout in the same FOLDER; the program itself goes there with each run. mlx.launch makes the
@@ -20,8 +20,9 @@ from pathlib import Path
 
 from harness.processes import LOST, UNFIT
 from scripts.run.rank import HERE, SAID
-from scripts.session import TEMPORARY, Refused, run_command
+from scripts.session import Refused, run_command
 
+TEMPORARY = "autoresearch-"  # begins the name of a folder of ours among everybody's
 FIRST_PORT, BLOCK = 32323, 64  # each device of this machine has a block of ports, so that no two launches share one
 MLX_LAUNCH = "from mlx._distributed_utils.launch import main; main()"  # what its script `mlx.launch` does
 CARRIED = re.compile(r"AUTORESEARCH_(?!LOCK)|MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$|OPENBLAS_|PYTHONU|MLX_")  # by ssh
@@ -81,9 +82,7 @@ def follow(launcher, hosts):
             os.write(2, line[: said.start()] if said else line)
         if said and said[2] == b"begins":
             begun.add(int(said[1]))
-            if len(begun) == len(
-                hosts
-            ):  # until mlx.launch finds that nobody reads what it writes, it keeps a core busy
+            if len(begun) == len(hosts):  # mlx.launch keeps a core busy until it finds that nobody reads what it writes
                 launcher.stdin.write(b"\n")
                 launcher.stdin.flush()
         elif said:
@@ -103,21 +102,26 @@ def follow(launcher, hosts):
     return max(code, 1)
 
 
-def main(folder, program, *words):
+def ranks():
+    """(a hostfile's content, this machine's devices, the first port) of ranks that can begin."""
     group, devices = hostfile(), [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.isdecimal()]
     port = FIRST_PORT + BLOCK * int(devices[0] if devices else 0)
     if not is_ours(group["hosts"][0]["ips"][0], port):
         raise Refused(f"port {port}, by which ranks talk, is taken by another program")
-    if words == ("--check",):
-        return 0
+    return group, devices, port
+
+
+def main(folder, program, *words):
+    group, devices, port = ranks()
     hosts = [host["ssh"] for host in group["hosts"]]
     facts = {"hosts": hosts, "devices": devices, "folder": folder, "temporary": os.environ.get("TMPDIR"),
              "limit": float(os.environ.get("TIMEOUT") or 600)}  # fmt: skip
     if set(hosts) != {HERE}:
         facts["program"] = base64.b64encode(zlib.compress(Path(program).read_bytes())).decode()
     os.environ["AUTORESEARCH_GROUP"] = json.dumps(facts)
-    # mlx.launch leaves files behind; where we are killed, experiment.py takes the folder away
-    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", ignore_cleanup_errors=True) as temporary:
+    # mlx.launch leaves files behind, and no path to them may hold a space; where we are killed, experiment.py clears up
+    ends = {"prefix": TEMPORARY, "suffix": f".{os.getpid()}.part"}
+    with tempfile.TemporaryDirectory(**ends, ignore_cleanup_errors=True) as temporary:
         Path(temporary, "hosts.json").write_text(json.dumps(group))
         options = [f"--env={name}={value}" for name, value in os.environ.items() if CARRIED.match(name)]
         options += [f"--env=PYTHONPATH={folder}", f"--starting-port={port}", f"--nccl-port={port}"]

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
 from harness import files
 from scripts.session import LOCK, ROOT, Refused, one_line, run_command, tell
@@ -26,19 +25,12 @@ PAUSE = 0.5  # seconds between two looks whether a device is free
 MEND = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
 
 
-@dataclass
-class Held:
-    """Locks that are ours, {path: descriptor}, the device's last; and how many seconds were waited for them."""
-
-    locks: dict
-    waited: float
-
-    def keep(self):
-        """Make a lock file anew that was deleted: a second run would make one of its own, and begin."""
-        for path, lock in self.locks.items():
-            with suppress(OSError, Refused):
-                if not (os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock))):
-                    self.locks[path] = open_lock(path) or lock
+def keep(locks):
+    """Make a lock file anew that was deleted: a second run would make one of its own, and begin."""
+    for path, lock in locks.items():
+        with suppress(OSError, Refused):
+            if not (os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock))):
+                locks[path] = open_lock(path) or lock
 
 
 def gpus():
@@ -107,7 +99,7 @@ def try_all(needed, devices, wanted):
 
 
 def take(folder=True):
-    """Take a device, or NPROC of them, and their part of the machine; returns what is `Held`.
+    """Take a device, or NPROC of them, and their part of the machine; returns {path: descriptor}, the device's last.
 
     folder: where there are several devices, this folder as well, since two runs in it would mix their files.
     """
@@ -120,7 +112,7 @@ def take(folder=True):
         raise Refused(f"NPROC={wanted} devices are wanted, and {len(devices)} may be used here")
     places = {f"{LOCK}.{d}" if several else LOCK: d for d in devices if not chosen or d == int(chosen)}
     os.makedirs(ROOT / "data", exist_ok=True)
-    needed, start, told = [str(ROOT / "data" / ".run")] if several and folder else [], time.monotonic(), False
+    needed, told = [str(ROOT / "data" / ".run")] if several and folder else [], False
     while not (found := try_all(needed, places, min(wanted, len(places))))[0]:
         who = holder(found[1])
         if not os.environ.get("WAIT"):
@@ -135,11 +127,11 @@ def take(folder=True):
         cores = sorted(os.sched_getaffinity(0))
         parts = {core for d in ours for core in cores[d * len(cores) // total : (d + 1) * len(cores) // total]}
         os.sched_setaffinity(0, parts or cores)
-    return Held(found[0], time.monotonic() - start)
+    return found[0]
 
 
 def main(command):
-    for lock in take().locks.values():
+    for lock in take().values():
         os.set_inheritable(lock, True)
     os.execvp(command[0], command)
 

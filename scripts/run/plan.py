@@ -26,15 +26,14 @@ def refuse_seen(sitting, args):
     """Refuse a train.py that was run before, and say what came of it; and whatever would push a result aside."""
     blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), sitting.rows()[0]
     attempts = [a for a in sitting.attempts() if a["role"] == "candidate"]
-    if attempts and not attempts[-1].get("logged"):
-        last = attempts[-1]
-        if last["train_blob"] == blob and (last["budget"], last["seed"]) == (budget, seed):
-            if last["status"] not in ("running", "interrupted", "paused"):
-                word = "baseline" if args.baseline else "run"
-                raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
-        elif args.session and last["train_blob"] != blob and summary.can_be_a_row(sitting, last, rows):
-            commit = last["commit"][:7]
-            raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
+    last = attempts[-1] if attempts and not attempts[-1].get("logged") else None
+    if last and (last["train_blob"], last["budget"], last["seed"]) == (blob, budget, seed):
+        if last["status"] not in ("running", "interrupted", "paused"):
+            word = "baseline" if args.baseline else "run"
+            raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
+    elif last and args.session and last["train_blob"] != blob and summary.can_be_a_row(sitting, last, rows):
+        commit = last["commit"][:7]
+        raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
     for row in rows:
         tried = [a for a in attempts if a["train_blob"] == blob and a["status"] == "valid"]
         if row.blob == blob and (not tried or (budget, seed) in [(a["budget"], a["seed"]) for a in tried]):
@@ -50,13 +49,12 @@ def refuse_modules(sitting, args):
     lists = ("ls-files", "--others", "--exclude-standard"), ("diff", "--name-only", base)
     new = {name for words in lists for name in (session.git(*words, "--", "*.py", "*.so") or "").splitlines()}
     known = (session.git("ls-tree", "--name-only", base) or "").splitlines()
-    new |= {path.name for path in ROOT.glob("*.py")} - {*known}  # what git ignores as well
+    new |= {path.name for path in ROOT.glob("*.py")}.difference(known)  # what git ignores as well
     text = (ROOT / "train.py").read_text("utf-8", "replace")
     for name in sorted(new - {"train.py"}) if args.head else ():
         module = re.escape(re.split("[./]", name)[0])  # the first part of what it is imported by
         if re.search(rf"^\s*(from|import([\w\s.]+,)*)\s+{module}\b|import\w*\(\s*[\"']{module}\b", text, re.MULTILINE):
-            what = "was committed or changed since the session began" if args.session else "git does not have like this"
-            raise Refused(f"train.py imports {name}, which {what if name in known else 'is new'}: "
+            raise Refused(f"train.py imports {name}, which is new or was changed: "
                           "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
 
 

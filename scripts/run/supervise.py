@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from harness import processes
+from scripts.run import lock
 
 TICK = 0.5  # seconds between two looks at what runs
 GAP = 5.0  # seconds between two looks: we were stopped meanwhile
@@ -84,13 +85,13 @@ def keep_awake(pid):
             return subprocess.Popen(command, **quiet)
 
 
-def run(command, folder, log, limit, lock, environment):
+def run(command, folder, log, limit, locks, environment):
     """Run a command in `folder`, its output in the file `log` and on our terminal; returns how it `Ended`."""
     terminal, start, away = sys.stdout.isatty(), time.monotonic(), 0.0
     with open(log, "wb") as out, open(log, "rb") as written:
         child = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=list(lock.locks.values()),
+            start_new_session=True, pass_fds=list(locks.values()),
             env={**environment, **({"AUTORESEARCH_TERMINAL": "1"} if terminal else {})},
         )  # fmt: skip
         _running[:] = [child.pid]
@@ -101,7 +102,7 @@ def run(command, folder, log, limit, lock, environment):
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(min(TICK, max(0.01, start + limit + away - last)))
                 show(written, terminal)
-                lock.keep()
+                lock.keep(locks)
                 gap, last = time.monotonic() - last, time.monotonic()
                 away += gap if gap > GAP else 0.0
                 late = child.returncode is None and last > start + limit + away

@@ -193,7 +193,7 @@ class Lab:
             "pages": [p.read_bytes()[-8:] for p in (data / "report.html", data / "progress.png") if p.exists()],
             "records": len(records) if not runs else all(r.get("seal") for r in records),
             "left over": runs  # which clear up what others left
-            and sorted(p.name for p in data.rglob(".*tmp")) + [n for n in os.listdir(self.env["TMPDIR"]) if "-" in n],
+            and sorted(p.name for p in [*data.rglob(".*tmp"), *data.rglob("*.part")]),
         }  # fmt: skip
 
 
