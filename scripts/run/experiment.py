@@ -133,7 +133,8 @@ def notify(text):
     with suppress(OSError), tempfile.TemporaryFile() as note:
         note.write(text.encode("utf-8", "replace") + b"\n")
         note.seek(0)
-        subprocess.Popen(["/bin/sh", "-c", os.environ["ON_RESULT"]], stdin=note, env=environment, **quiet)
+        between = '/bin/sh -c "$ON_RESULT"; :'  # so that we are not its parent, which it may kill
+        subprocess.Popen(["/bin/sh", "-c", between], stdin=note, env=environment, **quiet)
 
 
 # --- how it ended, and the words for it -------------------------------------------------------------
