@@ -27,12 +27,6 @@ die() {
 
 trap '[ $? -ne 128 ] || { say "error: git could not go on (see above); mend that, and run the same again"; exit 1; }' EXIT
 
-# bash calls this where a command is not found (3.2 does not, and says it in its own words)
-command_not_found_handle() {
-  say "error: $1 is missing on this machine: install it"
-  return 127
-}
-
 # --- what a person gives -------------------------------------------------------------------------
 
 for name in AGAIN REFERENCE PAIR WAIT ALL; do # `AGAIN=0` is a no

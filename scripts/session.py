@@ -110,8 +110,8 @@ class Session:
         """Write a table that is lost anew, from the events."""
         if self.table.exists():
             return
-        logged, done = self.logged(), self.completed()
-        if logged:
+        if logged := self.logged():
+            done = {event["id"] for event in self.events() if event["event"] == "logged"}
             lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in done)]
             files.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
@@ -189,10 +189,6 @@ class Session:
             elif event["event"] == "logging":
                 rows[event["row"]] = event
         return rows
-
-    def completed(self):
-        """The ids of the runs whose logging was completed."""
-        return {event["id"] for event in self.events() if event["event"] == "logged"}
 
     def numbered(self):
         """The numbers of the experiments whose commits git keeps reachable."""

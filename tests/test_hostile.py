@@ -144,7 +144,7 @@ def test_every_row_of_a_table_is_found_among_whatever_else(sitting, lines, junk)
 def test_events_of_any_kind_are_read_with_doubt(sitting, events, junk):
     sitting.log.write_bytes("".join(json.dumps({"event": w, **e}) + "\n" for w, e in events).encode() + junk)
     before = len(sitting.events())
-    sitting.attempts(), sitting.logged(), sitting.completed(), sitting.rows()
+    sitting.attempts(), sitting.logged(), sitting.rows()
     sitting.note("begin", id="x", role="candidate", train_blob="b", launcher=1)
     assert len(sitting.events()) == before + 1 and sitting.attempts()[-1]["id"] == "x"
 

@@ -223,15 +223,6 @@ def test_typed_in_scripts_a_target_is_the_roots(checkout):
     assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
 
 
-def test_a_missing_tool_is_named(checkout, tmp_path):
-    """bash 3.2 names it in its own words; the Mac that has it has every tool."""
-    (tmp_path / "bin").mkdir()
-    for tool in ("bash", "env", "dirname", "git", "cat"):
-        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
-    done = checkout.script("help", PATH=str(tmp_path / "bin"))  # lists by sed
-    assert done.returncode and re.match(r"(error: sed is missing|.*sed: command not found)", done.stderr)
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem)
 def test_a_helper_that_asks_python_has_one(path):
     """Without PYTHON there is none before need_python; these tests give one, so only the text shows it."""
