@@ -19,7 +19,7 @@ from scripts.judge.shrinkage import Shrinkage
 
 NOISE = 0.003  # of val_bpb: prior median of a run's noise. Seen: 0.02 for 20 s on two cores, 0.0005 for 300 s on a GPU
 SPEED = 0.01  # of throughput: the same
-STEADY = 3  # runs in a slot before the next one is taken to fall into it
+STEADY = 4  # runs in a slot before the next one is taken to fall into it
 MOST, MOST_OF_REFERENCE = 3, 4  # runs under one condition; a reference had luck when it was kept, and many meet it
 
 
@@ -47,6 +47,8 @@ class Comparison:
 
 def gain_words(seen):
     """A comparison as everything says it: `+0.0123 ± 0.0040, 97 %`: bits per byte, standard error, probability."""
+    if not math.isfinite(seen.error):
+        return "unknown, no common load"
     return f"{round(seen.gain, 4) + 0.0:+.4f} ± {seen.error:.4f}, {percent(seen.sure)} %"  # no -0
 
 

@@ -8,6 +8,7 @@ was cut short is completed by the next one, and nothing is written twice.
 
 import errno
 import json
+import math
 import shutil
 import subprocess
 from contextlib import suppress
@@ -90,13 +91,11 @@ def refuse_untruthful(status, attempt):
     """What the row would say must be what happened, and be said once."""
     outcome = attempt["status"]
     if attempt.get("logged"):
-        words = f"this run is logged already, as row {attempt['row']}: change train.py and make run"
-        raise Refused(words)
+        raise Refused(f"this run is logged already, as row {attempt['row']}: change train.py and make run")
     if outcome == "running":
         raise Refused("the run has not ended yet")
     if outcome in ("interrupted", "paused"):
-        words = f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run"
-        raise Refused(words)
+        raise Refused(f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run")
     head = session.git("rev-parse", "-q", "--verify", "HEAD") if attempt["commit"] and status == "keep" else None
     if head and attempt["train_blob"] not in session.programs_of(head):
         raise Refused("the branch does not have this program any more, so it cannot be kept: "
@@ -153,7 +152,8 @@ def decided(decision):
     seen = decision and decision.seen
     if not seen:
         return {"gain": None, "error": None}
-    return {"gain": seen.gain, "error": seen.error, "sure": seen.sure, "faster": seen.faster,
+    error = seen.error if math.isfinite(seen.error) else None
+    return {"gain": seen.gain, "error": error, "sure": seen.sure, "faster": seen.faster,
             "runs": [decision.new.runs, decision.old.runs]}  # fmt: skip
 
 

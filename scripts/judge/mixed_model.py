@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 RHO = (0.0, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99)  # share of a quiet run's variance that its seed explains
-KAPPA = (0.0, 1.5, 5.0, 15.0)  # further noise of a disturbed run, in sigmas
+KAPPA = (1.0, 3.0, 6.0, 15.0)  # further noise of a disturbed run, in sigmas
 SLOT = 1e3  # sigmas: what a load costs is anything, so that only differences within a slot count
 UNSURE = 1.0  # standard deviation of the prior of log sigma: a factor of 7 either way is in its 95 %
 CHANGED = 4.0  # nats by which two noises must fit better than one: BIC of a change point and a second variance
@@ -111,11 +111,12 @@ class MixedModel:
         return 1 / per_run[:, i] + 1 / per_run[:, j] + np.einsum("gi,gij,gj->g", apart, inverse, apart)
 
     def difference(self, i, j):
-        """(how much lower the first program's mean is, its standard error)."""
+        """(how much lower the first program's mean is, its standard error: inf where they never met)."""
         if i == j:
             return 0.0, 0.0
-        gains, gain = self.means[:, j] - self.means[:, i], float(self.mean[j] - self.mean[i])
-        return gain, math.sqrt(self.points @ (self.variance * self.spread(i, j) + (gains - gain) ** 2))
+        gains, gain, spread = self.means[:, j] - self.means[:, i], float(self.mean[j] - self.mean[i]), self.spread(i, j)
+        error = math.sqrt(self.points @ (self.variance * spread + (gains - gain) ** 2))
+        return gain, error if self.points @ spread < 0.1 * SLOT**2 else math.inf
 
     def probability(self, gains, spread, bar=0.0):
         """That a quantity with these means and, in sigma², variances is above 0 (or `bar` sigmas); each (G,)."""

@@ -26,7 +26,7 @@ SIMPLER_COSTS = 0.05  # share of throughput that simpler code may cost
 TEACHES_LESS = 2.0  # standard errors at equal steps, beyond which a step of the new program teaches less
 
 NEXT = {"new": "make run AGAIN=1", "old": "make run REFERENCE=1", "pair": "make run PAIR=1", None: ""}
-MORE = {"new": "another run of it", "old": "another run of the reference", "pair": "a pair, run in turn,"}
+MORE = {"new": "another run of it", "old": "another run of the reference", "pair": "the machine was shared: a pair, run in turn,"}
 
 
 # --- the rule ----------------------------------------------------------------------------------------
@@ -69,9 +69,10 @@ def rule(facts):
         return "again", "its losses are the reference's, step by step: the change has no effect", None
     better, worse = facts.seen.sure >= asked(facts.share), facts.seen.sure <= 1 - asked(1.0)
     harmless = facts.same or facts.harmless >= asked(facts.share)
-    hopeful = facts.promise >= FUTILE
+    least = FUTILE * (3 if facts.next == "pair" else 1)  # a pair costs two runs, and serves no other candidate
+    hopeful = facts.promise >= least
     if facts.fewer_lines or faster > FASTER:
-        hopeful |= not harmless and facts.harmless_promise >= FUTILE
+        hopeful |= not harmless and facts.harmless_promise >= least
     if facts.next and hopeful and not (better or facts.same):
         return "rerun", f"{MORE[facts.next]} may settle it", facts.next
     word, why = table(better, worse, harmless, gain, faster, facts.fewer_lines)
@@ -156,8 +157,7 @@ def of_attempt(sitting, attempt, rows):
     """
     run = session.record_of(attempt)
     if run is None:
-        words = "the record of the newest run is gone from data/, or was changed: make run AGAIN=1"
-        raise Refused(words)
+        raise Refused("the record of the newest run is gone from data/, or was changed: make run AGAIN=1")
     row = sitting.reference(rows[: attempt["row"] - 1] if attempt.get("row") else rows, attempt["commit"])
     records, observations = of_session(sitting.attempts(), rows, run)
     evidence, new = Evidence(observations), run["train_blob"]
@@ -237,7 +237,8 @@ def reason(verdict):
     if seen:
         words.append(f"gain {gain_words(seen)} sure")
         if verdict.word == "rerun" or verdict.rule == "not proven":
-            words.append(f"{percent(verdict.asked)} % is asked for now, as from {verdict.enough:+.4f} on")
+            enough = f", as from {verdict.enough:+.4f} on" if math.isfinite(seen.error) else ""
+            words.append(f"{percent(verdict.asked)} % is asked for now{enough}")
     return "; ".join(words)
 
 
@@ -246,7 +247,7 @@ def change(verdict):
     new, old, seen = verdict.new, verdict.old, verdict.seen
     bpb, rate = f"val_bpb {new.bpb:.6f}", f"{new.rate:.0f} tok/s"
     if seen:
-        bpb += f" ({-seen.gain:+.6f} ± {seen.error:.6f}, {percent(seen.sure)} % sure)"
+        bpb += f" (gain {gain_words(seen)} sure)"
         rate += f" ({100 * seen.faster:+.1f} %)"
     return f"{bpb}, {rate}, {counted(new.runs, 'run')}" + (f" against {old.runs}" if old else "")
 

@@ -107,7 +107,7 @@ def one_night(axis, night, limits):
         if not found:
             continue
         if name in ("safe", "doubtful", "unproven"):  # 95 % of the gain, against what it was compared with
-            x, y, half = zip(*((e.number, e.bpb, 1.96 * e.gain.error) for e in found), strict=True)
+            x, y, half = zip(*((e.number, e.bpb, 1.96 * min(e.gain.error, high - low)) for e in found), strict=True)
             axis.errorbar(x, y, half, fmt="none", ecolor=COLOURS["dot"], elinewidth=1, zorder=3)
         y = [low + 0.03 * (high - low) if name == "crashed" else min(e.bpb, high) for e in found]
         look = {"marker": marker, "color": COLOURS[inside], "label": name, "clip_on": False, "zorder": 4}
