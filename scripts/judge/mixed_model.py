@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 RHO = (0.0, 0.3, 0.6, 0.8, 0.9, 0.97, 0.99)  # share of a quiet run's variance that its seed explains
-KAPPA = (1.0, 3.0, 6.0, 15.0)  # further noise of a disturbed run, in sigmas
+KAPPA = (2.0, 5.0, 15.0)  # further noise of a disturbed run, in sigmas: no load is quite even
 SLOT = 1e3  # sigmas: what a load costs is anything, so that only differences within a slot count
 UNSURE = 1.0  # standard deviation of the prior of log sigma: a factor of 7 either way is in its 95 %
 CHANGED = 4.0  # nats by which two noises must fit better than one: BIC of a change point and a second variance

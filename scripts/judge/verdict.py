@@ -15,8 +15,8 @@ from scripts.session import Refused, Session, counted, options, record, run_comm
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
-BAR = 1.645  # standard errors that a gain must reach once all runs are made: 95 % sure
-FUTILE = 0.12  # probability that the runs that are left show a gain, below which none is made (usual: 0.1 to 0.2)
+BAR = 1.6  # standard errors that a gain must reach once all runs are made: 94.5 % sure
+FUTILE = 0.14  # probability that the runs that are left show a gain, below which none is made (usual: 0.1 to 0.2)
 CLEAR = 0.005  # bits per byte: a gain that may cost throughput, and a loss that matters
 WEAK = 2.0  # sigmas: where noise is greater, what a night finds two times of three is the least loss that matters
 SMALL = 0.003  # bits per byte: a loss that much throughput may pay for
