@@ -79,7 +79,7 @@ class Agent:
             if not asked:
                 break
             self.checkout.make(*asked.group(1).split(), check=0)
-        verdict = done.stdout.split("\n")[0] if done.returncode == 0 else "crash"
+        verdict = re.search(r"^verdict +(\w+)", done.stdout, re.MULTILINE)[1] if done.returncode == 0 else "crash"
         status = "keep" if verdict == "judge" else verdict  # its only judgement: a large win is worth slower steps
         self.checkout.make("log-result", f"STATUS={status}", f"DESC={why}", f"FOUND={verdict}", check=0)
         if status != "keep":

@@ -1,7 +1,5 @@
 """The rule for keeping: its table, its order, and what it reads in records. Whole nights are in test_evidence.py."""
 
-import dataclasses
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -208,13 +206,3 @@ def test_losses_that_are_the_references_step_by_step_are_no_change(judged):
 def test_what_disturbs_a_run(backend, seen, expected):
     found = busy(run(machine=seen and {"cores": 2, **seen}, device={"backend": backend}))
     assert found is None if expected is None else expected in found
-
-
-def test_figures_that_are_logged_are_those_of_the_verdict(judged):
-    from scripts.judge.log_result import decided
-
-    old = [run(1.5 + d, seed=42 + i) for i, d in enumerate(REPEATS)]
-    found = judged([run(1.4, blob="new")], old)
-    assert decided(found) == {**{k: v for k, v in dataclasses.asdict(found.seen).items() if k != "faster_error"},
-                              "runs": [1, 4]}  # fmt: skip
-    assert decided(None)["gain"] is None and math.isfinite(found.enough)

@@ -18,7 +18,6 @@ from harness import files, project
 from scripts import session
 from scripts.judge import verdict
 from scripts.session import HEADER, JOURNAL, Refused, Session, one_line, options, run_command, shown
-from scripts.show import summary
 
 
 def log(args):
@@ -139,7 +138,6 @@ def intended(sitting, attempt, args):
         "train_blob": attempt["train_blob"], "description": description,
         "verdict": decision and decision.word, "rule": decision and decision.rule,
         "reference": reference and reference.commit,
-        **decided(decision),
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
         "table_at": files.end_of(sitting.table, HEADER + "\n"),
         "journal_at": files.end_of(JOURNAL / journal, f"# Research journal, {datetime.now():%Y-%m-%d}\n"),
@@ -147,18 +145,8 @@ def intended(sitting, attempt, args):
     }  # fmt: skip
 
 
-def decided(decision):
-    """What a verdict rests on, for the log: the figures that row, summary, table, brief and page show."""
-    seen = decision and decision.seen
-    if not seen:
-        return {"gain": None, "error": None}
-    error = seen.error if math.isfinite(seen.error) else None
-    return {"gain": seen.gain, "error": error, "sure": seen.sure, "faster": seen.faster,
-            "runs": [decision.new.runs, decision.old.runs]}  # fmt: skip
-
-
 def entry(sitting, attempt, args, number, description, decision, reference):
-    """The journal's text on an experiment: its figures, its verdict, what went wrong on the way, what was found."""
+    """The journal's text on an experiment: its figures, its verdict, what was found."""
     lines = [f"\n## {number}. {args.status}: {description}\n"]
     if decision:
         training = session.record_of(attempt)["training"]
@@ -169,28 +157,12 @@ def entry(sitting, attempt, args, number, description, decision, reference):
         lines += [f"- {note}" for note in decision.notes]
     else:
         lines.append(f"- {attempt['status']}: {one_line(attempt['reason'])}")
-    for other in failed_before(sitting, attempt):
-        commit, reason = (other["commit"] or "none")[:7], one_line(other["reason"])[:300]
-        lines.append(f"- before it, {commit}: {other['status']}, {reason}")
     made = f", record {attempt['run_id']}" if decision else ""
     lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}{made}")
     for name, text in (("found", one_line(args.found)), ("open", one_line(args.open))):
         if text:
             lines.append(f"- {name}: {text}")
     return "\n".join(lines) + "\n"
-
-
-def failed_before(sitting, attempt):
-    """What crashed or was refused since the last logged run: it belongs to the same experiment."""
-    since = []
-    for other in sitting.attempts():
-        if other["id"] == attempt["id"]:
-            return since
-        if other.get("logged"):
-            since = []
-        elif other["status"] not in ("valid", "interrupted", "paused"):
-            since.append(other)
-    return since
 
 
 def keep_weights(attempt):
@@ -213,7 +185,7 @@ def kept(args):
         status = attempts[-1]["status"]
         if status == "running":
             raise Refused("the run has not ended yet")
-        if status not in ("valid", "interrupted", "paused") or summary.can_be_a_row(sitting, attempts[-1], rows):
+        if status not in ("valid", "interrupted", "paused") or verdict.can_be_a_row(sitting, attempts[-1], rows):
             word = "discard" if status == "valid" else "crash"
             raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
     row = sitting.reference(rows, args.kept)

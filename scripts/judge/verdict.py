@@ -11,7 +11,7 @@ from statistics import NormalDist
 from scripts import session
 from scripts.judge.evidence import Comparison, Evidence, gain_words, percent
 from scripts.judge.observations import busy, of_session
-from scripts.session import Refused, Session, counted, options, record, run_command
+from scripts.session import Refused, counted, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
@@ -26,7 +26,11 @@ SIMPLER_COSTS = 0.05  # share of throughput that simpler code may cost
 TEACHES_LESS = 2.0  # standard errors at equal steps, beyond which a step of the new program teaches less
 
 NEXT = {"new": "make run AGAIN=1", "old": "make run REFERENCE=1", "pair": "make run PAIR=1", None: ""}
-MORE = {"new": "another run of it", "old": "another run of the reference", "pair": "the machine was shared: a pair, run in turn,"}
+MORE = {
+    "new": "another run of it",
+    "old": "another run of the reference",
+    "pair": "the machine was shared: a pair, run in turn,",
+}
 
 
 # --- the rule ----------------------------------------------------------------------------------------
@@ -122,9 +126,7 @@ def not_earned(run, other, equal_steps):
 
 
 class Incomparable(Refused):
-    """The runs differ in more than the experiment. `budget`: the reference's, where that is all."""
-
-    budget = None
+    """The runs differ in more than the experiment."""
 
 
 @dataclass
@@ -210,10 +212,7 @@ def refuse_unlike(row, run, old_runs):
         return
     unlike = record.differences(run, known[-1])
     if unlike:
-        refusal = Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
-        if len(unlike) == 1 and run["budget"] != known[-1]["budget"]:
-            refusal.budget = known[-1]["budget"]
-        raise refusal
+        raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
 
 
 def notes(run, other, equal_steps, row):
@@ -226,6 +225,17 @@ def notes(run, other, equal_steps, row):
         yield f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}, seed {other['seed']}"
     if not other:
         yield f"the record of {row.commit} is not in data/: its row was compared, the device was not"
+
+
+def can_be_a_row(sitting, attempt, rows):
+    """Whether log-result would take a run: one with another budget, say, or a repeat has no place in the table."""
+    repeat = any((row.blob, row.status) == (attempt["train_blob"], "discard") for row in rows)
+    if attempt["status"] != "valid" or repeat:
+        return False
+    try:
+        return of_attempt(sitting, attempt, rows)[0].word != "again"
+    except Refused:
+        return False
 
 
 # --- words -------------------------------------------------------------------------------------------
@@ -250,32 +260,3 @@ def change(verdict):
         bpb += f" (gain {gain_words(seen)} sure)"
         rate += f" ({100 * seen.faster:+.1f} %)"
     return f"{bpb}, {rate}, {counted(new.runs, 'run')}" + (f" against {old.runs}" if old else "")
-
-
-def show(args):
-    sitting = Session(args.tag)
-    sitting.link()
-    attempt = sitting.candidate()
-    status = attempt["status"]
-    if status == "running":
-        raise Refused("the run has not ended yet")
-    if status in ("interrupted", "paused"):
-        raise Refused(f"the newest run has no result ({attempt['reason']}): make run")
-    if status != "valid":
-        raise Refused(f"the newest run has no valid result ({status}): make log-result STATUS=crash DESC=…")
-    rows, problems = sitting.rows()
-    verdict, row, _, _ = of_attempt(sitting, attempt, rows)
-    print(verdict.word)
-    print(f"rule     {reason(verdict)}")
-    print(f"run      {(attempt['commit'] or '0' * 7)[:7]}  {change(verdict)}")
-    if row:
-        print(f"against  {row.commit}  val_bpb {verdict.old.bpb:.6f}, {verdict.old.rate:.0f} tok/s: {row.description}")
-    logged = [f"logged, as row {attempt['row']}"] if attempt.get("logged") else []
-    for note in [*logged, *verdict.notes, *problems]:
-        print(f"note     {note}")
-    if verdict.next:
-        print(f"next     {verdict.next}")
-
-
-if __name__ == "__main__":
-    run_command(show, options(__doc__).parse_args())

@@ -6,8 +6,8 @@ import uuid
 
 from harness import project
 from scripts import session
+from scripts.judge.verdict import can_be_a_row
 from scripts.session import ROOT, Refused, record
-from scripts.show import summary
 
 
 def seeds_of(sitting, blob):
@@ -31,7 +31,7 @@ def refuse_seen(sitting, args):
         if last["status"] not in ("running", "interrupted", "paused"):
             word = "baseline" if args.baseline else "run"
             raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
-    elif last and args.session and last["train_blob"] != blob and summary.can_be_a_row(sitting, last, rows):
+    elif last and args.session and last["train_blob"] != blob and can_be_a_row(sitting, last, rows):
         commit = last["commit"][:7]
         raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
     for row in rows:

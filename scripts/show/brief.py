@@ -38,12 +38,16 @@ def standing(night):
     if night.gain:
         found.append(f"best     {best.bpb:.6f}  {best.commit}, {counted(len(best.runs), 'run')}; gain "
                      f"{gain_words(night.gain)}; after the winner's curse {gain_words(night.left)}")  # fmt: skip
-    sigma, repeats = night.evidence.sigma, night.evidence.df
-    known = f"by {counted(repeats, 'repeat')}" if repeats else "a guess: make run REFERENCE=1 N=4 measures it"
-    found.append(f"noise    of one run ± {sigma:.4f}, ± {night.evidence.same_seed:.4f} between equal seeds; {known}")
+    found.append(noise(night.evidence))
     if night.held_out:
         found.append(f"held out {night.held_out[0]}, {night.looks[-1]['best']} against the baseline")
     return found
+
+
+def noise(evidence):
+    """How far one run is off, in a line."""
+    known = f"by {counted(evidence.df, 'repeat')}" if evidence.df else "a guess: make run REFERENCE=1 N=4 measures it"
+    return f"noise    of one run ± {evidence.sigma:.4f}, ± {evidence.same_seed:.4f} between equal seeds; {known}"
 
 
 def entry(e):

@@ -136,9 +136,6 @@ class Night:
 
     # --- what it says ---
 
-    def knows(self, program):
-        return bool(self.evidence) and program in self.evidence.column
-
     @property
     def gain(self):
         """The best against the baseline; None where nothing is better than the baseline."""

@@ -1,81 +1,72 @@
-"""What the agent is told when a run has ended: at most 15 lines, the last of them what to type next."""
+"""What the agent is told when a run has ended: at most 15 lines, the last of them what to type next.
+
+usage: summary.py --tag TAG    (make verdict: of the newest run)
+"""
 
 import re
 
 from scripts import session
 from scripts.judge import verdict
-from scripts.judge.observations import busy
-from scripts.session import ROOT, Refused, blanked, counted, one_line, record
-from scripts.show.brief import standing
-from scripts.show.night import Night, gain_words
+from scripts.judge.evidence import Evidence, gain_words
+from scripts.judge.observations import busy, of_session
+from scripts.session import ROOT, Refused, Session, blanked, counted, one_line, options, record, run_command
+from scripts.show.brief import noise
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
-FRAMES = 4  # of train.py, that a crash shows
-SHOWN = 8  # last lines of run.log where there is no traceback
+SHOWN = 8  # last lines of run.log
 
 
 def lines(sitting, attempt, baseline=False):
     """The summary of a run (see experiment.py) in the session `sitting`."""
     if attempt["status"] != "valid":
         return failure(attempt, "make baseline" if baseline else None)
-    run, found = session.record_of(attempt), []
-    disturbed = [f"busy     {words}"] if (words := busy(run)) else []
-    night = Night(sitting.tag)
+    run, rows, found = session.record_of(attempt), sitting.rows()[0], []
+    disturbed = [f"busy     {words}"] if run and (words := busy(run)) else []
     if attempt["role"] == "reference":  # made for the candidate that waits, if one does
         found = [] if attempt["pair"] else [brief(attempt)]
         waits = [a for a in sitting.attempts() if a["role"] == "candidate"][-1:]
         if not waits or waits[0]["status"] != "valid" or waits[0].get("logged"):
-            return [*found, *disturbed, *noise(night), "next     change train.py"]
+            evidence = Evidence(of_session(sitting.attempts(), rows, run)[1])
+            return [*found, *disturbed, noise(evidence), "next     change train.py"]
         attempt = waits[0]
-        run = session.record_of(attempt)
     try:
-        decision, row, _, _ = verdict.of_attempt(sitting, attempt, sitting.rows()[0])
+        decision, row, run, _ = verdict.of_attempt(sitting, attempt, rows)
     except verdict.Incomparable as refused:
-        mend = f"make run BUDGET={refused.budget:g}" if refused.budget else "make baseline AGAIN=1"
-        return [*found, *disturbed, f"verdict  none: {refused}", f"next     make discard, or {mend}"]
+        return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard, or make baseline AGAIN=1"]
     if decision.word == "again":
-        found += [] if found else [brief(attempt)]
-        return [*found, *disturbed, f"verdict  again: {decision.rule}", *noise(night), "next     change train.py"]
+        found = found or [brief(attempt)]
+        return [*found, *disturbed, f"verdict  again: {decision.rule}", noise(decision.evidence),
+                "next     change train.py"]  # fmt: skip
     found.append(f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all")
-    found += figures(run, decision, row, night)
+    found += figures(run, decision)
     if row:
         runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
-        old = f"val_bpb {mean(night, row.blob, row.bpb):.6f}"
-        found.append(f"against  {row.commit}  {old}, {runs}: {row.description[:60]}")
+        found.append(f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:60]}")
     found += [f"note     {note}" for note in decision.notes] + disturbed
     found.append(f"verdict  {decision.word}: {verdict.reason(decision)}")
-    return found if baseline else [*found, f"next     {then(decision)}"]  # baseline.sh does the next step itself
+    return found if baseline else [*found, f"next     {then(decision, attempt)}"]  # baseline.sh does the next step
 
 
-def then(decision):
+def then(decision, attempt):
     """What to type after a verdict."""
+    if attempt.get("logged"):
+        return f"it is logged, as row {attempt['row']}: change train.py"
     if decision.next:
         return decision.next
     status = decision.word if decision.word in ("keep", "discard") else "keep|discard"
     return f'make log-result STATUS={status} DESC="…"' + "; make discard" * (status == "discard")
 
 
-def figures(run, decision, row, night):
+def figures(run, decision):
     """Five figures: val_bpb and throughput by all runs of the program, with what changed; the rest by this run."""
-    training, blob, gain, faster = run["training"], run["train_blob"], "", ""
-    if row and night.knows(blob) and night.knows(row.blob):
-        seen = night.evidence.compare(blob, row.blob)
-        gain, faster = f"gain {gain_words(seen)}", f"{100 * seen.faster:+.1f} %"
-    shown = (("val_bpb", f"{mean(night, blob, record.bpb(run)):.6f}", gain),
+    training, seen = run["training"], decision.seen
+    gain, faster = (f"gain {gain_words(seen)}", f"{100 * seen.faster:+.1f} %") if seen else ("", "")
+    shown = (("val_bpb", f"{decision.new.bpb:.6f}", gain),
              ("peak_memory_mb", f"{training['peak_memory_mb']:.1f}", ""),
              ("avg_tok_sec", f"{decision.new.rate:.0f}", faster),
              ("total_steps", training["total_steps"], ""),
              ("eval_seconds", f"{training['eval_seconds']:.1f}", ""))  # fmt: skip
     return [f"{name:14} {value:>13}  {words}".rstrip() for name, value, words in shown]
-
-
-def mean(night, blob, otherwise):
-    """val_bpb of a program by all its runs; `otherwise` where it has none that compare."""
-    return night.evidence.mean(blob) if night.knows(blob) else otherwise
-
-
-def noise(night):
-    return [line for line in standing(night) if line.startswith("noise")]
 
 
 def brief(attempt):
@@ -96,7 +87,7 @@ def failure(attempt, again=None):
     if status in ("interrupted", "paused"):
         return [*found, f"next     {again or 'make run'}"]
     if status != "invalid":
-        found += [f"  | {line}" for line in last_words(ROOT / "run.log")]
+        found += [f"  | {line[:160]}" for line in printed(ROOT / "run.log")[-SHOWN:]]
     give_up = 'or: make log-result STATUS=crash DESC="…"; make discard'
     mend = f"then {again}: ideas are compared with it" if again else give_up
     return [*found, "log      tail -n 50 run.log", f"next     mend it and commit, {mend}"]
@@ -121,26 +112,18 @@ def what_was_raised(path):
     return one_line(" ".join(text[raised[0] :]))[:400] if raised else ""
 
 
-def last_words(path):
-    """The frames of train.py in the last traceback, or else the log's last lines but the one that the reason has."""
-    text = [line for line in printed(path) if not re.fullmatch(r"[\s~^]+", line)]
-    starts = [i for i, line in enumerate(text) if line.startswith("Traceback (most recent call last)")]
-    if starts:
-        text = text[starts[-1] :]
-        frames = [i for i, line in enumerate(text) if re.match(r'\s+File ".*train\.py", line \d+', line)]
-        return [line[:160] for i in frames[-FRAMES:] for line in text[i : i + 2]]
-    return [line[:160] for line in text[-SHOWN - 1 : -1]]
+def show(args):
+    """`make verdict`: the summary of the newest run once more."""
+    sitting = Session(args.tag)
+    sitting.link()
+    attempt = sitting.candidate()
+    if attempt["status"] == "running":
+        raise Refused("the run has not ended yet")
+    told = lines(sitting, attempt)
+    if attempt["status"] != "valid":
+        raise Refused(f"the newest run has no result: {told[0]}; {told[-1].removeprefix('next     ')}")
+    print("\n".join(told))
 
 
-def can_be_a_row(sitting, attempt, rows):
-    """Whether log-result would take it: a short try with another budget, say, has no place in the table.
-
-    Nor has a repeat of what was discarded, which so may be discarded again.
-    """
-    repeat = any((row.blob, row.status) == (attempt["train_blob"], "discard") for row in rows)
-    if attempt["status"] != "valid" or repeat:
-        return False
-    try:
-        return verdict.of_attempt(sitting, attempt, rows)[0].word != "again"
-    except Refused:
-        return False
+if __name__ == "__main__":
+    run_command(show, options(__doc__).parse_args())
