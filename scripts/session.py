@@ -115,10 +115,6 @@ class Session:
             lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in done)]
             files.write_atomically(self.table, "\n".join(lines) + "\n")
             say("note: results.tsv was missing, and is restored from what was logged")
-        elif known := len(self.numbered()):
-            say(f"note: {known} experiments of {self.tag} were logged, and data/ has none of them. If git tracked it: "
-                "git log --all --reflog -- data names the commit, git restore --source=COMMIT -- data internal brings "
-                "it back")  # fmt: skip
 
     def rows(self):
         """(the rows of the table, what is wrong with it): a line that is no row does not count."""
@@ -195,12 +191,15 @@ class Session:
         refs = (git("for-each-ref", "--format=%(refname)", f"refs/experiments/{self.tag}/") or "").split()
         return [int(name) for ref in refs if (name := ref.rpartition("/")[2]).isdecimal()]
 
+    def newest(self):
+        """The newest run of a candidate, or None: neither of the reference alone, nor for `make holdout`."""
+        return next((a for a in reversed(self.attempts()) if a["role"] == "candidate"), None)
+
     def candidate(self):
-        """The newest run of this session's own making that is no repeat of the reference alone."""
-        own = [a for a in self.attempts() if a["role"] == "candidate"]
-        if not own:
-            raise Refused(f"no run yet in '{self.tag}': make run, or go back to the session whose run you mean")
-        return own[-1]
+        """The newest run of a candidate; refused where there is none."""
+        if newest := self.newest():
+            return newest
+        raise Refused(f"no run yet in '{self.tag}': make run, or go back to the session whose run you mean")
 
     def reference(self, rows, head):
         """The newest kept program that the commit `head` stands on, as its row; without git (no `head`) the newest one.
@@ -284,26 +283,14 @@ def text_of(blob):
     return git("cat-file", "blob", blob) if blob else None
 
 
-class _Essence(ast.NodeTransformer):
-    def visit_Expr(self, node):
-        call = node.value
-        seeds = isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", "")) == "seed"
-        return None if seeds or isinstance(call, ast.Constant) else node
-
-    def visit_FunctionDef(self, node):
-        self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
-        return node
-
-    visit_ClassDef = visit_FunctionDef
-
-
 def essence(text):
-    """A program's statements without comments, docstrings, layout and the setting of seeds; None if it is no Python."""
+    """A program's statements without comments, docstrings, layout and the numbers of seeds; None if it is no Python."""
     try:
-        return ast.unparse(_Essence().visit(ast.parse(text)))
+        code = ast.unparse(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, TypeError):
         return None
+    code = re.sub(r'(?ms)^ *(""".*?"""|\'\'\'.*?\'\'\')(?:\n|\Z)', "", code)
+    return re.sub(r"\bseed\([^()]*\)", "seed()", code)
 
 
 # --- words -----------------------------------------------------------------------------------------
@@ -311,7 +298,7 @@ def essence(text):
 
 def one_line(text):
     """Text without tab, newline or any other control character."""
-    return " ".join(blanked((text or "").encode("utf-8", "replace").decode("utf-8")).split())
+    return " ".join(blanked(text or "").split())
 
 
 def blanked(text):

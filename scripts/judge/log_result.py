@@ -8,16 +8,13 @@ was cut short is completed by the next one, and nothing is written twice.
 
 import errno
 import json
-import math
-import shutil
-import subprocess
 from contextlib import suppress
 from datetime import datetime
 
 from harness import files, project
 from scripts import session
 from scripts.judge import verdict
-from scripts.session import HEADER, JOURNAL, Refused, Session, one_line, options, run_command, shown
+from scripts.session import HEADER, JOURNAL, Refused, Session, counted, one_line, options, run_command, shown
 
 
 def log(args):
@@ -59,12 +56,8 @@ def complete(sitting, attempt):
     add_once(journal, attempt["entry"], attempt.get("journal_at"))
     if attempt["commit"]:
         ref = f"refs/experiments/{sitting.tag}/{attempt['number']:03d}"
-        words = ["git", "-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]]
-        done = subprocess.run(words, cwd=session.ROOT, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            full = shutil.disk_usage(session.ROOT).free < 2**16
-            said = "the disk is full" if full else one_line(done.stderr)
-            raise Refused(f"git could not write {ref} ({said}); mend that, and run the same again")
+        if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
+            raise Refused(f"git could not write {ref}, as where the disk is full: mend that, and run the same again")
     if attempt["row_status"] == "keep":
         keep_weights(attempt)
     sitting.note("logged", id=attempt["id"])
@@ -149,9 +142,10 @@ def entry(sitting, attempt, args, number, description, decision, reference):
     """The journal's text on an experiment: its figures, its verdict, what was found."""
     lines = [f"\n## {number}. {args.status}: {description}\n"]
     if decision:
-        training = session.record_of(attempt)["training"]
-        memory, steps = f"{training['peak_memory_mb'] / 1024:.1f} GB", f"{training['total_steps']} steps"
-        lines.append(f"- {verdict.change(decision)}, {memory}, {steps}, evaluation {training['eval_seconds']:.1f} s")
+        training, new, old = session.record_of(attempt)["training"], decision.new, decision.old
+        runs = counted(new.runs, "run") + (f" against {old.runs}" if old else "")
+        lines.append(f"- val_bpb {new.bpb:.6f}, {new.rate:.0f} tok/s, {runs}, {training['total_steps']} steps, "
+                     f"{training['peak_memory_mb'] / 1024:.1f} GB")  # fmt: skip
         against = f" against {reference.commit}" if reference else ""
         lines.append(f"- verdict{against}: {decision.word} ({verdict.reason(decision)})")
         lines += [f"- {note}" for note in decision.notes]
@@ -180,13 +174,12 @@ def kept(args):
     sitting = Session(args.tag)
     sitting.link()
     complete_begun(sitting)
-    rows, attempts = sitting.rows()[0], [a for a in sitting.attempts() if a["role"] == "candidate"]
-    if attempts and attempts[-1]["commit"] == args.kept and not attempts[-1].get("logged"):
-        status = attempts[-1]["status"]
-        if status == "running":
+    rows, newest = sitting.rows()[0], sitting.newest()
+    if newest and newest["commit"] == args.kept and not newest.get("logged"):
+        if newest["status"] == "running":
             raise Refused("the run has not ended yet")
-        if status not in ("valid", "interrupted", "paused") or verdict.can_be_a_row(sitting, attempts[-1], rows):
-            word = "discard" if status == "valid" else "crash"
+        if newest["status"] in ("crash", "invalid", "stale", "timeout") or verdict.can_be_a_row(sitting, newest, rows):
+            word = "discard" if newest["status"] == "valid" else "crash"
             raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
     row = sitting.reference(rows, args.kept)
     for other in session.kept_rows(rows)[:1]:

@@ -11,7 +11,7 @@ from statistics import NormalDist
 from scripts import session
 from scripts.judge.evidence import Comparison, Evidence, gain_words, percent
 from scripts.judge.observations import busy, of_session
-from scripts.session import Refused, counted, record
+from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
@@ -250,13 +250,3 @@ def reason(verdict):
             enough = f", as from {verdict.enough:+.4f} on" if math.isfinite(seen.error) else ""
             words.append(f"{percent(verdict.asked)} % is asked for now{enough}")
     return "; ".join(words)
-
-
-def change(verdict):
-    """The figures that decide, and how they moved, in words."""
-    new, old, seen = verdict.new, verdict.old, verdict.seen
-    bpb, rate = f"val_bpb {new.bpb:.6f}", f"{new.rate:.0f} tok/s"
-    if seen:
-        bpb += f" (gain {gain_words(seen)} sure)"
-        rate += f" ({100 * seen.faster:+.1f} %)"
-    return f"{bpb}, {rate}, {counted(new.runs, 'run')}" + (f" against {old.runs}" if old else "")

@@ -3,7 +3,7 @@
 usage: brief.py --tag TAG
 """
 
-from scripts.session import counted, cut, one_line, options, run_command
+from scripts.session import Session, counted, cut, one_line, options, run_command
 from scripts.show.night import Night, clock, gain_words
 
 WIDTH, LINES = 120, 60
@@ -51,19 +51,18 @@ def noise(evidence):
 
 
 def entry(e):
-    trust = f"  {e.trust}" if e.trust else ""
-    return f"{e.number:3}  {gain_words(e.gain) if e.gain else e.status}{trust}  {one_line(e.description)}"
+    """An experiment in a line; `make watch` has it, too."""
+    gain = f"{gain_words(e.gain)}  " if e.gain else ""
+    return f"{e.number:3}  {gain}{e.trust or e.status}  {one_line(e.description)}"
 
 
 def newest_run(night):
     """What the newest run asks for."""
-    own = [a for a in night.attempts if a["role"] == "candidate"]
-    if not own:
+    last = Session(night.tag).newest()
+    if not last:
         return []
-    last = own[-1]
-    what = f"row {last['row']}" if last.get("logged") else "running" if last["status"] == "running" else "not logged"
-    mend = ": make verdict" if what == "not logged" and last["status"] == "valid" else ""
-    return [f"newest run: {(last['commit'] or 'none')[:7]}, {last['status']}, {what}{mend}"]
+    logged = f"row {last['row']}" if last.get("logged") else "not logged: make verdict"
+    return [f"newest run: {(last['commit'] or 'none')[:7]}, {last['status']}, {logged}"]
 
 
 def show(args):

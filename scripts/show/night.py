@@ -13,7 +13,7 @@ from harness import record
 from scripts import session
 from scripts.judge.evidence import Comparison, Evidence, gain_words  # noqa: F401 (the views say a gain by it)
 from scripts.judge.observations import of_session
-from scripts.session import Session, one_line
+from scripts.session import Session, counted, one_line
 
 SAFE, DOUBTFUL = 0.975, 0.80  # how sure a kept gain is after the winner's curse: below the second it is unproven
 CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
@@ -55,10 +55,6 @@ class Experiment:
         """How many lines of train.py were added and removed: `+3/-2`."""
         signs = Counter(line[0] for line in self.diff if line)
         return f"+{signs['+']}/-{signs['-']}" if self.before else ""
-
-    @property
-    def overruled(self):
-        return self.event.get("verdict") in ("keep", "discard") and self.event["verdict"] != self.status
 
 
 class Night:
@@ -208,6 +204,17 @@ class Night:
     @property
     def seconds(self):
         return (self.span[1] - self.span[0]).total_seconds() if self.span else 0.0
+
+    @property
+    def circumstances(self):
+        """How much was done, when and where, in words."""
+        found = [f"{counted(len(self.experiments), 'experiment')} in {clock(self.seconds)}"]
+        if self.span:
+            found.append(f"from {self.span[0]:%d %b %H:%M}")
+        if self.like:
+            name = one_line(str(self.like["device"].get("name")))
+            found.append(f"{self.like['budget']:g} s each on {name}, {self.like['dataset']}")
+        return ", ".join(found)
 
     @property
     def cost(self):

@@ -16,8 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
-from scripts.session import counted, cut, one_line  # noqa: E402
-from scripts.show.night import clock  # noqa: E402
+from scripts.session import cut, one_line  # noqa: E402
 
 COLOURS = {"paper": "#fefefd", "ink": "#1c2127", "quiet": "#5f6873", "line": "#d5dae0", "dot": "#7f8b98",
          "good": "#0a7d4f", "doubt": "#b26a00", "bad": "#c2413a"}  # fmt: skip
@@ -55,7 +54,8 @@ def progress(nights):
     look = {"frameon": False, "fontsize": 10, "labelcolor": COLOURS["quiet"], "handletextpad": 0.2, "columnspacing": 1}
     figure.legend([*shown.values()], [*shown], **where, **look)
     figure.text(0.075, 0.95, title(nights), fontsize=16, fontweight="bold", va="center")
-    figure.text(0.075, 0.9, subtitle(nights), fontsize=10.5, color=COLOURS["quiet"], va="center")
+    words = "  ·  ".join(n.circumstances for n in nights)
+    figure.text(0.075, 0.9, words, fontsize=10.5, color=COLOURS["quiet"], va="center")
     return figure
 
 
@@ -64,14 +64,6 @@ def title(nights):
     for n in nights:
         fell = f"val_bpb {n.first.bpb:.4f} → {n.best.bpb:.4f}" if n.best and n.best is not n.first else "no gain yet"
         words.append(f"{n.tag}: {fell}")
-    return "  ·  ".join(words)
-
-
-def subtitle(nights):
-    words = [f"{counted(len(n.experiments), 'experiment')} in {clock(n.seconds)}" for n in nights]
-    like = nights[0].like
-    if like and len(nights) == 1:
-        words.append(f"{like['budget']:g} s each on {one_line(like['device'].get('name'))}, {like['dataset']}")
     return "  ·  ".join(words)
 
 
@@ -118,7 +110,7 @@ def one_night(axis, night, limits):
 
 def kind(e):
     """Which of KINDS an experiment is."""
-    return {"discard": "discarded", "crash": "crashed"}.get(e.status) or e.trust or "baseline"
+    return e.trust or {"discard": "discarded", "crash": "crashed"}.get(e.status, "baseline")
 
 
 def put_labels(axis, chain):

@@ -24,9 +24,9 @@ from harness import files, project
 from scripts import session
 from scripts.judge.observations import busy
 from scripts.session import Refused, counted, one_line, run_command, shown
+from scripts.show.brief import noise
 from scripts.show.night import DOUBTFUL, SAFE, Night, clock, gain_words
 
-LINES = 600  # of a diff
 MEANING = {
     "safe": f"at least {100 * SAFE:g} % sure, after the winner's curse",
     "doubtful": f"{100 * DOUBTFUL:g} to {100 * SAFE:g} % sure",
@@ -75,30 +75,14 @@ class Page:
         return [*found, ("held-out gain", *held), ("experiments", str(len(n.experiments)), n.counts)]
 
     @property
-    def facts(self):
-        """The circumstances, a phrase each."""
-        n, like = self.night, self.night.like
-        found = [f"{n.span[0]:%d %b %H:%M} to {n.span[1]:%d %b %H:%M}, {clock(n.seconds)}"] if n.span else []
-        if like:
-            device = like["device"]
-            memory = f", {device['memory_gb']} GB" if device.get("memory_gb") else ""
-            found += [f"{one_line(str(device.get('name')))}{memory}", f"dataset {like['dataset']}"]
-            found.append(f"{like['budget']:g} s a run")
-        return found
-
-    @property
     def noise(self):
         """What a reader should know of the noise before believing a gain."""
         n, found = self.night, []
         if n.evidence:
-            known = f"{n.evidence.df} repeats" if n.evidence.df else "a guess: nothing was repeated"
-            found.append(f"The noise of one run is ± {n.evidence.sigma:.5f}, between equal seeds "
-                         f"± {n.evidence.same_seed:.5f} ({known}).")  # fmt: skip
+            found.append(noise(n.evidence))
         shared = Counter(bool(busy(n.records[a["run_id"]])) for a in n.attempts if a.get("run_id") in n.records)
         if shared[True]:
             found.append(f"The machine was shared during {shared[True]} of {shared.total()} runs; they count for less.")
-        if over := [str(e.number) for e in n.experiments if e.overruled]:
-            found.append(f"The verdict was overruled in {', '.join(over[:12])}{' and more' if over[12:] else ''}.")
         if len(n.looks) > 1:
             found.append(f"The test split was looked at {len(n.looks)} times: each look is worth a little less.")
         if n.looks and n.best and n.looks[-1]["best"] != n.best.commit:
@@ -125,11 +109,9 @@ class Page:
     def diff(self, e):
         """The change of an experiment as HTML, or an empty text where git does not know both programs."""
         found = []
-        for line in e.diff[:LINES]:
+        for line in e.diff:
             kind = {"+": "add", "-": "del", "@": "hunk"}.get(line[:1])
             found.append(Markup('<span class="{}">{}</span>').format(kind, line) if kind else escape(line))
-        if len(e.diff) > LINES:
-            found.append(escape(f"… {len(e.diff) - LINES} more: git diff {e.before.commit} {e.commit} -- train.py"))
         return Markup("\n").join(found)
 
     @property

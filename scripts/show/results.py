@@ -27,10 +27,10 @@ def table(night):
     look = "{:>5} {:8}{:>8}  {:26}{:>4} {:>5} {:>8} {:>8}  {:14}{}"
     print(look.format(*head))
     for e in night.experiments:
-        number = f"{e.number}{'*' if e is night.best else '!' if e.overruled else ' '}"
+        number = f"{e.number}{'*' if e is night.best else ' '}"
         print(look.format(number, e.commit, f"{e.bpb:.6f}", gain_words(e.gain) if e.gain else "", len(e.runs) or "",
                           e.memory, f"{e.rate:.0f}", e.changed, f"{e.status} {e.trust}", e.description))  # fmt: skip
-    print("* the best; ! verdict overruled; a kept gain is safe, doubtful or unproven")
+    print("* the best; a kept gain is safe, doubtful or unproven")
     print("\n".join(standing(night)))
 
 

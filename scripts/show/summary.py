@@ -24,11 +24,11 @@ def lines(sitting, attempt, baseline=False):
     disturbed = [f"busy     {words}"] if run and (words := busy(run)) else []
     if attempt["role"] == "reference":  # made for the candidate that waits, if one does
         found = [] if attempt["pair"] else [brief(attempt)]
-        waits = [a for a in sitting.attempts() if a["role"] == "candidate"][-1:]
-        if not waits or waits[0]["status"] != "valid" or waits[0].get("logged"):
+        waits = sitting.newest()
+        if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(sitting.attempts(), rows, run)[1])
             return [*found, *disturbed, noise(evidence), "next     change train.py"]
-        attempt = waits[0]
+        attempt = waits
     try:
         decision, row, run, _ = verdict.of_attempt(sitting, attempt, rows)
     except verdict.Incomparable as refused:

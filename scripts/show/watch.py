@@ -13,46 +13,36 @@ from datetime import datetime
 
 from harness import files
 from scripts.session import PROGRESS, Session, blanked, counted, cut, one_line, options, run_command
-from scripts.show.night import Night, gain_words
+from scripts.show.brief import entry, standing
+from scripts.show.night import Night
 
 EVERY = 1.0  # seconds
-ROWS = 10
+ROWS = 12
 
 
 def screen(night, width, height):
     """What there is to see, as lines that fit."""
-    load, kept = os.getloadavg()[0], len(night.kept)
     tried = counted(len(night.experiments), "experiment")
-    lines = [f"{night.tag}  {tried}, {kept} kept   load {load:.1f} of {os.cpu_count()}"]
-    if night.best:
-        gain = f", gain {gain_words(night.gain)}" if night.gain else ""
-        lines.append(f"best   {night.best.bpb:.6f}, row {night.best.number}{gain}")
-    lines += ["", *newest(night.attempts, width), ""]
-    for e in night.experiments[: -1 - max(1, min(ROWS, height - len(lines) - 2)) : -1]:
-        mark, gain = "*" if e is night.best else " ", gain_words(e.gain) if e.gain else ""
-        lines.append(f"{e.number:4}{mark} {f'{e.status} {e.trust}':13} {gain:25} {e.description}")
+    lines = [f"{night.tag}: {tried}; {night.counts}; load {os.getloadavg()[0]:.1f} of {os.cpu_count()}"]
+    lines += [*standing(night), "", *newest(night.attempts), "", *map(entry, night.experiments[: -1 - ROWS : -1])]
     return [cut(blanked(line), width) for line in lines][:height]
 
 
-def newest(attempts, width):
+def newest(attempts):
     """The run that goes on, or how the last one ended."""
     if not attempts:
         return ["no run yet"]
     last = attempts[-1]
     name = f"{(last['commit'] or 'none')[:7]} {last['role']}, seed {last['seed']}"
     if last["status"] != "running":
-        ended = f", {last['wall_seconds']:.0f} s in all" if last.get("wall_seconds") else ""
-        return [f"last   {name}: {last['status']}{ended}", one_line(last.get("reason"))][: 1 + bool(last.get("reason"))]
+        return [f"last     {name}: {last['status']}", *filter(None, [one_line(last.get("reason"))])]
     since = (datetime.now().astimezone() - datetime.fromisoformat(last["started"])).total_seconds()
     now = files.read_json(PROGRESS) or {}
     if now.get("attempt") != last["id"]:
-        return [f"run    {name}: starting, {since:.0f} s"]
-    share = min(1.0, now["seconds"] / now["budget"])
-    room = max(10, min(40, width - 30))
-    bar = "#" * round(room * share) + "-" * (room - round(room * share))
-    state = f"{now['budget'] - now['seconds']:.0f} s left" if share < 1 else "evaluating"
-    return [f"run    {name}, {since:.0f} s", f"       [{bar}] {100 * share:.0f} %, {state}",
-            f"       step {now['step']}, loss {now['loss']:.4f}, {now['tok_sec']:,.0f} tok/s"]  # fmt: skip
+        return [f"run      {name}: starting, {since:.0f} s"]
+    left = now["budget"] - now["seconds"]
+    state = f"{100 * now['seconds'] / now['budget']:.0f} %, {left:.0f} s left" if left > 0 else "evaluating"
+    return [f"run      {name}: {state}", f"step     {now['step']}, loss {now['loss']:.4f}, {now['tok_sec']:,.0f} tok/s"]
 
 
 def watch(args):
