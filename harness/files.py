@@ -62,28 +62,17 @@ def move_into_place(temporary, path):
     folder_to_disk(path.parent)
 
 
-def end_of(path, header=""):
-    """(length of a file in bytes, what goes before a text appended to it): a line that was cut short ends there."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        if size := file.seek(0, os.SEEK_END):
-            file.seek(size - 1)
-            return size, "" if file.read(1) == b"\n" else "\n"
-    return 0, header
-
-
-def append(path, text, header="", there=None):
-    """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten.
-
-    there: so many bytes of `text` stand there already, from a write that was cut short.
-    """
+def append(path, text):
+    """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten."""
     make_folder(path.parent)
     new = not path.exists()
     if not new and not path.stat().st_mode & 0o222:  # root could write it all the same
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        size, lead = end_of(path, header)
-        content = (lead + text).encode() if there is None else text.encode()[there:]
+        size = os.fstat(descriptor).st_size
+        cut_short = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        content = b"\n" * bool(cut_short) + text.encode()
         try:
             if os.write(descriptor, content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

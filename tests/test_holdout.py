@@ -11,8 +11,8 @@ def test_baseline_against_best_in_turn_with_fresh_seeds(session):
     session.experiment("prepare.finish(1.45)", "discard", "worse")
     head, text = session.git("rev-parse", "HEAD"), (session.path / "train.py").read_text()
     done = session.make("holdout", "N=2", check=0)
-    assert "as the night saw it, on validation  +0.100000" in done.stdout
-    assert "fresh runs, on test                 +0.100000 ± 0.000000" in done.stdout
+    assert "as the night saw it, on validation  +0.1000 ± " in done.stdout
+    assert "fresh runs, on test                 +0.1000 ± " in done.stdout
     assert "looked at 1 time in" in done.stdout
     begun = [event for event in session.events if event["event"] == "begin" and event["role"] == "holdout"]
     assert [event["seed"] for event in begun] == [43, 43, 44, 44]

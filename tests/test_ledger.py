@@ -97,7 +97,7 @@ def test_a_lost_table_comes_back(ran):
     assert table(ran) == before
     (ran.path / "data" / "sessions" / "t" / "results.tsv").unlink()
     assert "missing" in ran.script("results", check=0).stderr
-    assert ran.script("verdict", check=0).stdout.startswith("keep\nrule     val_bpb improved")
+    assert ran.script("verdict", check=0).stdout.count("verdict  keep: val_bpb improved")
     log(ran)
     assert table(ran).startswith(before) and len(ran.rows) == 2
 
@@ -141,7 +141,6 @@ def test_a_line_that_is_no_row_is_named(ran):
     with (ran.path / "results.tsv").open("a") as out:
         out.write("abc1234\t1.4")
     assert "results.tsv, line 3 is no row" in ran.script("results", check=0).stderr
-    assert "line 3 is no row" in ran.script("verdict", check=0).stdout
 
 
 def test_a_read_only_table_refuses_and_the_same_command_completes(ran):

@@ -92,7 +92,7 @@ def test_off_its_branch_a_session_says_so(session):
     assert "no run yet in 'main'" in session.script("verdict", check=1).stderr
 
 
-# --- verdict: by all runs of both (the rule's own edges: tests/test_noise.py) ------------------------
+# --- verdict (the rule itself: tests/test_verdict.py) --------------------------------------------------
 
 
 def outcomes(session, *figures):
@@ -113,17 +113,6 @@ def test_the_reference_run_again_is_no_idea(session):
         for status in ("keep", "discard"):
             assert "add no row" in session.script("log-result", STATUS=status, DESC="luck", check=1).stderr
     assert len(session.rows) == 2
-
-
-def test_throughput_is_shown_as_a_mean_where_val_bpb_is_one(session):
-    (session.path / "rates").write_text("1000 1200")
-    rates = "left = open('rates').read().split()\nopen('rates', 'w').write(left[-1])\n"
-    session.write_train(rates + "prepare.finish(1.4, float(left[0]))")
-    session.script("run", check=0)
-    session.make("log-result", "STATUS=keep", "DESC=x", check=0)
-    session.script("run", AGAIN="1", check=0)
-    row = re.search(r".* 1\.400000 .*", session.script("results", check=0).stdout)[0].split()
-    assert "1095" in row and "1000" not in row
 
 
 def test_only_a_seed_is_no_idea(session):
@@ -181,44 +170,7 @@ def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
     busy = "machine={'cores': 2, 'other_cores': 1.1}"
     done = session.experiment(f"prepare.finish(1.6, {busy})")
     assert "busy     other processes used 1.1 of 2 cores" in done.stdout
-    assert "verdict  rerun: the machine was shared: a pair" in done.stdout and "next     make run PAIR=1" in done.stdout
-    assert "gain unknown" in done.stdout
-
-
-def test_a_pair_beside_a_load_is_what_is_compared(checkout):
-    """The baseline ran beside a lighter load: it says nothing of the two that were run in turn."""
-
-    def program(name, *runs):
-        file = checkout.path / name
-        file.write_text(" ".join(runs))
-        return (f"from pathlib import Path\nfile = Path({str(file)!r})\nnow, *left = file.read_text().split()\n"
-                "file.write_text(' '.join(left))\nbpb, others = map(float, now.split('/'))\n"
-                "prepare.finish(bpb, machine={'cores': 2, 'other_cores': others})")  # fmt: skip
-
-    checkout.write_train(program("reference", "1.3/0.7", "1.40/1.2", "1.50/1.2"))
-    assert "busy     other processes used 0.7 of 2 cores" in checkout.make("baseline", check=0).stdout
-    checkout.write_train(program("candidate", "1.39/1.2"))
-    done = checkout.script("run", PAIR="1", check=0)
-    assert "gain +0.0100 ± " in done.stdout and "next     make run PAIR=1" in done.stdout
-    assert done.stdout.count("  seed 43  val_bpb 1.") == 2
-    checkout.make("log-result", "STATUS=discard", "DESC=no time for more", check=0)
-    assert checkout.make("run", "REFERENCE=1", check=0).stdout.endswith("next     change train.py\n")
-
-
-@pytest.mark.slow
-def test_noise_that_could_make_the_difference_asks_for_more_and_then_says_none_was_seen(session):
-    session.write_train(outcomes(session, 1.5, 1.504, 1.496, 1.5), commit="noisy baseline")
-    for _ in range(4):
-        session.script("run", AGAIN="1", check=0)
-    session.make("log-result", "STATUS=keep", "DESC=noisy", check=0)
-    body = outcomes(session, 1.495, 1.502, 1.4985) + "\nx = 1"
-    done = session.experiment(body)
-    assert "verdict  rerun: noise could make this difference" in done.stdout
-    for _ in range(2):
-        done = session.script("run", AGAIN="1", check=0)
-    assert "verdict  discard: no difference seen" in done.stdout and "3 runs against 4" in done.stdout
-    session.make("log-result", "STATUS=discard", "DESC=x", check=0)
-    assert session.rows[-1][1] == "1.498500"  # the mean, which decided
+    assert "verdict  rerun: a pair" in done.stdout and "next     make run PAIR=1" in done.stdout
 
 
 @pytest.mark.slow
@@ -232,7 +184,7 @@ def test_each_session_has_its_own_table_and_reference(session):
     session.git("checkout", "-q", "autoresearch/t")
     assert "kept in t" in session.make("results", check=0).stdout
     done = session.experiment("prepare.finish(1.45)")
-    assert f"against  {kept[:7]}  kept in t" in done.stdout and "verdict  discard" in done.stdout
+    assert re.search(rf"against  {kept[:7]} .*: kept in t", done.stdout) and "verdict  discard" in done.stdout
     session.make("log-result", "STATUS=discard", "DESC=x", check=0)
     session.make("discard", check=0)
     assert session.git("rev-parse", "HEAD") == kept
@@ -244,10 +196,10 @@ def test_verdict_is_against_the_last_kept_run(session):
     session.experiment("prepare.finish(1.0)", "discard")
     session.experiment("prepare.finish(1.2)")
     done = session.script("verdict", check=0)
-    assert done.stdout.startswith("keep\n") and "gain +0.2000" in done.stdout
+    assert "verdict  keep" in done.stdout and "gain +0.0500" in done.stdout
     session.make("log-result", "STATUS=keep", "DESC=x", check=0)
     done = session.script("verdict", check=0)  # asked again, it says the same
-    assert "gain +0.2000" in done.stdout and "logged, as row 4" in done.stdout
+    assert "gain +0.0500" in done.stdout and "logged, as row 4" in done.stdout
 
 
 @pytest.mark.slow
@@ -264,7 +216,7 @@ def test_verdict_is_against_the_last_kept_run(session):
 def test_only_like_is_compared_with_like(session, change, named):
     done = session.experiment(f"prepare.finish(1.4, {change})")
     assert named in done.stdout
-    assert named in session.script("verdict", check=1).stderr
+    assert named in session.script("verdict", check=0).stdout
     assert named in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
     assert len(session.rows) == 1
     session.script("discard", check=0)  # what can never be a row is in nobody's way
@@ -290,7 +242,7 @@ def test_discard_puts_back_train_and_the_branch_and_nothing_else(session):
 
 def test_discard_refuses_what_would_lose_work(session):
     session.experiment("prepare.finish(1.6)")
-    assert "not logged yet" in session.script("discard", check=1).stderr
+    assert "make log-result STATUS=discard " in session.script("discard", check=1).stderr
     session.make("log-result", "STATUS=discard", "DESC=x", check=0)
     session.write_train("prepare.finish(1.7)  # not committed", commit="")
     done = session.script("discard", check=1)
@@ -360,14 +312,6 @@ def test_a_session_from_before_goes_on_with_the_settings_of_its_newest_run(sessi
     assert session.attempt["budget"] == 9 and (session.path / "run.log").read_text().startswith("50\n")
 
 
-@pytest.mark.parametrize(("body", "word"), [("prepare.finish(1.9)", "discard"), ("raise SystemExit(1)", "crash")])
-def test_discard_says_how_to_log_what_is_not_logged(session, body, word):
-    session.experiment(body)
-    assert f"make log-result STATUS={word} " in session.script("discard", check=1).stderr
-    session.script("log-result", STATUS=word, DESC="x", check=0)
-    session.script("discard", check=0)
-
-
 @pytest.mark.slow
 def test_discard_before_anything_was_kept_goes_to_the_start(checkout):
     checkout.make("setup", "TAG=t", check=0)
@@ -403,7 +347,7 @@ def test_a_kept_commit_that_was_rewritten_stays_the_reference_and_on_the_branch(
     head = session.git("rev-parse", "HEAD")
     assert head[:7] != session.rows[-1][0]
     told = session.experiment("prepare.finish(1.45)", "discard").stdout
-    assert f"against  {head[:7]}  kept" in told and "verdict  discard" in told
+    assert re.search(rf"against  {head[:7]} .*: kept", told) and "verdict  discard" in told
     assert f"reference {head[:7]}" in session.make("run", "PAIR=1", check=0).stdout  # it can be run again
     session.make("discard", check=0)
     assert session.git("rev-parse", "HEAD") == head

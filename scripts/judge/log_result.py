@@ -50,10 +50,10 @@ def complete_begun(sitting):
 
 def complete(sitting, attempt):
     """Write what was noted of a run's logging, as far as it is not there yet; returns the journal's path."""
-    add_once(sitting.table, attempt["line"] + "\n", attempt.get("table_at"))
+    add_once(sitting.table, attempt["line"] + "\n", HEADER + "\n")
     sitting.link()
     journal = JOURNAL / (attempt.get("journal") or today())
-    add_once(journal, attempt["entry"], attempt.get("journal_at"))
+    add_once(journal, attempt["entry"], f"# Research journal, {journal.stem.removeprefix('log_')}\n")
     if attempt["commit"]:
         ref = f"refs/experiments/{sitting.tag}/{attempt['number']:03d}"
         if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
@@ -64,15 +64,12 @@ def complete(sitting, attempt):
     return journal
 
 
-def add_once(path, text, place):
-    """Append `text`, or what is missing of it. place: the file's length before, and what goes before the text."""
-    at, lead = place or (0, "")
-    whole = (lead + text).encode()
-    there = path.read_bytes() if path.exists() else b""
-    if whole.startswith(there[at:]):
-        files.append(path, lead + text, there=len(there[at:]))
-    elif text.encode() not in there:  # somebody else wrote there meanwhile
-        files.append(path, text)
+def add_once(path, text, header):
+    """Add whole lines at the end of a file, where they are not in it yet. header: what a new file begins with."""
+    there = path.read_bytes() if path.exists() else header.encode()
+    if text.encode() not in there:
+        end = b"" if there.endswith(b"\n") or not there else b"\n"  # a line that was cut short ends there
+        files.write_atomically(path, there + end + text.encode())
 
 
 def today():
@@ -132,8 +129,6 @@ def intended(sitting, attempt, args):
         "verdict": decision and decision.word, "rule": decision and decision.rule,
         "reference": reference and reference.commit,
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
-        "table_at": files.end_of(sitting.table, HEADER + "\n"),
-        "journal_at": files.end_of(JOURNAL / journal, f"# Research journal, {datetime.now():%Y-%m-%d}\n"),
         "entry": entry(sitting, attempt, args, number, description, decision, reference),
     }  # fmt: skip
 
