@@ -284,13 +284,13 @@ def text_of(blob):
 
 
 def essence(text):
-    """A program's statements without comments, docstrings, layout and the numbers of seeds; None if it is no Python."""
+    """A program's statements without comments, docstrings, layout and the setting of seeds; None if it is no Python."""
     try:
         code = ast.unparse(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, TypeError):
         return None
-    code = re.sub(r'(?ms)^ *(""".*?"""|\'\'\'.*?\'\'\')(?:\n|\Z)', "", code)
-    return re.sub(r"\bseed\([^()]*\)", "seed()", code)
+    code = re.sub(r'(?ms)^ *(""".*?"""|\'\'\'.*?\'\'\')(?:\n|\Z)', "", code)  # docstrings
+    return re.sub(r"(?m)^ *(\w+\.)*seed\([^()]*\)(?:\n|\Z)", "", code)
 
 
 # --- words -----------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def test_a_row_and_an_entry_from_the_record(ran):
     entry = ran.journal.split("\n## ")[2]
     for text in (
         "2. keep: warmer",
-        "val_bpb 1.400000 (-0.100000",
+        "val_bpb 1.400000, 1100 tok/s, 1 run against 1",
         "1100 tok/s (+10.0 %), 1 run against 1, 1.5 GB, 10 steps",
         "verdict against",
         "keep (val_bpb improved",
