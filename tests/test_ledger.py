@@ -33,7 +33,6 @@ def test_a_row_and_an_entry_from_the_record(ran):
     for text in (
         "2. keep: warmer",
         "val_bpb 1.400000, 1100 tok/s, 1 run against 1",
-        "1100 tok/s (+10.0 %), 1 run against 1, 1.5 GB, 10 steps",
         "verdict against",
         "keep (val_bpb improved",
         f"- t, commit {head}, ",

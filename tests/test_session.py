@@ -196,7 +196,7 @@ def test_verdict_is_against_the_last_kept_run(session):
     session.experiment("prepare.finish(1.0)", "discard")
     session.experiment("prepare.finish(1.2)")
     done = session.script("verdict", check=0)
-    assert "verdict  keep" in done.stdout and "gain +0.0500" in done.stdout
+    assert "gain +0.0500" in done.stdout
     session.make("log-result", "STATUS=keep", "DESC=x", check=0)
     done = session.script("verdict", check=0)  # asked again, it says the same
     assert "gain +0.0500" in done.stdout and "logged, as row 4" in done.stdout
