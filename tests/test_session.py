@@ -170,7 +170,7 @@ def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
     busy = "machine={'cores': 2, 'other_cores': 1.1}"
     done = session.experiment(f"prepare.finish(1.6, {busy})")
     assert "busy     other processes used 1.1 of 2 cores" in done.stdout
-    assert "verdict  rerun: a pair" in done.stdout and "next     make run PAIR=1" in done.stdout
+    assert "verdict  rerun: the machine was shared: a pair" in done.stdout and "next     make run PAIR=1" in done.stdout
 
 
 @pytest.mark.slow
