@@ -32,7 +32,7 @@ FLOOR = 4.0  # times what the last token alone moves may be moved beside the lim
 SEEN, BOUND = 0.3, 0.1  # nats by which a suspect moved; and by which it then must move each time
 TIMES = 24  # exchanges that a suspect is asked about
 SUSPECTS = 6
-STEADY = 16  # batches of the same rows that must agree before anything else is said of a model
+STEADY = 32  # batches of the same rows that must agree before anything else is said of a model
 MOST = 50.0  # nats that count: a model may hold a token to be impossible
 
 SECONDS, SHARE = 3.0, 0.05  # all questions take so long, or such a share of the evaluation if that is more

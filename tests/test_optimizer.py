@@ -222,9 +222,10 @@ def test_the_schedules_are_what_the_constants_say(monkeypatch, warmup):
         factor *= min(1, progress / warmup) if warmup else 1
         for name, o in optimizer.groups.items():  # Adam's averages begin at zero: their correction is in the rate
             first, second = (1 - beta ** (step + 1) for beta in betas.get(name, (0, 0)))
+            share = factor
             if name == "ngrams":
-                factor, second = 1, 1 - train.NGRAM_WARMUP ** (step + 1)
-            assert o.learning_rate.item() == pytest.approx(start[name] * factor * math.sqrt(second) / first, rel=1e-5)
+                share, second = 1, 1 - train.NGRAM_WARMUP ** (step + 1)
+            assert o.learning_rate.item() == pytest.approx(start[name] * share * math.sqrt(second) / first, rel=1e-5)
         muon = optimizer.groups["matrices"].state
         assert muon["momentum"].item() == pytest.approx(momentum, rel=1e-6)
         assert muon["decay"].item() == pytest.approx(decay, rel=1e-5, abs=1e-9)

@@ -81,6 +81,7 @@ def checked_out(commit):
     try:
         if session.git(*no_hooks, "worktree", "add", "-q", "--detach", str(folder), commit) is None:
             raise Refused(f"git could not check out {commit[:7]} in a folder of its own: git worktree prune, and again")
+        folder.chmod(0o700)
         if (ROOT / ".venv").exists():  # what is preloaded has a path relative to the folder
             (folder / ".venv").symlink_to(ROOT / ".venv")
         yield folder
