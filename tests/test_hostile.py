@@ -262,8 +262,8 @@ def test_a_lock_that_leads_elsewhere_writes_nothing_there(session, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666  # any user can wait for it
 
 
-def test_temporary_folders_are_private(session, tmp_path):
-    body = "import os\nopen(os.environ['SEEN'], 'w').write(oct(os.stat('..').st_mode))"
+def test_a_folder_of_a_checked_out_commit_is_private(session, tmp_path):
+    body = "import os\nopen(os.environ['SEEN'], 'w').write(oct(os.stat('.').st_mode))"
     session.write_train(f"{body}\nprepare.finish(1.3)")
     session.script("run", check=0, SEEN=str(tmp_path / "seen"))
     session.script("log-result", STATUS="keep", DESC="x", check=0)
