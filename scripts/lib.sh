@@ -72,7 +72,8 @@ need_python() {
       die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): unset PYTHON, and the project builds its own environment"
   fi
   LAUNCH=(env "PYTHONUNBUFFERED=1" "$PYTHON")
-  for library in .venv/lib/libopenblas.so "$(dirname "$(command -v "$PYTHON")")/../lib/libopenblas.so"; do
+  # by its whole path, or a child in another folder does not find it; a path with a blank can only be told from here
+  for library in "$ROOT/.venv/lib/libopenblas.so" .venv/lib/libopenblas.so "$(dirname "$(command -v "$PYTHON")")/../lib/libopenblas.so"; do
     # LD_PRELOAD cannot hold a space or a colon
     case $([ -f "$library" ] && echo "$library") in '' | *[\ :]*) continue ;; esac
     # shellcheck disable=SC2034  # for the helpers
