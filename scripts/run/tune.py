@@ -5,12 +5,10 @@ The ladder below says which depth and step the tokens of a budget can feed; docs
 behind it.
 """
 
-import json
 import math
 import re
 import sys
 import time
-from datetime import datetime
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +23,6 @@ if __name__ == "__main__":
 import bench  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
-from harness import machine  # noqa: E402
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
 TIME_LIMIT = 150  # seconds after which no further size is timed
@@ -63,13 +60,13 @@ def best_depth(tokens_of):
 SEEN_ONCE = {"depth": 6, "aspect_ratio": 96, "ngram_rows": 2**19}  # width 640
 
 
-def is_seen_once(tokens, passes):
+def is_seen_once(tokens, epochs):
     """Whether SEEN_ONCE pays: tables of n-grams learn by heart, and what they learn serves where no text comes again.
 
     Measured on an H200 alone, at 80 M tokens (60 s) and 401 M (300 s), each 0.9 times through the text: 0.040 and 0.054
     ahead, with steps of 2^17. Other sizes, and what comes of a second pass, were not.
     """
-    return 60e6 <= tokens <= 600e6 and passes <= 1.2
+    return 60e6 <= tokens <= 600e6 and epochs <= 1.2
 
 
 # --- this machine ----------------------------------------------------------------------------------
@@ -78,28 +75,33 @@ def is_seen_once(tokens, passes):
 def size_of(depth, vocab_size, sequence_length):
     """(parameters in matrix products, FLOPs a token of training) of train.py's model at some depth.
 
-    The parameters are matrices of the blocks and the head; the FLOPs are bench.flops_per_token's without windows.
+    The parameters are matrices of the blocks and the head; the FLOPs are as PaLM counts them (arXiv:2204.02311,
+    appendix B), with every layer over all its context.
     """
     width = train.GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length, depth=depth).n_embd
     parameters = depth * (4 + 2 * train.MLP_RATIO) * width**2 + vocab_size * width
     return parameters, 6 * parameters + 12 * depth * width * sequence_length
 
 
-def timed(depth, total, rows, **sizes):
-    """bench.py's figures of train.py at a size, or {"why": …}."""
-    options = {"depth": depth, "total": total, "rows": rows, "seconds": 2.0, "compiled": train.GPU, **sizes}
-    return {"depth": depth, "total": total, "rows": rows, **bench.in_child(**options)}
-
-
 def fits(size, limit_mb):
     return "why" not in size and size["train_peak_mb"] <= limit_mb
 
 
-def climb(budget, vocab_size, sequence_length, limit_mb, deadline, measure=timed):
+def timed(measure, limit_mb, done, rows, **size):
+    """A size, timed with as many rows at once as fit, at most `rows`. All that was timed joins `done`."""
+    done.append(measure(rows=rows, **size))
+    while not fits(done[-1], limit_mb) and rows > 1:
+        rows //= 2
+        done.append(measure(rows=rows, **size))
+    return done[-1]
+
+
+def climb(budget, vocab_size, sequence_length, limit_mb, measure, deadline=math.inf):
     """Time sizes until the ladder's choice is one that was timed. Returns (the choice or None, all that was timed).
 
     A size that was not timed counts as fast as its arithmetic makes it beside the last one that was. limit_mb: memory
-    that training may take. Where not even one row fits, or the step fails, only shallower models are tried.
+    that training may take; where not even one row fits, or the step fails, only shallower models are tried.
+    measure(depth, total, rows): those and bench.py's figures, or "why" there are none.
     """
     done, depths = [], DEPTHS
     sizes = {d: size_of(d, vocab_size, sequence_length) for d in DEPTHS}
@@ -107,10 +109,7 @@ def climb(budget, vocab_size, sequence_length, limit_mb, deadline, measure=timed
     while depths:
         total = step_size(tokens, sequence_length)
         rows = max(1, min(total, 2**16 if train.CUDA else 2**14) // sequence_length)
-        done.append(size := measure(depth, total, rows))
-        while not fits(size, limit_mb) and rows > 1:
-            rows //= 2
-            done.append(size := measure(depth, total, rows))
+        size = timed(measure, limit_mb, done, rows, depth=depth, total=total)
         if not fits(size, limit_mb):
             depths = [d for d in depths if d < depth]
             depth = max(depths, default=None)
@@ -128,11 +127,13 @@ def climb(budget, vocab_size, sequence_length, limit_mb, deadline, measure=timed
 
 # --- train.py and the record -----------------------------------------------------------------------
 
-
-def epoch_tokens(dataset):
-    """Tokens that an epoch serves: of a document in several pieces, its start and one more (batches.training_order)."""
-    cache = prepare.TokenCache.load(dataset)
-    return int(np.diff(cache.offsets("train"))[cache.pieces("train") <= 1].sum())
+CONSTANTS = {
+    "DEPTH": "depth",
+    "TOTAL_BATCH_SIZE": "total",
+    "DEVICE_BATCH_SIZE": "rows",
+    "ASPECT_RATIO": "aspect_ratio",
+    "NGRAM_ROWS": "ngram_rows",
+}
 
 
 def written(text, constants):
@@ -145,93 +146,63 @@ def written(text, constants):
     return text
 
 
-def known(device, dataset, budget):
-    """(file name, content) of the newest archived tuning of this machine, dataset and budget; None without one."""
-    for path in sorted(project.STORE.glob("tune_*.json"), reverse=True):
-        tuning = files.read_json(path) or {}
-        if (tuning.get("dataset"), tuning.get("budget")) == (dataset.name, budget):
-            if all(tuning["device"].get(key) == device[key] for key in ("name", "memory_gb", "backend")):
-                return path.name, tuning
-    return None
+def epoch_tokens(dataset):
+    """Tokens that an epoch serves: of a document in several pieces, its start and one more (batches.training_order)."""
+    cache = prepare.TokenCache.load(dataset)
+    return int(np.diff(cache.offsets("train"))[cache.pieces("train") <= 1].sum())
 
 
-def in_words(constants):
-    return ", ".join(f"{name} = {value}" for name, value in constants.items())
-
-
-def refuse_busy():
-    """Exit with 2 where others use this machine now; what ran a moment ago, `make prepare` as well, does not count."""
-    others = psutil.cpu_percent(interval=2.0) / 100
+def fit(budget, dataset):
+    """Time sizes, in a table; returns (the choice, all that was timed). Exits where none can be had."""
+    others = psutil.cpu_percent(interval=2.0) / 100  # now: what ran a moment ago, `make prepare` say, does not count
     if others > BUSY and not train.CUDA:
-        presets = in_words({name: getattr(train, name) for name in ("DEPTH", "TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE")})
-        print(f"error: this machine is busy (others use {100 * others:.0f} % of its processor), so steps timed would "
-              f"fit the load. Go on with {presets}, as train.py has them, or make tune when it is quiet",
-              file=sys.stderr)  # fmt: skip
-        sys.exit(2)
+        sys.exit(f"error: this machine is busy (others use {100 * others:.0f} % of its processor), so steps timed "
+                 "would fit the load: make tune when it is quiet")  # fmt: skip
+    free = mx.device_info().get("free_memory") or psutil.virtual_memory().available  # of a CUDA device, of the machine
+    limit_mb, epoch = MEMORY_SHARE * free / 2**20, epoch_tokens(dataset)
+    print(f"{dataset.name}, {budget:g} s; training may take {limit_mb:,.0f} MB")
+    print("  DEPTH  TOTAL_BATCH_SIZE  DEVICE_BATCH_SIZE        tok/s   peak MB   epochs", flush=True)
+
+    def measure(**size):
+        size |= bench.in_child(**size, seconds=2.0, compiled=train.GPU)
+        if "why" not in size:
+            size["epochs"] = budget * size["tok_sec"] / epoch
+        figures = size.get("why") or "{tok_sec:12,.0f} {train_peak_mb:9,.0f} {epochs:8.2f}".format(**size)
+        print("  {depth:5} {total:17} {rows:18} {0}".format(figures, **size), flush=True)
+        return size
+
+    deadline = time.monotonic() + TIME_LIMIT
+    choice, done = climb(budget, dataset.vocab_size, dataset.sequence_length, limit_mb, measure, deadline)
+    if choice is None:
+        why = done[-1].get("why", "not one row fits into this machine's free memory").removeprefix("error: ")
+        sys.exit(f"error: {why}; train.py keeps its constants")
+    if train.CUDA and is_seen_once(budget * choice["tok_sec"], choice["epochs"]):
+        size = timed(measure, limit_mb, done, rows=64, total=2**17, **SEEN_ONCE)  # with tables of n-grams
+        if fits(size, limit_mb) and is_seen_once(budget * size["tok_sec"], size["epochs"]):
+            choice = size
+    return choice, done
 
 
 def main():
-    budget = project.settings()[0]
-    dataset, device = prepare.get_dataset(train.DATASET), machine.describe()
+    budget, dataset, path = project.settings()[0], prepare.get_dataset(train.DATASET), ROOT / "train.py"
     prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
-    path = ROOT / "train.py"
-    if "--known" in sys.argv and (tuning := known(device, dataset, budget)):
-        files.write_atomically(path, written(path.read_text(), tuning[1]["constants"]))
-        print(f"tune     as found before, data/{tuning[0]}: {tuning[1]['why']}")
+    name, tuning = bench.last_archive("tune", dataset=dataset.name, budget=budget)
+    if "--known" in sys.argv and tuning:
+        files.write_atomically(path, written(path.read_text(), tuning["constants"]))
+        print(f"tune     as found before, data/{name}: {tuning['why']}")
         return
-    refuse_busy()
-    free = mx.device_info().get("free_memory") or psutil.virtual_memory().available  # of a CUDA device, of the machine
-    limit_mb = MEMORY_SHARE * free / 2**20
-    vocab, length = dataset.vocab_size, dataset.sequence_length
-    text_tokens = prepare.TokenCache.load(dataset).meta["train"]["tokens"]
-    print(f"{device['name']} ({device['backend']}), {budget:g} s, {dataset.name} of {text_tokens / 1e6:,.1f} M tokens; "
-          f"training may take {limit_mb:,.0f} MB")  # fmt: skip
-    print("  DEPTH  TOTAL_BATCH_SIZE  DEVICE_BATCH_SIZE        tok/s   peak MB  text seen", flush=True)
-
-    def measure(depth, total, rows, **sizes):
-        size = timed(depth, total, rows, **sizes)
-        if "why" not in size:
-            size["passes"] = budget * size["tok_sec"] / text_tokens
-        figures = size.get("why") or "{tok_sec:12,.0f} {train_peak_mb:9,.0f} {passes:8.2f} x".format(**size)
-        print(f"  {depth:5} {total:17} {rows:18} {figures}", flush=True)
-        return size
-
-    start = time.monotonic()
-    choice, done = climb(budget, vocab, length, limit_mb, start + TIME_LIMIT, measure)
-    if choice is None:
-        reasons = {str(size.get("why")).removeprefix("error: ") for size in done}
-        why = reasons.pop() if len(reasons) == 1 else "no size fits this machine's free memory"
-        sys.exit(f"error: {why}; train.py keeps its constants")
-    more = {}
-    if train.CUDA and is_seen_once(budget * choice["tok_sec"], budget * choice["tok_sec"] / epoch_tokens(dataset)):
-        print("  with tables of n-grams, width 640:")
-        rows = 64
-        done.append(size := measure(total=2**17, rows=rows, **SEEN_ONCE))
-        while not fits(size, limit_mb) and rows > 1:
-            rows //= 2
-            done.append(size := measure(total=2**17, rows=rows, **SEEN_ONCE))
-        tokens = budget * size.get("tok_sec", 0)
-        if fits(size, limit_mb) and is_seen_once(tokens, tokens / epoch_tokens(dataset)):
-            choice, more = size, {"ASPECT_RATIO": SEEN_ONCE["aspect_ratio"], "NGRAM_ROWS": SEEN_ONCE["ngram_rows"]}
-    constants = {"DEPTH": choice["depth"], "TOTAL_BATCH_SIZE": choice["total"], "DEVICE_BATCH_SIZE": choice["rows"]}
-    constants |= more
-    tokens, parameters = budget * choice["tok_sec"], size_of(choice["depth"], vocab, length)[0]
+    choice, done = fit(budget, dataset)
+    constants = {constant: choice[key] for constant, key in CONSTANTS.items() if key in choice}
+    tokens = budget * choice["tok_sec"]
     why = (
-        f"{budget:g} s are {tokens / 1e6:,.1f} M tokens in {tokens / choice['total']:,.0f} steps and see the text "
-        f"{choice['passes']:.2f} times; depth {choice['depth']}, {parameters / 1e6:.1f} M parameters in products, "
-        f"pays from {tokens_needed(parameters) / 1e6:,.1f} M tokens on"
+        f"{budget:g} s are {tokens / 1e6:,.1f} M tokens in {tokens / choice['total']:,.0f} steps and "
+        f"{choice['epochs']:.2f} epochs (docs/tuning.md)"
     )
-    if more:
-        why = why.split("; depth")[0] + "; tables of n-grams pay where no text comes again, see docs/tuning.md"
-    text, now = written(path.read_text(), constants), datetime.now().astimezone()
-    tuning = {"format_version": 1, "timestamp": now.isoformat(timespec="seconds"), "device": device}
-    tuning |= {"dataset": dataset.name, "budget": budget, "limit_mb": limit_mb, "text_tokens": text_tokens}
-    tuning |= {"constants": constants, "why": why, "timed": done}
-    archive = project.STORE / f"tune_{now:%Y%m%d_%H%M%S}.json"
-    files.write_atomically(archive, json.dumps(tuning, indent=1))
+    text = written(path.read_text(), constants)
+    archive = bench.archive("tune", dataset=dataset.name, budget=budget, constants=constants, why=why, timed=done)
     files.write_atomically(path, text)
-    print(f"{why}\n{in_words(constants)} written to train.py; archived in data/{archive.name} "
-          f"after {time.monotonic() - start:.0f} s")  # fmt: skip
+    shown = ", ".join(f"{name} = {value}" for name, value in constants.items())
+    print(f"{why}\n{shown} written to train.py; archived in data/{archive}")
 
 
 if __name__ == "__main__":
