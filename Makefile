@@ -15,7 +15,7 @@
 #   WAIT      1: wait for another run on this machine to end
 #   ALL       1: every session's table (results), the slow tests as well (test)
 #   ON_RESULT a command of yours that gets the summary of each run on its standard input (run, holdout)
-#   TAG       the session's name (setup); of several, "nov24 nov25" (report); TUNE=0: without fitting train.py (setup)
+#   TAG       the session's name (setup, report); TUNE=0: without fitting train.py (setup)
 #   STATUS    keep, discard or crash; DESC, FOUND, OPEN: text for the row and the journal (log-result)
 #   PYTHON    an interpreter that has the packages; without it .venv is built and used
 #   BACKEND   cpu or cuda: the build of MLX in .venv on Linux; without it cuda where a GPU answers (prepare)
@@ -79,7 +79,7 @@ discard:    ## put the branch back on the last kept commit
 results:    ## the table of experiments, the best marked; ALL=1: of every session
 	@scripts/results.sh
 
-report:     ## the morning's page, data/report.html, and the picture data/progress.png: [TAG="nov24 nov25"]
+report:     ## the morning's page, data/report.html, and the picture data/progress.png: [TAG=nov24]
 	@scripts/report.sh
 
 brief:      ## where the session stands, in at most 60 lines: for an agent that comes back to it

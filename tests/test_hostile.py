@@ -51,7 +51,7 @@ def test_texts_pass_through_make_git_table_and_journal_as_they_are(session):
         (desc, row), (found, first), (question, second) = texts[number - 2 :: 4]
         session.write_train(f"prepare.finish({1.5 - number / 100})", commit=desc)
         done = session.script("run", check=0)
-        assert f"against  {session.rows[-1][0]}  {session.rows[-1][5][:60]}".rstrip() in done.stdout
+        assert f"1 run against 1: {session.rows[-1][5][:60]}".rstrip() in done.stdout
         assert calm(done.stdout)
         session.make("log-result", "STATUS=keep", f"DESC={desc}", f"FOUND={found}", f"OPEN={question}", check=0)
         assert session.rows[-1][5] == row and len(session.rows) == number

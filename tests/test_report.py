@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 
 import nights
 import pytest
-from conftest import ROOT, STANDIN, Checkout, clean_environment, new_checkout
+from conftest import ROOT, STANDIN, copied, new_checkout
 
 from harness import record
 from scripts.session import one_line
@@ -40,25 +40,21 @@ def lab(tmp_path_factory):
     return clone
 
 
-def a_copy(source, folder):
-    shutil.copytree(source.path, folder / "clone", symlinks=True)
-    (folder / "home").mkdir()
-    return Checkout(folder / "clone", clean_environment(folder / "home"))
-
-
 @pytest.fixture(scope="module")
 def whole(lab, tmp_path_factory):
-    """A night of 24 experiments, some of them gains, with its report."""
-    clone = a_copy(lab, tmp_path_factory.mktemp("whole"))
+    """A night of 24 experiments, some of them gains, with its report. A person's own matplotlibrc has no say in it."""
+    clone = copied(lab, tmp_path_factory.mktemp("whole"))
     nights.make(clone.path, COUNT, share=(0.15, 0.1), seed=3)
-    clone.told = clone.make("report", check=0).stdout
+    (clone.path / "matplotlibrc").write_text("text.usetex: True\nfigure.dpi: 30\n")
+    done = clone.make("report", check=0, MPLBACKEND="module://a_notebook.that_is_not_here")
+    assert done.stderr == "" and done.stdout.startswith("report   data/report.html, ")
     return clone
 
 
 @pytest.fixture
 def night(whole, tmp_path):
     """A copy of it to damage."""
-    return a_copy(whole, tmp_path)
+    return copied(whole, tmp_path)
 
 
 def page(clone):
@@ -67,7 +63,7 @@ def page(clone):
 
 def section(clone, name):
     """The text of a part of the page."""
-    return Words(page(clone).split(f'id="t-{name}"')[1].split("</section>")[0]).text
+    return Words(page(clone).split(f'id="{name}"')[1].split("</section>")[0]).text
 
 
 class Words(HTMLParser):
@@ -77,7 +73,6 @@ class Words(HTMLParser):
         super().__init__()
         self.text, self.tags = "", []
         self.feed(text)
-        self.text = self.text.replace("\u00a0", " ").replace("\u2212", "-")
 
     def handle_data(self, data):
         self.text += data
@@ -94,9 +89,7 @@ def test_the_page_is_one_file_that_asks_nothing_of_a_network(whole):
             assert attributes.get(name, "#").startswith(("#", "data:"))
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
     assert len(text) < 1e6
-
-
-def test_the_picture_has_the_size_that_people_post(whole):
+    assert "ValueError: shapes (4,8) and (8,2) differ" in section(whole, "all")  # what crashed says why
     content = (whole.path / "data" / "progress.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", content[16:24]) == (1200, 675)
 
@@ -125,8 +118,7 @@ def test_every_view_tells_the_same_gain_and_it_is_the_difference_of_two_val_bpb(
 def commands(clone):
     """What the page offers to type, by what is said above it."""
     found = re.findall(r"<p>([^<]*):</p><pre>(git .*?)</pre>", page(clone), re.DOTALL)
-    named = {"safe": "safe", "history": "all", "patch": "patch"}
-    return {name: html.unescape(block) for word, name in named.items() for words, block in found if word in words}
+    return {"safe" if "safe" in words else "all": html.unescape(block) for words, block in found}
 
 
 def test_kept_changes_are_told_with_their_diffs_and_taken_home_all_or_the_safe_ones(night):
@@ -148,126 +140,79 @@ def test_kept_changes_are_told_with_their_diffs_and_taken_home_all_or_the_safe_o
     best = re.search(r"(?m)^ *\d+\* (\w+)", night.make("results", check=0).stdout)[1]
     typed = commands(night)
     night.run("bash", "-ec", typed["safe"], check=0)
-    subjects = night.git("log", "--format=%s", "main..HEAD")
+    subjects = night.git("log", "--format=%s", f"{rows[0][0]}..HEAD")
     assert 0 < len(subjects.splitlines()) < len(rows) - 1 and doubted[5] not in subjects
-    assert night.git("status", "-s") == ""
+    assert night.git("status", "-s", "-uno") == ""
+    night.git("checkout", "-q", "main")
     night.run("bash", "-ec", typed["all"], check=0)
     assert night.git("rev-parse", "HEAD").startswith(best)
-
-
-def test_a_persons_own_settings_of_matplotlib_change_nothing(whole, tmp_path):
-    clone = a_copy(whole, tmp_path)
-    (clone.path / "matplotlibrc").write_text("backend: nonsense\ntext.usetex: True\nfigure.dpi: 30\nno.such: 1\n")
-    clone.env["MPLBACKEND"] = "module://a_notebook.that_is_not_here"
-    assert clone.make("report", check=0).stderr == ""
-    assert (clone.path / "data" / "progress.png").read_bytes() == (whole.path / "data" / "progress.png").read_bytes()
-
-
-def test_what_crashed_says_why(whole):
-    assert "ValueError: shapes (4,8) and (8,2) differ" in section(whole, "failed")
 
 
 # --- what is missing is said, and the rest is shown -----------------------------------------------------
 
 
-def no_archive(clone):
-    for path in (clone.path / "data").glob("*run*.json"):
-        path.unlink()
-    return "runs have no record"
-
-
-def damaged_archive(clone):
+def without_records(clone):
+    """Records that are gone, damaged, or changed by hand."""
     for number, path in enumerate(sorted((clone.path / "data").glob("run_*.json"))):
         path.write_text(["", "{", "[]", path.read_text().replace("1.1", "1.0")][number % 4])
-    return "runs have no record in data/, or a damaged one"
+    return ["runs have no record in data/, or a damaged one"]
 
 
 def by_hand(clone):
-    table = clone.path / "data" / "sessions" / "t" / "results.tsv"
-    lines = table.read_text().splitlines()
-    edited = [
-        *lines[:4],
-        lines[4] + " (edited)",
-        "not a row",
-        "abcdef0\t1.000000\t1.0\t9\tdiscard\tby hand",
-        *lines[5:],
-    ]
-    table.write_text("\n".join(edited) + "\n")
-    return "by hand: rows 4, 5"
+    """A table with rows of a person's, a line cut short, a run that goes on, and another session's records beside it.
 
-
-def no_events(clone):
-    (clone.path / "data" / "sessions" / "t" / "events.jsonl").unlink()
-    return "by hand: rows 1, 2, 3"
-
-
-def no_git(clone):
-    shutil.rmtree(clone.path / ".git")
-    return "git does not know the program"
-
-
-def unfinished(clone):
-    """A line cut short, a run that goes on, a look at held-out text, and another session's records beside it."""
-    log = clone.path / "data" / "sessions" / "t" / "events.jsonl"
+    The look at the test split is of an older form, in which one pair had no error.
+    """
+    session = clone.path / "data" / "sessions" / "t"
+    lines = (session / "results.tsv").read_text().splitlines()
+    own = [lines[4] + " (edited)", "not a row", "abcdef0\t1.000000\t1.0\t9\tdiscard\tby hand"]
+    (session / "results.tsv").write_text("\n".join([*lines[:4], *own, *lines[5:]]) + "\n")
     look = {"event": "holdout", "time": "2099-01-01T00:00:00+00:00", "baseline": "a" * 7, "best": "b" * 7, "pairs": 1,
             "night": 0.01, "fresh": [0.01, float("nan")], "test": [0.0123, float("nan")]}  # fmt: skip
     begun = {"event": "begin", "time": "2099-01-01T00:00:00+00:00", "id": "x", "role": "candidate", "pair": None,
              "tag": "t", "commit": "1" * 40, "train_blob": "2" * 40, "budget": 9.0, "seed": 1,
              "launcher": 1}  # fmt: skip
-    with log.open("a") as out:
+    with (session / "events.jsonl").open("a") as out:
         out.write('{"event": "end", "id": "\n' + json.dumps(look) + "\n" + json.dumps(begun) + "\n")
-    another_night_beside(clone)
-    return ""
-
-
-def another_night_beside(clone):
     clone.git("checkout", "-q", "main")
-    nights.make(clone.path, 5, "other", seed=9)
+    nights.make(clone.path, 3, "other", seed=9)
     clone.git("checkout", "-q", "autoresearch/t")
+    return ["by hand: rows 4, 5", "line 6 is no row", "held-out text does not settle it: +0.0123 ± nan"]
+
+
+def table_alone(clone):
+    (clone.path / "data" / "sessions" / "t" / "events.jsonl").unlink()
+    shutil.rmtree(clone.path / ".git")
+    return ["by hand: rows 1, 2, 3", "git does not know the program", "make run REFERENCE=1 N=4 measures it"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [no_archive, damaged_archive, by_hand, no_events, no_git, unfinished])
+@pytest.mark.parametrize("damage", [without_records, by_hand, table_alone])
 def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
     missing = damage(night)
-    done = night.run(night.env["PYTHON"], "-m", "scripts.show.report", "--tags=t", check=0)
-    assert missing in done.stdout and not done.stderr
+    done = night.run(night.env["PYTHON"], "-m", "scripts.show.report", "--tag=t", check=0)
+    assert not done.stderr
     text = Words(page(night)).text
-    assert missing in text
+    assert all(words in text for words in missing)
     for row in (night.path / "data" / "sessions" / "t" / "results.tsv").read_text().splitlines()[1:]:
         if row.count("\t") == 5:
             assert row.split("\t")[5] in text
-    if damage is unfinished:
-        assert "held-out text does not settle it: +0.0123 by one pair" in text and "not measured" not in text
-        brief = night.run(night.env["PYTHON"], "-m", "scripts.show.brief", "--tag=t", check=0).stdout
-        assert len(brief.splitlines()) <= 60 and "held out +0.0123" in brief
+    if damage is by_hand:
+        assert "held out +0.0123" in night.make("brief", check=0).stdout
+        both = "\n" + night.make("results", "ALL=1", check=0).stdout
+        assert both.count("\nbaseline ") == 2 and "\nt\n" in both and "\nother\n" in both
+        refused = night.script("report", TAG="nov99", check=1).stderr
+        assert refused.startswith("error: there is no session 'nov99'")
 
 
 @pytest.mark.slow
 def test_a_night_that_has_hardly_begun_has_a_page(session):
     """A real session: its baseline, then an idea that was worse."""
-    for tried in (0, 1):
-        if tried:
-            session.experiment("prepare.finish(1.6)", "discard")
+    for count, worse in (("1 experiment.", 1.6), ("2 experiments.", 1.7)):
         assert session.make("report", check=0).stderr == ""
         text = Words(page(session)).text
-        assert f"Nothing better than the baseline yet: {tried} idea" in text and "noise is a guess" in text
-
-
-def test_an_unknown_session_is_refused(night):
-    assert night.script("report", TAG="nov99", check=1).stderr.startswith("error: there is no session 'nov99'")
-
-
-@pytest.mark.slow
-def test_several_sessions_stand_side_by_side(night):
-    another_night_beside(night)
-    night.make("report", "TAG=t other", check=0)
-    words = Words(page(night))
-    assert words.text.count("Every experiment") == 2
-    ids = [attributes["id"] for _, attributes in words.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    both = night.make("results", "ALL=1", check=0).stdout
-    assert both.count("\nbaseline ") == 2 and "\nt\n" in "\n" + both and "\nother\n" in "\n" + both
+        assert f"Nothing better than the baseline yet, in {count}" in text and "a guess: make run" in text
+        session.experiment(f"prepare.finish({worse})", "discard")
 
 
 # --- for the agent, for the terminal ------------------------------------------------------------------------
@@ -277,14 +222,11 @@ def test_the_brief_holds_what_an_agent_needs_in_sixty_lines(whole):
     told = whole.make("brief", check=0).stdout
     assert len(told.splitlines()) <= 60 and max(map(len, told.splitlines())) <= 125
     for words in ("baseline ", "best ", "noise ", "kept, the oldest first:", "dead ends", "open questions",
-                  "newest run: "):  # fmt: skip
+                  "held out not measured", "last run ", "; next: "):  # fmt: skip
         assert words in told
 
-
-def test_a_plateau_is_named_and_what_is_due(lab, tmp_path):
-    clone = a_copy(lab, tmp_path)
-    nights.make(clone.path, 16, share=(0.0, 0.0), seed=5)
-    assert "plateau: nothing was kept in 15 experiments: try " in clone.make("brief", check=0).stdout
+    shorter = "from scripts.show import brief; brief.PLATEAU = 1; print(*brief.lines(brief.Night('t')))"
+    assert "plateau: nothing was kept in " in whole.run(whole.env["PYTHON"], "-c", shorter, check=0).stdout
 
 
 def screen(clone, columns):
@@ -325,8 +267,8 @@ print(subprocess.run(["scripts/watch.sh"], capture_output=True, text=True).stdou
 prepare.finish(1.4)"""
     session.experiment(body, "keep")
     seen = (session.path / "run.log").read_text()
-    assert "38 %" in seen and "loss 2.5000" in seen and "2 s left" in seen and "100 tok/s" in seen
-    assert "valid" in session.make("watch", check=0).stdout
+    assert "38 %, 2 s left; step 1, loss 2.5000, 100 tok/s" in seen
+    assert "valid; next: change train.py" in session.make("watch", check=0).stdout
     session.experiment("import subprocess\nprint(subprocess.run(['scripts/watch.sh'], capture_output=True, text=True)"
                        ".stdout)\nprepare.finish(1.3)")  # fmt: skip
     assert "starting" in (session.path / "run.log").read_text()
@@ -350,7 +292,7 @@ def test_a_command_of_the_users_gets_the_summary(session, tmp_path):
 def test_its_failure_or_slowness_never_touches_the_run(session):
     """A run is over when all ends of its pipes are closed: so nothing of the command holds one, nor the lock."""
     session.write_train("prepare.finish(1.4)")
-    for again, command in enumerate(("sleep 20", "exit 3", "exec 1>&- 2>&-; cat /dev/zero", "kill -9 $PPID")):
+    for again, command in enumerate(("sleep 20", "kill -9 $PPID; exit 3")):
         done = session.script("run", ON_RESULT=command, AGAIN=str(again), check=0)
         assert "val_bpb             1.400000" in done.stdout and done.stderr == ""
 
@@ -358,60 +300,49 @@ def test_its_failure_or_slowness_never_touches_the_run(session):
 # --- in a browser ------------------------------------------------------------------------------------------
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    if not CHROMIUM:
-        pytest.skip("no Chromium on the PATH")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+KNOWN = ("file:", "data:")
 
 
 @pytest.fixture
-def opened(browser):
-    """opened(clone, width, scheme): its page; at the end nothing may have been complained of on the console."""
-    complaints, contexts = [], []
+def opened():
+    """opened(clone, width, scheme): its page; at the end nothing may have been asked of a network, or complained of."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no Chromium on the PATH")
+    complaints = []
 
-    def known(url):
-        return "report.html" in url or url.startswith("data:")
-
-    def open_(clone, width=1400, scheme="light", path="data/report.html"):
+    def open_(clone, width, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme)
-        contexts.append(context)
         shown = context.new_page()
         shown.on("console", lambda message: complaints.append(message.text))
-        shown.on("pageerror", lambda error: complaints.append(str(error)))
         shown.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        shown.on("request", lambda request: complaints.append(request.url) if not known(request.url) else None)
-        shown.goto((clone.path / path).as_uri())
+        shown.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(KNOWN) else None)
+        shown.goto((clone.path / "data" / "report.html").as_uri())
         return shown
 
-    yield open_
-    for context in contexts:
-        context.close()
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield open_
+        browser.close()
     assert complaints == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
 def test_nothing_overflows_and_every_word_can_be_read(whole, opened, width, scheme):
     shown = opened(whole, width, scheme)
     assert shown.evaluate("document.documentElement.scrollWidth") == width
     assert shown.evaluate("document.querySelector('figure img').naturalWidth") > 500
-    dark = shown.evaluate("getComputedStyle(document.documentElement).backgroundColor")
-    channels = [int(c) for c in re.findall(r"\d+", dark)[:3]]
-    assert (max(channels) < 60) == (scheme == "dark")
+    paper = shown.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    assert (max(int(c) for c in re.findall(r"\d+", paper)[:3]) < 60) == (scheme == "dark")
+    edges = shown.evaluate("[...document.querySelectorAll('section > *')].map(e => e.getBoundingClientRect().right)")
+    assert max(edges) > 0.9 * width  # no empty right third
 
 
 @pytest.fixture
 def hostile(lab, tmp_path):
     """A night whose every text tries to become more than text: descriptions, findings, diffs, reasons, tags."""
-    clone = a_copy(lab, tmp_path)
+    clone = copied(lab, tmp_path)
     (clone.path / "train.py").write_text("".join(f"# {words}\n" for words in HOSTILE) + (ROOT / "train.py").read_text())
     clone.git("commit", "-q", "-am", HOSTILE[0])
 
@@ -420,23 +351,21 @@ def hostile(lab, tmp_path):
         return text, text, text
 
     nights.LINES["def softcap"] = ("</script><b>", f"    '''{HOSTILE[1]} {HOSTILE[3]}'''")
-    nights.make(clone.path, 30, 'x"><b>', describe=hostile, share=(0.3, 0.2), change={"dataset": HOSTILE[0]})
+    nights.make(clone.path, 20, 'x"><b>', describe=hostile, share=(0.3, 0.2), change={"dataset": HOSTILE[0]})
     return clone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [390, 1400])
-def test_no_text_injects_anything(hostile, opened, width):
-    tag = 'x"><b>'
-    hostile.run(hostile.env["PYTHON"], "-m", "scripts.show.report", f"--tags={tag}", check=0)
-    shown = opened(hostile, width)
+def test_no_text_injects_anything(hostile, opened):
+    hostile.run(hostile.env["PYTHON"], "-m", "scripts.show.report", '--tag=x"><b>', check=0)
+    shown = opened(hostile, 390)
     shown.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert "taken" not in shown.title()
     assert shown.locator("b, img:not(figure img), h1:has-text('taken'), script").count() == 0
     text = shown.inner_text("body")
     for words in HOSTILE:
         assert one_line(words)[:200] in re.sub(r"\s+", " ", text)
-    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    assert shown.evaluate("document.documentElement.scrollWidth") == 390
     typed = commands(hostile)
     hostile.run("bash", "-c", typed.get("safe") or typed["all"])
     assert not (hostile.path / "taken").exists()

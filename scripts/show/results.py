@@ -3,17 +3,21 @@
 usage: results.py --tag TAG [--all]
 """
 
+from scripts.judge.evidence import gain_words
 from scripts.session import Session, options, run_command, say, tags
 from scripts.show.brief import standing
-from scripts.show.night import Night, gain_words
+from scripts.show.night import Night
+
+COLUMNS = ("", "commit", "val_bpb", "gain", "runs", "GB", "tok/s", "+/-", "status", "description")
+LOOK = "{:>5} {:8}{:>8}  {:26}{:>4} {:>5} {:>8} {:>8}  {:14}{}"
 
 
 def show(args):
-    for number, tag in enumerate(tags() if args.all else [args.tag]):
-        if args.all:
-            print("\n" * (number > 0) + tag)
-        else:
-            Session(tag).link()
+    if not args.all:
+        Session(args.tag).link()
+        return table(Night(args.tag))
+    for tag in tags():
+        print(f"\n{tag}")
         table(Night(tag))
 
 
@@ -21,15 +25,12 @@ def table(night):
     for problem in night.problems:
         say(f"note: {problem}")
     if not night.experiments:
-        print("no results yet: make baseline")
-        return
-    head = ("", "commit", "val_bpb", "gain", "runs", "GB", "tok/s", "+/-", "status", "description")
-    look = "{:>5} {:8}{:>8}  {:26}{:>4} {:>5} {:>8} {:>8}  {:14}{}"
-    print(look.format(*head))
+        return print("no results yet: make baseline")
+    print(LOOK.format(*COLUMNS))
     for e in night.experiments:
-        number = f"{e.number}{'*' if e is night.best else ' '}"
-        print(look.format(number, e.commit, f"{e.bpb:.6f}", gain_words(e.gain) if e.gain else "", len(e.runs) or "",
-                          e.memory, f"{e.rate:.0f}", e.changed, f"{e.status} {e.trust}", e.description))  # fmt: skip
+        gain, number = gain_words(e.gain) if e.gain else "", f"{e.number}{'*' if e is night.best else ' '}"
+        print(LOOK.format(number, e.commit, f"{e.bpb:.6f}", gain, len(e.runs) or "", e.memory, f"{e.rate:.0f}",
+                          e.changed, f"{e.status} {e.trust}", e.description))  # fmt: skip
     print("* the best; a kept gain is safe, doubtful or unproven")
     print("\n".join(standing(night)))
 

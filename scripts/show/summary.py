@@ -4,6 +4,7 @@ usage: summary.py --tag TAG    (make verdict: of the newest run)
 """
 
 import re
+from itertools import dropwhile
 
 from scripts import session
 from scripts.judge import verdict
@@ -13,13 +14,15 @@ from scripts.session import ROOT, Refused, Session, blanked, counted, one_line, 
 from scripts.show.brief import noise
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
+IDEA = "next     change train.py"
 SHOWN = 8  # last lines of run.log
+GIVE_UP = 'make log-result STATUS=crash DESC="…"; make discard'
 
 
 def lines(sitting, attempt, baseline=False):
     """The summary of a run (see experiment.py) in the session `sitting`."""
     if attempt["status"] != "valid":
-        return failure(attempt, "make baseline" if baseline else None)
+        return failure(attempt, baseline)
     run, rows, found = session.record_of(attempt), sitting.rows()[0], []
     disturbed = [f"busy     {words}"] if run and (words := busy(run)) else []
     if attempt["role"] == "reference":  # made for the candidate that waits, if one does
@@ -27,7 +30,7 @@ def lines(sitting, attempt, baseline=False):
         waits = sitting.newest()
         if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(sitting.attempts(), rows, run)[1])
-            return [*found, *disturbed, noise(evidence), "next     change train.py"]
+            return [*found, *disturbed, noise(evidence), IDEA]
         attempt = waits
     try:
         decision, row, run, _ = verdict.of_attempt(sitting, attempt, rows)
@@ -35,9 +38,8 @@ def lines(sitting, attempt, baseline=False):
         return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard, or make baseline AGAIN=1"]
     if decision.word == "again":
         found = found or [brief(attempt)]
-        return [*found, *disturbed, f"verdict  again: {decision.rule}", noise(decision.evidence),
-                "next     change train.py"]  # fmt: skip
-    found.append(f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all")
+        return [*found, *disturbed, f"verdict  again: {decision.rule}", noise(decision.evidence), IDEA]
+    found += [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
     found += figures(run, decision)
     if row:
         runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
@@ -79,37 +81,32 @@ def brief(attempt):
 # --- a run that failed ---------------------------------------------------------------------------------
 
 
-def failure(attempt, again=None):
-    """again: what to type where there is nothing to log, instead of make run."""
-    commit, status = (attempt["commit"] or "0" * 7)[:7], attempt["status"]
-    code = attempt["exit_code"] if status == "interrupted" else EXIT[status]  # train.py's, where a signal came
-    found = [f"{status} (exit {code}) {commit}: {one_line(attempt['reason'])}"]
+def failure(attempt, baseline=False):
+    """baseline: there is nothing to log yet, and make baseline is typed again."""
+    status = attempt["status"]
+    found = [f"{status} (exit {EXIT[status]}) {(attempt['commit'] or '0' * 7)[:7]}: {one_line(attempt['reason'])}"]
     if status in ("interrupted", "paused"):
-        return [*found, f"next     {again or 'make run'}"]
+        return [*found, f"next     {'make baseline' if baseline else 'make run'}"]
     if status != "invalid":
         found += [f"  | {line[:160]}" for line in printed(ROOT / "run.log")[-SHOWN:]]
-    give_up = 'or: make log-result STATUS=crash DESC="…"; make discard'
-    mend = f"then {again}: ideas are compared with it" if again else give_up
-    return [*found, "log      tail -n 50 run.log", f"next     mend it and commit, {mend}"]
+    then = "make baseline: ideas are compared with it" if baseline else f"make run; or: {GIVE_UP}"
+    return [*found, "log      tail -n 50 run.log", f"next     mend it and commit, then {then}"]
 
 
 def printed(path):
     """The lines at the end of a log, without what a progress line has overwritten and without control characters."""
-    if not path.exists():
-        return []
-    text = path.read_bytes()[-40000:].decode("utf-8", "replace")
-    plain = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n")]
-    plain = [blanked(line).rstrip() for line in plain]
-    return [line for line in plain if line.strip()]
+    text = path.read_bytes()[-40000:].decode("utf-8", "replace") if path.exists() else ""
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).split("\n")
+    shown = [blanked(line.rstrip("\r").rsplit("\r", 1)[-1]).rstrip() for line in plain]
+    return [line for line in shown if line]
 
 
 def what_was_raised(path):
     """The exception of the last traceback with all its lines and notes; without one the last line that holds a word."""
-    text = printed(path)
+    text = [line for line in printed(path) if re.search(r"\w", line)]
     starts = [i for i, line in enumerate(text) if line.startswith("Traceback (most recent call last)")]
-    raised = [i for i in range(starts[-1] + 1, len(text)) if text[i][0] != " "] if starts else []
-    raised = raised or [i for i, line in enumerate(text) if re.search(r"\w", line)][-1:]
-    return one_line(" ".join(text[raised[0] :]))[:400] if raised else ""
+    raised = list(dropwhile(lambda line: line[0] == " ", text[starts[-1] + 1 :])) if starts else []
+    return one_line(" ".join(raised or text[-1:]))[:400]
 
 
 def show(args):

@@ -42,7 +42,7 @@ VERBS = {  # what is typed; a Python helper is called without its shell script, 
     "discard": ["scripts/discard.sh"],
     "setup": ["scripts/setup.sh"],
     "results": ["-m", "scripts.show.results", "--tag=t"],
-    "report": ["-m", "scripts.show.report", "--tags=t"],
+    "report": ["-m", "scripts.show.report", "--tag=t"],
     "prepare": ["prepare.py", "--dataset=files"],  # of the texts beside FOLDER
 }  # fmt: skip
 
