@@ -50,20 +50,16 @@ def all_sum(values):
     return np.array(mx.distributed.all_sum(mx.array(values), group=GROUP)) if SIZE > 1 else values
 
 
-def all_gather(text):
-    """A list of each rank's `text`, of which the first 2,000 bytes count."""
-    if SIZE == 1:
-        return [text]
-    sent = np.zeros((1, 2000), np.uint8)
-    content = np.frombuffer(text.encode()[: sent.size], np.uint8)
-    sent[0, : content.size] = content
-    rows = np.array(mx.distributed.all_gather(mx.array(sent), group=GROUP))
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
-
-
 def gathered(tree):
     """A tree of arrays, those of all ranks one behind the other along their first axis."""
     return tree_map(lambda x: mx.distributed.all_gather(x, group=GROUP), tree) if SIZE > 1 else tree
+
+
+def all_gather(text):
+    """A list of each rank's `text`, of which the first 2,000 bytes count."""
+    sent = np.frombuffer(text.encode()[:2000].ljust(2000, b"\0"), np.uint8)
+    rows = np.array(gathered(mx.array(sent)[None]))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
 @contextmanager
@@ -73,8 +69,6 @@ def agreement(refusal):
     try:
         yield
     except refusal as error:
-        if SIZE == 1:
-            raise
         reason = str(error)
     for rank, text in enumerate(all_gather(reason)):
         if text:
@@ -87,15 +81,17 @@ def step_figures(loss, clock):
     return mx.distributed.all_sum(figures, group=GROUP)
 
 
-def weight_sketches(parameters):
-    """Of each array its norm, and its product with a fixed one: float32 (ranks, arrays, 2), zeros for one rank."""
-    arrays = [array.astype(mx.float32).reshape(-1) for _, array in tree_flatten(parameters)]
-    sketches = np.zeros((SIZE, len(arrays), 2), np.float32)
-    if SIZE > 1:
-        for i, x in enumerate(arrays):
-            fixed = mx.cos(1.7 * mx.arange(x.size))
-            sketches[RANK, i] = mx.sqrt((x * x).sum()).item(), (x * fixed).sum().item()
-    return all_sum(sketches)
+APART = 0.02  # of an array's norm, by which ranks may differ: unlike devices round differently
+
+
+def same_weights(parameters):
+    """Whether all ranks hold the same: of each array its norm and its product with a fixed one are compared."""
+    if SIZE == 1:
+        return True
+    arrays = [x.astype(mx.float32).reshape(-1) for _, x in tree_flatten(parameters)]
+    sketches = [mx.stack([mx.linalg.norm(x), (x * mx.cos(1.7 * mx.arange(x.size))).sum()]) for x in arrays]
+    found = np.array(gathered(mx.stack(sketches)[None]))  # (ranks, arrays, 2)
+    return bool((np.ptp(found, axis=0) <= APART * found[0, :, :1]).all())
 
 
 def refuse(text):
@@ -113,8 +109,7 @@ def describe(device, **same):
     if SIZE == 1:
         return None
     ranks = [json.loads(text) for text in all_gather(json.dumps({"device": device, **same}))]
-    for number, found in enumerate(ranks):
-        if unlike := [what for what in same if found[what] != ranks[0][what]]:
-            mend = "the same commit, the same packages and make prepare on every machine"
-            refuse(f"rank {number} has another {' and '.join(unlike)} than rank 0: {mend}")
-    return {"backend": BACKEND, "size": SIZE, "devices": [found["device"] for found in ranks]}
+    if unlike := [what for what in same if len({rank[what] for rank in ranks}) > 1]:
+        mend = "the same commit, the same packages and make prepare on every machine"
+        refuse(f"ranks differ in {' and '.join(unlike)}: {mend}")
+    return {"backend": BACKEND, "size": SIZE, "devices": [rank["device"] for rank in ranks]}

@@ -253,13 +253,13 @@ class Run:
         mx.clear_cache()
         if not devices.RANK:
             save_weights(parameters, self.train_blob)
-        sketches = devices.weight_sketches(parameters)
+        same_weights = devices.same_weights(parameters)
         evaluation, times, reason = None, {}, None
         self._load()  # anew, since train.py had them in its hands
         try:
             with devices.agreement(Refused):
                 self._check_training(seconds, seen["paused_seconds"])
-                run_checks.one_model(sketches)
+                run_checks.one_model(same_weights)
             evaluation, times = self._evaluate(model, batch_size)
             self._verifier.join()
             with devices.agreement(Refused):

@@ -65,13 +65,10 @@ def budget(budget, seconds, step_ends):
 
 # --- its ranks -------------------------------------------------------------------------------------
 
-APART = 0.02  # of an array's norm, by which ranks may differ: unlike devices round differently
 
-
-def one_model(sketches):
-    """All ranks hold the same weights. sketches: see `devices.weight_sketches`."""
-    norms = sketches[..., 0]
-    if (np.ptp(sketches, axis=0) > APART * norms.max(axis=0)[:, None]).any():
+def one_model(same_weights):
+    """All ranks hold the same weights: `devices.same_weights`."""
+    if not same_weights:
         raise Refused(
             "ranks: the ranks' weights differ, so they trained models of their own. Look for gradients that are not "
             "averaged over the group before the update, random numbers or a schedule that a rank draws for itself."
