@@ -18,12 +18,8 @@ import numpy as np
 import psutil
 
 import prepare
+import train
 from harness import batches, files, machine, model_state, project
-
-if __name__ == "__main__":
-    files.one_line_for("make bench")
-
-import train  # noqa: E402
 
 CHILD_LIMIT = 120  # seconds for a size that `make tune` tries
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -132,24 +131,6 @@ def what_failed(error):
     if error.errno in (errno.ENOSPC, errno.EDQUOT) or re.search(r"requested and \d+ written", str(error)):
         return "the disk is full"
     return error.strerror or error
-
-
-def one_line_for(tool):
-    """From here on an exception ends the program with one line, which says what `tool` needs of train.py."""
-
-    def tell(kind, error, trace):
-        if not issubclass(kind, Exception):
-            return sys.__excepthook__(kind, error, trace)
-        while trace.tb_next:
-            trace = trace.tb_next
-        place, text = Path(trace.tb_frame.f_code.co_filename).name, " ".join(str(error).split())
-        print(
-            f"error: {tool} does not work with this train.py, whose model, step and constants it uses by their names: "
-            f"{place}, line {trace.tb_lineno}: {kind.__name__}: {text}",
-            file=sys.stderr,
-        )
-
-    sys.excepthook = tell
 
 
 def printable(text):

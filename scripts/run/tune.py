@@ -8,24 +8,18 @@ behind it.
 import math
 import re
 import sys
-import time
 
 import mlx.core as mx
 import numpy as np
 import psutil
 
+import bench
+import prepare
+import train
 from harness import files, project
 from harness.project import ROOT
 
-if __name__ == "__main__":
-    files.one_line_for("make tune")
-
-import bench  # noqa: E402
-import prepare  # noqa: E402
-import train  # noqa: E402
-
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
-TIME_LIMIT = 150  # seconds after which no further size is timed
 BUSY = 0.25  # share of the processor that others may use; above it nothing is fitted
 MEMORY_SHARE = 2 / 3  # of what is free now; the rest is the system's
 
@@ -96,7 +90,7 @@ def timed(measure, limit_mb, done, rows, **size):
     return done[-1]
 
 
-def climb(budget, vocab_size, sequence_length, limit_mb, measure, deadline=math.inf):
+def climb(budget, vocab_size, sequence_length, limit_mb, measure):
     """Time sizes until the ladder's choice is one that was timed. Returns (the choice or None, all that was timed).
 
     A size that was not timed counts as fast as its arithmetic makes it beside the last one that was. limit_mb: memory
@@ -120,20 +114,15 @@ def climb(budget, vocab_size, sequence_length, limit_mb, measure, deadline=math.
         tokens = budget * rates[depth]
         chosen = [s for s in done if s["depth"] == depth and fits(s, limit_mb)]
         wanted = step_size(tokens, sequence_length)
-        if any(s["total"] == wanted for s in chosen) or len(chosen) > 1 or time.monotonic() > deadline:
+        if any(s["total"] == wanted for s in chosen) or len(chosen) > 1:
             return max(chosen or [size], key=lambda s: (s["total"] == wanted, s["tok_sec"])), done
     return None, done
 
 
 # --- train.py and the record -----------------------------------------------------------------------
 
-CONSTANTS = {
-    "DEPTH": "depth",
-    "TOTAL_BATCH_SIZE": "total",
-    "DEVICE_BATCH_SIZE": "rows",
-    "ASPECT_RATIO": "aspect_ratio",
-    "NGRAM_ROWS": "ngram_rows",
-}
+CONSTANTS = {"DEPTH": "depth", "TOTAL_BATCH_SIZE": "total", "DEVICE_BATCH_SIZE": "rows"}
+CONSTANTS |= {"ASPECT_RATIO": "aspect_ratio", "NGRAM_ROWS": "ngram_rows"}  # where tables of n-grams pay
 
 
 def written(text, constants):
@@ -171,8 +160,7 @@ def fit(budget, dataset):
         print("  {depth:5} {total:17} {rows:18} {0}".format(figures, **size), flush=True)
         return size
 
-    deadline = time.monotonic() + TIME_LIMIT
-    choice, done = climb(budget, dataset.vocab_size, dataset.sequence_length, limit_mb, measure, deadline)
+    choice, done = climb(budget, dataset.vocab_size, dataset.sequence_length, limit_mb, measure)
     if choice is None:
         why = done[-1].get("why", "not one row fits into this machine's free memory").removeprefix("error: ")
         sys.exit(f"error: {why}; train.py keeps its constants")
