@@ -12,6 +12,7 @@ it calls in this file, is the one that the form was made for. Edit the function,
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import prepare  # isort: skip  (first of all, so that start-up is timed from the beginning)
 import mlx.core as mx
@@ -22,7 +23,7 @@ import numpy as np
 from harness import kernels, ngrams
 from harness.batches import cut_step
 from harness.fast import fast
-from harness.trainer import AdamW, StackedOptimizer, Trainer, mean_in_chunks
+from harness.trainer import StackedOptimizer, Trainer, mean_in_chunks
 
 GPU = mx.default_device().type == mx.gpu
 CUDA = GPU and mx.cuda.is_available()
@@ -109,15 +110,9 @@ def uniform(*shape):
     return mx.random.uniform(-bound, bound, shape)
 
 
-class Linear(nn.Module):
-    """x @ weight.T with a float32 weight (out, in), in the precision of x."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = weight
-
-    def __call__(self, x):
-        return x @ self.weight.reshape(-1, x.shape[-1]).astype(x.dtype).T
+def linear(x, weight):
+    """x @ weight.T with a float32 weight (…, out, in), in the precision of x."""
+    return x @ weight.reshape(-1, x.shape[-1]).astype(x.dtype).T
 
 
 @fast(kernels.embed, when=KERNELS)
@@ -154,18 +149,20 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
 
 
 @fast(kernels.heads, when=KERNELS)
-def heads(qkv, gate, table, tokens):
+def heads(qkv):
     """Queries, keys and values, each (B, heads, T, head_dim), of qkv (B, T, 3, heads, head_dim).
 
-    Queries and keys are normalised (QK-norm, arXiv:2010.04245), then rotated by their positions. Where a layer has a
-    table (vocab, heads * head_dim), float32, values gain their token's row of it, with a gate per head (value
-    embeddings, arXiv:2410.17897). gate: (B, T, heads), before the sigmoid, or None.
+    Queries and keys are normalised (QK-norm, arXiv:2010.04245), then rotated by their positions.
     """
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    if gate is not None:
-        v = v + GATE_MAX * mx.sigmoid(gate)[..., None] * table[tokens].astype(v.dtype).reshape(v.shape)
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (norm(q), norm(k), v))
     return rope(q), rope(k), v
+
+
+def add_gated(v, gate, rows):
+    """Values v (B, heads, T, head_dim) and rows (B, T, n_embd) of a table, with a gate per head (B, T, heads)."""
+    gated = GATE_MAX * mx.sigmoid(gate)[..., None] * rows.reshape(*gate.shape, -1)
+    return v + gated.transpose(0, 2, 1, 3)
 
 
 @fast(kernels.relu_squared)
@@ -183,49 +180,47 @@ def blocks_of(x, length):
 
 
 class Attention(nn.Module):
+    """Causal attention. In every other layer values gain what tables have for their token (arXiv:2410.17897)."""
+
     def __init__(self, config, layer):
         super().__init__()
-        n = config.n_embd
-        self.qkv = Linear(uniform(3, n, n))
-        self.out = Linear(mx.zeros((n, n)))
+        n, gate = config.n_embd, (config.n_head, GATE_CHANNELS)
+        self.qkv, self.out = uniform(3, n, n), mx.zeros((n, n))
         self.shift = mx.zeros(n)
         if config.has_value_embedding(layer):
             self.value_embedding = uniform(config.vocab_size, n)
-            self.value_gate = Linear(mx.zeros((config.n_head, GATE_CHANNELS)))
-            if config.ngram_rows:
-                self.ngrams = [NGrams(config, layer, n) for n in NGRAMS]
-                self.ngram_gates = [Linear(mx.zeros((config.n_head, GATE_CHANNELS))) for _ in NGRAMS]
+            self.ngrams = [NGrams(config, layer, n) for n in NGRAMS if config.ngram_rows]
+            self.value_gates = [mx.zeros(gate) for _ in [self.value_embedding, *self.ngrams]]
         if config.ngram_rows:
-            self.out_gate = Linear(mx.zeros((config.n_head, GATE_CHANNELS)))
+            self.out_gate = mx.zeros(gate)
         self._heads, self._scale, self._window = config.n_head, config.head_dim**-0.5, config.window(layer)
 
     def __call__(self, x, tokens):
         B, T, C = x.shape
-        gate, table, tables = None, None, self.get("ngrams", [])
-        leading = mx.split(x[..., : (1 + len(tables)) * GATE_CHANNELS], 1 + len(tables), axis=-1)
+        q, k, v = heads(linear(x, self.qkv).reshape(B, T, 3, self._heads, -1))
         if "value_embedding" in self:
-            gate, table = self.value_gate(leading[0]), self.value_embedding
-        q, k, v = heads(self.qkv(x).reshape(B, T, 3, self._heads, -1), gate, table, tokens)
-        if tables:
-            gates = [gate(part) for gate, part in zip(self.ngram_gates, leading[1:], strict=True)]
-            v = add_gated(v.transpose(0, 2, 1, 3), gates, [table(tokens) for table in tables]).transpose(0, 2, 1, 3)
+            found = [embed(self.value_embedding, tokens), *(table(tokens) for table in self.ngrams)]
+            parts = mx.split(x[..., : len(found) * GATE_CHANNELS], len(found), axis=-1)
+            for rows, part, gate in zip(found, parts, self.value_gates, strict=True):
+                v = add_gated(v, linear(part, gate), rows)
         if T > self._window:  # block-local attention (arXiv:1801.10198): a query sees what precedes it in its block
             q, k, v = (blocks_of(x, self._window) for x in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
         y = y.transpose(0, 2, 1, 3).reshape(B, -1, self._heads, C // self._heads)[:, :T]
-        y = gated_norm(y, self.out_gate(leading[0])) if "out_gate" in self else y
-        return self.out(y.reshape(B, T, C))
+        if "out_gate" in self:
+            y = gated_norm(y, linear(x[..., :GATE_CHANNELS], self.out_gate))
+        return linear(y.reshape(B, T, C), self.out)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         n = config.n_embd
-        self.up, self.down = Linear(uniform(MLP_RATIO * n, n)), Linear(mx.zeros((n, MLP_RATIO * n)))
+        self.up, self.down = uniform(MLP_RATIO * n, n), mx.zeros((n, MLP_RATIO * n))
         self.shift = mx.zeros(n)
 
     def __call__(self, x):
-        return self.down(relu_squared(self.up(x)))
+        return linear(relu_squared(linear(x, self.up)), self.down)
 
 
 class Block(nn.Module):
@@ -273,7 +268,7 @@ class NGrams(ngrams.Table):
 
     def __init__(self, config, layer, n):
         shape, bound = (2, config.ngram_rows, config.n_embd // 2), (3 / config.n_embd) ** 0.5
-        super().__init__(mx.random.uniform(-bound, bound, shape, COMPUTE_DTYPE), rows_at)
+        super().__init__(mx.random.uniform(-bound, bound, shape, COMPUTE_DTYPE), adagrad)
         self._factors = 2 * np.random.default_rng((layer, n)).integers(2**31, size=(n, 2, 1, 1), dtype=np.uint32) + 1
 
     def slots(self, tokens):
@@ -284,21 +279,7 @@ class NGrams(ngrams.Table):
         return ((mixed ^ (mixed >> 15)) * mx.array(2654435769, mx.uint32) >> 7) % self.weight.shape[1]
 
 
-@fast(ngrams.rows_at, when=KERNELS)
-def rows_at(tables, slots):
-    """Rows (B, T, 2 c) of two tables (2, rows, c), side by side. slots: (2, B, T)."""
-    return mx.concatenate([tables[0][slots[0]], tables[1][slots[1]]], axis=-1)
-
-
-@fast(ngrams.add_gated, when=KERNELS)
-def add_gated(v, gates, rows):
-    """Values v (B, T, heads, head_dim) and each of rows (B, T, n_embd), with a gate per head. gates: (B, T, heads)."""
-    for gate, row in zip(gates, rows, strict=True):
-        v = v + GATE_MAX * mx.sigmoid(gate)[..., None] * row.reshape(v.shape)
-    return v
-
-
-@fast(ngrams.gated_norm, when=KERNELS)
+@fast(kernels.gated_norm, when=KERNELS)
 def gated_norm(y, gate):
     """Output y (B, T, heads, head_dim) of each head, normed (arXiv:2410.05258) and gated (arXiv:2505.06708)."""
     return GATE_MAX * mx.sigmoid(gate)[..., None] * norm(y)
@@ -326,7 +307,7 @@ def softcap(logits):
 
 def logits_of(hidden, head):
     """What training and evaluation score: (…, vocab_size), of hidden (…, n_embd) and head (vocab_size, n_embd)."""
-    return softcap(hidden @ head.astype(hidden.dtype).T)
+    return softcap(linear(hidden, head))
 
 
 def summed_loss(hidden, head, targets):
@@ -421,14 +402,14 @@ class GPTOptimizer(optim.MultiOptimizer):
     """An optimizer for each group of parameters, and the schedules that move all of them."""
 
     def __init__(self, model, n_embd, streams):
-        width = (n_embd / 768) ** -0.5
+        width, adamw = (n_embd / 768) ** -0.5, partial(optim.AdamW, betas=ADAM_BETAS, eps=1e-10)
         self.groups = {
             "matrices": Muon(MATRIX_LR, streams),
-            "embeddings": AdamW(EMBEDDING_LR * width, ADAM_BETAS, EMBEDDING_DECAY),
-            "head": AdamW(HEAD_LR * width, ADAM_BETAS, HEAD_DECAY),
-            "ngrams": ngrams.RowOptimizer(NGRAM_LR * width, adagrad, model),
-            "x0": AdamW(X0_LR, ADAM_BETAS),
-            "resid": AdamW(RESID_LR, ADAM_BETAS),
+            "embeddings": adamw(EMBEDDING_LR * width, weight_decay=EMBEDDING_DECAY),
+            "head": adamw(HEAD_LR * width, weight_decay=HEAD_DECAY),
+            "ngrams": optim.SGD(NGRAM_LR * width),  # for its rate: the rule is adagrad's
+            "x0": adamw(X0_LR, weight_decay=0.0),
+            "resid": adamw(RESID_LR, weight_decay=0.0),
         }
         filters = [lambda path, p, name=name: parameter_group(path, p) == name for name in self.groups]
         super().__init__(list(self.groups.values()), filters[:-1])  # the last one gets the rest
@@ -444,7 +425,7 @@ class GPTOptimizer(optim.MultiOptimizer):
         for name, optimizer in self.groups.items():
             factor = (1 - NGRAM_WARMUP ** (step + 1)) ** 0.5 if name == "ngrams" else learning_rate_factor(progress)
             optimizer.learning_rate = self.rates[name] * factor
-            if isinstance(optimizer, AdamW):  # bias correction: its averages begin at zero
+            if isinstance(optimizer, optim.AdamW):  # bias correction: its averages begin at zero
                 first, second = (1 - beta ** (step + 1) for beta in optimizer.betas)
                 optimizer.learning_rate *= second**0.5 / first
         muon = self.groups["matrices"].state

@@ -29,17 +29,18 @@ def fast(form, when=True):
 
     def decorate(plain):
         functions_of(plain.__code__.co_filename)  # now, while the file is what was imported
-        same = None
+
+        @cache
+        def same():  # asked at the first call, when all that the file defines is there
+            if source_hash(plain) == form.made_for:
+                return True
+            words = "or what it calls, was edited: it runs as it is written, without its fast form"
+            print(f"note: {plain.__name__}, {words}", file=sys.stderr)
+            return False
 
         @wraps(plain)
         def chosen(*arguments, **named):
-            nonlocal same
-            if same is None:  # at the first call, when all that the file defines is there
-                same = source_hash(plain) == form.made_for
-                if not same:
-                    words = "or what it calls, was edited: it runs as it is written, without its fast form"
-                    print(f"note: {plain.__name__}, {words}", file=sys.stderr)
-            if not same:
+            if not same():
                 return plain(*arguments, **named)
             return form(*arguments, **named, **{name: plain.__globals__[name] for name in constants})
 
@@ -50,12 +51,16 @@ def fast(form, when=True):
 
 @cache
 def functions_of(path):
-    """{name: syntax tree} of the functions of a Python file, as it is when this is first asked."""
-    try:
-        tree = ast.parse(Path(path).read_text("utf-8"))
-    except (OSError, SyntaxError):  # code that came from no file: nothing is known to be as it was
-        return {}
-    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    """{name: syntax tree} of the functions of a Python file, as it is when this is first asked.
+
+    Without decorators and docstrings: they compute nothing.
+    """
+    functions = [node for node in ast.parse(Path(path).read_text("utf-8")).body if isinstance(node, ast.FunctionDef)]
+    for node in functions:
+        node.decorator_list = []
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return {node.name: node for node in functions}
 
 
 def source_hash(function):
@@ -69,15 +74,9 @@ def source_hash(function):
     while left:
         called = inspect.unwrap(left.pop())
         tree = trees.get(called.__name__) if getattr(called, "__globals__", None) is names else None
-        text = text_of(tree) if tree else repr(type(called))
+        text = ast.unparse(tree) if tree else repr(type(called))
         if text not in texts:
             texts.add(text)
             inside = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} if tree else ()
             left += [names[name] for name in inside if callable(names.get(name))]
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:8]
-
-
-def text_of(tree):
-    """A function's text without decorators and docstring, in one layout."""
-    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
-    return ast.unparse(ast.FunctionDef(tree.name, tree.args, body, [], tree.returns, lineno=0, type_params=[]))

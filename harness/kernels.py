@@ -6,7 +6,7 @@ H100, depth 8, forward and backward of 32,768 tokens.
 """
 
 import ctypes
-from functools import cache, partial
+from functools import cache
 from zlib import crc32
 
 import mlx.core as mx
@@ -18,39 +18,22 @@ CUDA = mx.default_device().type == mx.gpu and mx.cuda.is_available()
 # --- every backend ---------------------------------------------------------------------------------
 
 
-def scaled(x, a, b):
-    """a * b * x in the type of x, for an array a of one number and a number b.
-
-    A kernel of its own, since each chain of operations that mx.compile fuses costs CUDA 2 to 4 s on a bare machine.
-    """
-    if not CUDA:
-        return (a * b * x).astype(x.dtype)
-    constants, outputs = {"N": x.size, "T": x.dtype, "B": f"{b}f"}, {"out": (x.shape, x.dtype)}
-    return launch("scaled", SCALED, x.size, {"x": x, "a": a}, outputs, constants)[0]
-
-
-@made_for("a77c9909")
+@made_for("01d356db")
 def relu_squared(x):
-    """The gradient needs only the result, so x is not kept: in MLX's own operations 134 MB less a layer."""
-    width, like_x = 8 if x.size % 8 == 0 else 1, (x.shape, x.dtype)
-    run = partial(launch, threads=x.size // width, constants={"N": x.size, "T": x.dtype, "P": width})
+    """The gradient needs only the result, so x is not kept: 134 MB less a layer."""
 
     @mx.custom_function
     def forward(x):
-        if CUDA:
-            return run("relu_squared", RELU_SQUARED, inputs={"x": x}, outputs={"out": like_x})[0]
         return mx.square(mx.maximum(x, 0))
 
     @forward.vjp
     def backward(x, g, out):
-        if CUDA:
-            return run("relu_squared_vjp", RELU_SQUARED_VJP, inputs={"g": g, "out": out}, outputs={"gx": like_x})[0]
         return 2 * mx.sqrt(out) * g
 
     return forward(x)
 
 
-@made_for("00301491")
+@made_for("1a826880")
 def loss_and_gradients(hidden, head, targets, *, SOFTCAP):
     """On CUDA 840 -> 140 us for 8,192 rows; on a CPU a step of two layers of 192 takes 24 % less processor time."""
     if not CUDA:
@@ -58,7 +41,7 @@ def loss_and_gradients(hidden, head, targets, *, SOFTCAP):
     (n, _), vocab = hidden.shape, len(head)
     inputs = {"logits": hidden @ head.T, "targets": targets}
     outputs = {"loss": ((n,), mx.float32), "gradient": ((n, vocab), hidden.dtype)}
-    constants = {"T": hidden.dtype, "V": vocab, "P": 8 if vocab % 8 == 0 else 1, "SOFTCAP": f"{float(SOFTCAP)}f"}
+    constants = {"T": hidden.dtype, "V": vocab, "P": 8 if vocab % 8 == 0 else 1, "SOFTCAP": float(SOFTCAP)}
     loss, gradient = launch("loss_and_gradients", LOSS, 512 * n, inputs, outputs, constants, block=512)
     return loss.sum(), (gradient @ head, gradient.T @ hidden)
 
@@ -151,7 +134,8 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
     """
     types = {n: f"const {NAMES[x.dtype]}" for n, x in inputs.items()} | {n: NAMES[t] for n, (_, t) in outputs.items()}
     signature = ", ".join(f"{kind}* {n}" for n, kind in types.items())
-    defines = "".join(f"#define {n} {NAMES.get(value, value)}\n" for n, value in constants.items())
+    numbers = {n: f"{value}f" if isinstance(value, float) else value for n, value in constants.items()}
+    defines = "".join(f"#define {n} {NAMES.get(value, value)}\n" for n, value in numbers.items())
     source = f'{HEADER}{defines}extern "C" __global__ void NAME({signature}) {{{body}}}'
     name = f"{name}_{crc32(source.encode()):08x}"
     return mx.fast.precompiled_cuda_kernel(
@@ -169,14 +153,6 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
 
 
 # One thread for four channels of a token.
-EMBED = """
-    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
-    if (n >= N) return;
-    auto from = load<4>(table + tokens[n] * (size_t)C + channel);
-    Pack<T, 4> to;
-    for (int m = 0; m < 4; ++m) to.x[m] = (T)from.x[m];
-    store(out + n * C + channel, to);
-"""
 EMBED_VJP = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
     if (n >= N) return;
@@ -185,21 +161,19 @@ EMBED_VJP = """
 """
 
 
-@made_for("7bccae56")
+@made_for("a3323e7f")
 def embed(table, tokens, *, COMPUTE_DTYPE):
     """The gradient is added up four channels at a time: 440 -> 80 us."""
-    N, C = tokens.size, table.shape[1]
-    run = partial(launch, threads=N * C // 4, constants={"N": N, "T": COMPUTE_DTYPE, "C": C})
 
     @mx.custom_function
     def forward(table):
-        outputs = {"out": ((*tokens.shape, C), COMPUTE_DTYPE)}
-        return run("embed", EMBED, inputs={"table": table, "tokens": tokens}, outputs=outputs)[0]
+        return table[tokens].astype(COMPUTE_DTYPE)
 
     @forward.vjp
-    def backward(table, g, out):
+    def backward(table, g, _):
         inputs, outputs = {"g": g, "tokens": tokens}, {"out": (table.shape, table.dtype)}
-        return run("embed_vjp", EMBED_VJP, inputs=inputs, outputs=outputs, init_value=0)[0]
+        constants = {"N": tokens.size, "C": table.shape[1]}
+        return launch("embed_vjp", EMBED_VJP, g.size // 4, inputs, outputs, constants, init_value=0)[0]
 
     return forward(table)
 
@@ -296,7 +270,7 @@ MIX_VJP = """
 """
 
 
-@made_for("348357d5")
+@made_for("78921afa")
 def mix(x, y, x0=None, a=None, b=None, shift=None):
     """One pass over memory, and one backward."""
     (B, T, C), none, one = x.shape, mx.zeros(1, x.dtype), mx.ones(1)
@@ -351,15 +325,8 @@ HEADS = """
             y[32 * j + D / 2] = (T)(scale * (u[j] * s[j] + v[j] * c[j]));
         }
     }
-    for (int i = 4 * LANE; i < H * D; i += 128) {
-        auto x = load<4>(qkv + (WARP * 3 + 2) * H * D + i);
-        if (EMBEDDED) {
-            auto e = load<4>(table + tokens[WARP] * (size_t)(H * D) + i);
-            float w = GATE_MAX / (1 + __expf(-(float)gate[WARP * H + i / D]));
-            for (int m = 0; m < 4; ++m) x.x[m] = (T)((float)x.x[m] + w * e.x[m]);
-        }
-        store(v + WARP * H * D + i, x);
-    }
+    for (int i = 4 * LANE; i < H * D; i += 128)
+        store(v + WARP * H * D + i, load<4>(qkv + (WARP * 3 + 2) * H * D + i));
 """
 
 # The norm's gradient needs the rotated result alone: a rotation keeps lengths and angles.
@@ -388,52 +355,70 @@ HEADS_VJP = """
         store(gqkv + (WARP * 3 + 2) * H * D + i, load<4>(gv + WARP * H * D + i));
 """
 
-# One thread for four channels of a token: D / 4 lanes share a head and its gate.
-EMBEDDING_VJP = """
-    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (H * D / 4);
-    if (n >= N) return;
-    const int channel = i % (H * D / 4) * 4;
-    const size_t at = tokens[n] * (size_t)(H * D) + channel;
-    auto g = load<4>(gv + n * H * D + channel);
-    auto e = load<4>(table + at);
-    float w = GATE_MAX / (1 + __expf(-(float)gate[n * H + channel / D])), dot = 0;
-    for (int m = 0; m < 4; ++m) dot += (float)g.x[m] * e.x[m];
-    dot = sum_over(dot, D / 4);
-    if (channel % D == 0) ggate[n * H + channel / D] = (T)(dot * w * (1 - w / GATE_MAX));
-    add4(gtable + at, w * (float)g.x[0], w * (float)g.x[1], w * (float)g.x[2], w * (float)g.x[3]);
+
+@made_for("10a735d1")
+def heads(qkv, *, ROPE_BASE):
+    """One pass over memory, and one backward."""
+    B, T, _, H, D = qkv.shape
+    one = (B, T, H, D), qkv.dtype
+    constants = {"N": B * T, "LENGTH": T, "T": qkv.dtype, "H": H, "D": D, "ROPE_BASE": float(ROPE_BASE)}
+
+    @mx.custom_function
+    def forward(qkv):
+        outputs = {"q": one, "k": one, "v": one, "scales": ((B, T, 2 * H), mx.float32)}
+        return launch("heads", ANGLES + HEADS, 32 * B * T, {"qkv": qkv}, outputs, constants)
+
+    @forward.vjp
+    def backward(qkv, cotangents, results):
+        (gq, gk, gv, _), (q, k, _, scales) = cotangents, results
+        inputs = {"q": q, "k": k, "scales": scales, "gq": gq, "gk": gk, "gv": gv}
+        outputs = {"gqkv": (qkv.shape, qkv.dtype)}
+        return launch("heads_vjp", ANGLES + HEADS_VJP, 32 * B * T, inputs, outputs, constants)[0]
+
+    return tuple(x.transpose(0, 2, 1, 3) for x in forward(qkv)[:3])
+
+
+# One thread for P channels of one head of a token.
+NORM_OF_HEAD = """
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, at = i * P, head = at / D;
+    if (at >= N) return;
+    auto x = load<P>(y + at);
+    float square = 0, w = GATE_MAX / (1 + __expf(-(float)gate[head]));
+    for (int m = 0; m < P; ++m) square += (float)x.x[m] * (float)x.x[m];
+    float scale = rsqrtf(sum_over(square, D / P) / D + 1e-6f);
+"""
+GATED_NORM = """
+    for (int m = 0; m < P; ++m) x.x[m] = (T)(w * scale * (float)x.x[m]);
+    store(out + at, x);
+"""
+GATED_NORM_VJP = """
+    auto gs = load<P>(g + at);
+    float dot = 0;
+    for (int m = 0; m < P; ++m) dot += (float)gs.x[m] * scale * (float)x.x[m];
+    dot = sum_over(dot, D / P);
+    if (at % D == 0) ggate[head] = (T)(dot * w * (1 - w / GATE_MAX));
+    for (int m = 0; m < P; ++m) gs.x[m] = (T)(w * scale * ((float)gs.x[m] - scale * (float)x.x[m] * dot / D));
+    store(gy + at, gs);
 """
 
 
-@made_for("bb5f4bd5")
-def heads(qkv, gate, table, tokens, *, ROPE_BASE, GATE_MAX):
-    """One pass over memory, and two backward: 1.1 -> 0.25 ms a layer with a value embedding."""
-    B, T, _, H, D = qkv.shape
-    narrow, embedded = ((B, T, H, D), qkv.dtype), gate is not None
-    constants = {"N": B * T, "LENGTH": T, "T": qkv.dtype, "H": H, "D": D, "EMBEDDED": int(embedded)}
-    constants |= {"ROPE_BASE": f"{float(ROPE_BASE)}f", "GATE_MAX": f"{float(GATE_MAX)}f"}
+@made_for("b0d6fd63")
+def gated_norm(y, gate, *, GATE_MAX):
+    """In one pass, and in another backward, which takes the norm anew."""
+    constants = {"N": y.size, "T": y.dtype, "D": y.shape[-1], "P": 8, "GATE_MAX": float(GATE_MAX)}
 
     @mx.custom_function
-    def forward(qkv, gate, table):
-        inputs = {"qkv": qkv, "gate": gate, "table": table, "tokens": tokens}
-        outputs = {"q": narrow, "k": narrow, "v": narrow, "scales": ((B, T, 2 * H), mx.float32)}
-        return launch("heads", ANGLES + HEADS, 32 * B * T, inputs, outputs, constants)
+    def forward(y, gate):
+        inputs, outputs = {"y": y, "gate": gate}, {"out": (y.shape, y.dtype)}
+        return launch("gated_norm", NORM_OF_HEAD + GATED_NORM, y.size // 8, inputs, outputs, constants)[0]
 
     @forward.vjp
-    def backward(primals, cotangents, outputs):
-        (qkv, gate, table), (q, k, _, scales), (gq, gk, gv, _) = primals, outputs, cotangents
-        inputs = {"q": q, "k": k, "scales": scales, "gq": gq, "gk": gk, "gv": gv}
-        outputs = {"gqkv": (qkv.shape, qkv.dtype)}
-        (gqkv,) = launch("heads_vjp", ANGLES + HEADS_VJP, 32 * B * T, inputs, outputs, constants)
-        if not embedded:
-            return gqkv, gate, table
-        inputs = {"gv": gv, "gate": gate, "table": table, "tokens": tokens}
-        outputs = {"ggate": (gate.shape, gate.dtype), "gtable": (table.shape, table.dtype)}
-        threads = B * T * H * D // 4
-        rest = launch("embedding_vjp", EMBEDDING_VJP, threads, inputs, outputs, constants, init_value=0)
-        return gqkv, *rest
+    def backward(primals, g, _):
+        inputs = {"g": g, "y": primals[0], "gate": primals[1]}
+        outputs = {"gy": (y.shape, y.dtype), "ggate": (gate.shape, gate.dtype)}
+        return launch("gated_norm_vjp", NORM_OF_HEAD + GATED_NORM_VJP, y.size // 8, inputs, outputs, constants)
 
-    q, k, v, _ = forward(qkv, *((gate, table) if embedded else (mx.zeros(1, qkv.dtype), mx.zeros(1))))
-    return tuple(x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    return forward(y, gate)
 
 
 # One block for a row. The soft cap bounds the logits, so no maximum needs to be subtracted before the exponential.
@@ -468,28 +453,4 @@ LOSS = """
         }
         store(gradient + (size_t)row * V + i, g);
     }
-"""
-
-
-# One thread for P elements.
-RELU_SQUARED = """
-    const size_t i = P * (blockIdx.x * (size_t)blockDim.x + threadIdx.x);
-    if (i >= N) return;
-    auto xs = load<P>(x + i);
-    for (int k = 0; k < P; ++k) {
-        float positive = fmaxf(xs.x[k], 0);
-        xs.x[k] = (T)(positive * positive);
-    }
-    store(out + i, xs);
-"""
-RELU_SQUARED_VJP = """
-    const size_t i = P * (blockIdx.x * (size_t)blockDim.x + threadIdx.x);
-    if (i >= N) return;
-    auto gs = load<P>(g + i), outs = load<P>(out + i);
-    for (int k = 0; k < P; ++k) gs.x[k] = (T)(2 * sqrtf(outs.x[k]) * (float)gs.x[k]);
-    store(gx + i, gs);
-"""
-SCALED = """
-    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
-    if (i < N) out[i] = (T)(a[0] * B * (float)x[i]);
 """

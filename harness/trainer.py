@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from harness import devices, kernels, ngrams
+from harness import devices, ngrams
 
 GPU = mx.default_device().type == mx.gpu
 # MLX reads these once, at its first computation. What it sends to CUDA at once is freed at once: with its own limit a
@@ -32,60 +32,55 @@ class Trainer:
 
     def __init__(self, model, optimizer, loss_fn, streams, compiled):
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
-        self.streams, self.compiled, self.tables = streams, compiled, ngrams.tables_of(model)
-        self.state = [model.state, optimizer.state]
+        self.streams, self.tables, self.state = streams, ngrams.tables_of(model), [model.state, optimizer.state]
         mx.eval(self.state)
         self.accumulate, self.update = self._accumulate, self._update
         if compiled:
             self.accumulate = mx.compile(self._accumulate, inputs=model.state, outputs=model.state)
             self.update = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
-    def _accumulate(self, tokens, share, *total):
-        """(loss, gradients) of tokens (B, T + 1), times `share`, added to `total` where it is given.
+    def step(self, micro_batches):
+        """Train on micro-batches of tokens (B, T + 1); returns the mean loss, which is not computed yet."""
+        loss = self.update(*self.gradients(micro_batches))
+        mx.async_eval(loss, self.state)
+        return loss
+
+    def gradients(self, micro_batches):
+        """[(loss, gradients)] of each stream, whose sums are the means over all micro-batches, and what their tokens
+        looked up in tables: see ngrams.update."""
+        parts = math.gcd(len(micro_batches[0]), len(self.streams))
+        totals, looked_up, share = [None] * parts, [], mx.array(1 / (parts * len(micro_batches)))
+        for tokens in micro_batches:
+            for i, part in enumerate(mx.split(tokens, parts)):
+                with mx.stream(self.streams[i]):
+                    totals[i], of_rows = self.accumulate(part, share, totals[i])
+                    looked_up += [[part[:, :-1], of_rows]] if of_rows else []
+            mx.async_eval(totals, looked_up)
+        return totals, looked_up
+
+    def _accumulate(self, tokens, share, total):
+        """(loss, gradients) of tokens (B, T + 1), times `share`, added to `total` unless that is None.
 
         And the gradient of what each table of n-grams has for these tokens alone.
         """
 
         def loss(parameters, rows):
             self.model.update(parameters)
-            with ngrams.given(self.tables, rows):
-                return share * self.loss_fn(self.model, tokens)
+            ngrams.give(self.tables, rows)
+            return share * self.loss_fn(self.model, tokens)
 
         rows = [table(tokens[:, :-1]) for table in self.tables]
         value, (gradients, of_rows) = mx.value_and_grad(loss, argnums=(0, 1))(self.model.trainable_parameters(), rows)
+        ngrams.give(self.tables, [None] * len(rows))
         part = value, gradients
-        return tree_map(mx.add, *total, part) if total else part, of_rows
+        return part if total is None else tree_map(mx.add, total, part), of_rows
 
     def _update(self, totals, looked_up):
-        """Apply the sum of the streams' gradients; returns the sum of their losses. looked_up: see RowOptimizer."""
+        """Apply the sum of the streams' gradients; returns the sum of their losses. looked_up: see ngrams.update."""
         loss, gradients = tree_map(lambda *parts: reduce(mx.add, parts), *totals)
         self.optimizer.update(self.model, devices.average_gradients(gradients))
-        for optimizer in getattr(self.optimizer, "optimizers", ()):
-            if isinstance(optimizer, ngrams.RowOptimizer) and looked_up:
-                optimizer.update_tables(self.tables, devices.gathered(looked_up))
-        return loss
-
-    def split(self, tokens):
-        """The rows of `tokens` in equal parts, at most one for each stream."""
-        return mx.split(tokens, math.gcd(len(tokens), len(self.streams)))
-
-    def gradients(self, micro_batches):
-        """[(loss, gradients)] of each stream, whose sums are the means over all micro-batches, and what their tokens
-        looked up in tables: see ngrams.RowOptimizer."""
-        looked_up, totals = [], [[] for _ in self.split(micro_batches[0])]
-        share = mx.array(1 / (len(totals) * len(micro_batches)))
-        for tokens in micro_batches:
-            for i, part in enumerate(self.split(tokens)):
-                with mx.stream(self.streams[i]):
-                    total, of_rows = self.accumulate(part, share, *totals[i])
-                    totals[i] = [total]
-                    looked_up += [[part[:, :-1], of_rows]] if of_rows else []
-            mx.async_eval(totals, looked_up)
-        return [total for (total,) in totals], looked_up
-
-    def step(self, micro_batches):
-        loss = self.update(*self.gradients(micro_batches))
-        mx.async_eval(loss, self.state)
+        if looked_up:
+            ngrams.update(self.tables, devices.gathered(looked_up), self.optimizer.groups["ngrams"].learning_rate)
         return loss
 
 
@@ -113,20 +108,9 @@ def mean_in_chunks(loss_and_gradients, hidden, head, targets, rows):
 
     @mean.vjp
     def backward(primals, cotangents, outputs):
-        return tuple(kernels.scaled(x, cotangents[0], 1 / n) for x in outputs[1:])
+        return tuple((cotangents[0] * (1 / n) * x).astype(x.dtype) for x in outputs[1:])
 
     return mean(hidden, head)[0]
-
-
-class AdamW(optim.Adam):
-    """Adam with weight decay (arXiv:1711.05101). The decay is an array, so that all groups share compiled kernels."""
-
-    def __init__(self, learning_rate, betas, decay=0.0):
-        super().__init__(learning_rate, betas, eps=1e-10)  # train.py's schedule() corrects the bias by the rate
-        self.state["decay"] = mx.array(decay)
-
-    def apply_single(self, gradient, parameter, state):
-        return super().apply_single(gradient, parameter * (1 - self.learning_rate * self.state["decay"]), state)
 
 
 class StackedOptimizer(optim.Optimizer):
@@ -150,7 +134,6 @@ class StackedOptimizer(optim.Optimizer):
     def apply_gradients(self, gradients, parameters):
         """The tree of new parameters, of a tree of gradients and one of parameters, which may hold others as well."""
         gradients, parameters, updated = dict(tree_flatten(gradients)), dict(tree_flatten(parameters)), []
-        self.state["step"] = self.step + 1
         for i, (name, paths) in enumerate(by_shape(gradients).items()):
             with mx.stream(self.streams[i % len(self.streams)]):
                 old = [parameters[path] for path in paths]

@@ -64,6 +64,7 @@ def assert_same(a, b, rtol):
 # --- an edited train.py ----------------------------------------------------------------------------
 
 SOURCE = inspect.getsource(train).replace("\nNGRAM_ROWS = 0 ", "\nNGRAM_ROWS = 97 ")  # so that all of it is at work
+ON_CUDA = SOURCE.replace("\nCUDA = GPU and mx.cuda.is_available()\n", "\nCUDA = True\n")
 
 
 def loaded(folder, source):
@@ -90,26 +91,16 @@ def trained(module):
     return np.array(losses)
 
 
-def functions_of_train():
-    """Names of all functions and methods of train.py, the methods with their class."""
-    found = []
-    for node in ast.parse(SOURCE).body:
-        methods = node.body if isinstance(node, ast.ClassDef) else ()
-        found += [f"{node.name}.{m.name}" for m in methods if isinstance(m, ast.FunctionDef)]
-        found += [node.name] if isinstance(node, ast.FunctionDef) and node.name != "main" else []
-    return found
-
-
-def with_body(source, name, body):
-    """The text of train.py with another body of one function or method."""
-    *owner, name = name.split(".")
-    nodes = ast.parse(source).body
-    if owner:
-        nodes = next(node for node in nodes if getattr(node, "name", None) == owner[0]).body
-    node = next(node for node in nodes if getattr(node, "name", None) == name)
-    lines = source.splitlines(keepends=True)
-    first, last = node.body[0], node.end_lineno
-    return "".join([*lines[: first.lineno - 1], " " * first.col_offset + body + "\n", *lines[last:]])
+def noting_calls(source):
+    """train.py's text, each function and method of which adds its name to CALLED; and their names."""
+    tree, names = ast.parse(source), []
+    for node in tree.body:
+        for function in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(function, ast.FunctionDef) and function.name != "main":
+                names.append(f"{node.name}.{function.name}" if function is not node else node.name)
+                function.body.insert(0, ast.parse(f"CALLED.add({names[-1]!r})").body[0])
+    tree.body.insert(1, ast.parse("CALLED = set()").body[0])
+    return ast.unparse(tree), names
 
 
 # --- attention -------------------------------------------------------------------------------------
@@ -120,9 +111,9 @@ def softmax(x):
     return x / x.sum(-1, keepdims=True)
 
 
-def heads_by_hand(qkv, gate, table, tokens):
+def heads_by_hand(qkv, gate, rows):
     """In float64, from the definitions: unit root mean square, each pair of channels turned by its own angle."""
-    qkv, gate, table = (np.array(x, np.float64) for x in (qkv, gate, table))
+    qkv, gate, rows = (np.array(x, np.float64) for x in (qkv, gate, rows))
     B, length, _, H, D = qkv.shape
     angle = np.arange(length)[:, None, None] * train.ROPE_BASE ** (-np.arange(D // 2) / (D // 2))
     turned = []
@@ -130,23 +121,15 @@ def heads_by_hand(qkv, gate, table, tokens):
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
         pairs = (x[..., : D // 2] + 1j * x[..., D // 2 :]) * np.exp(1j * angle)
         turned.append(np.concatenate([pairs.real, pairs.imag], -1))
-    v = qkv[:, :, 2] + (2 / (1 + np.exp(-gate)))[..., None] * table[np.array(tokens)].reshape(B, length, H, D)
+    v = qkv[:, :, 2] + (2 / (1 + np.exp(-gate)))[..., None] * rows.reshape(B, length, H, D)
     return [x.transpose(0, 2, 1, 3) for x in (*turned, v)]
 
 
-def heads_inputs(B=2, length=11, H=3, D=16, dtype=mx.float32, seed=0):
-    mx.random.seed(seed)
-    shapes = (B, length, 3, H, D), (B, length, H), (VOCAB, H * D)
-    qkv, gate, table = (mx.random.normal(shape) for shape in shapes)
-    return qkv.astype(dtype), gate.astype(dtype), table, tokens_of(B, length)
-
-
 def test_queries_keys_and_values_are_what_their_definition_says():
-    *inputs, tokens = heads_inputs()
-    for found, expected in zip(train.heads(*inputs, tokens), heads_by_hand(*inputs, tokens), strict=True):
+    qkv, gate, rows = (mx.random.normal(shape) for shape in ((2, 11, 3, 3, 16), (2, 11, 3), (2, 11, 48)))
+    q, k, v = train.heads(qkv)
+    for found, expected in zip((q, k, train.add_gated(v, gate, rows)), heads_by_hand(qkv, gate, rows), strict=True):
         assert np.abs(np.array(found) - expected).max() < 1e-5
-    plain = train.heads(inputs[0], None, None, tokens)[2]  # a layer without an embedding leaves its values alone
-    assert (np.array(plain) == np.array(inputs[0][:, :, 2]).transpose(0, 2, 1, 3)).all()
 
 
 def test_windows_are_as_the_pattern_says():
@@ -166,7 +149,7 @@ def test_windows_are_as_the_pattern_says():
 def test_a_layer_sees_what_is_before_it_in_its_piece_of_the_context(pattern, length):
     mx.random.seed(0)
     layer = train.Attention(small_config(pattern), 0)
-    layer.out.weight = mx.random.normal(layer.out.weight.shape)
+    layer.out = mx.random.normal(layer.out.shape)
     x, tokens, window = mx.random.normal((1, length, 32)), tokens_of(1, length), T // 2 if pattern == "S" else T
     for j in {0, length // 3, T // 2 - 1, T // 2, length - 1} & set(range(length)):
         changed = x + mx.array(np.where(np.arange(length)[:, None] == j, 1.0, 0.0))
@@ -263,10 +246,10 @@ def plain_loss(hidden, weight, targets):
     return nn.losses.cross_entropy(logits, targets, reduction="mean")
 
 
-FORMS = [plain("loss_and_gradients"), partial(kernels.loss_and_gradients, SOFTCAP=train.SOFTCAP)]
+LOSSES = [plain("loss_and_gradients"), partial(kernels.loss_and_gradients, SOFTCAP=train.SOFTCAP)]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=["plain", "cpu"])
+@pytest.mark.parametrize("form", LOSSES, ids=["plain", "cpu"])
 @pytest.mark.parametrize("rows", [1, 7, 16, 50, 1000])  # of 50: several chunks, a ragged last one, one alone
 def test_the_loss_in_chunks_and_its_gradients_are_those_of_a_plain_cross_entropy(rows, form):
     mx.random.seed(1)
@@ -285,7 +268,7 @@ def test_the_loss_in_chunks_and_its_gradients_are_those_of_a_plain_cross_entropy
         assert mx.abs(x - y).max().item() < 1e-5 * mx.abs(y).max().item()
 
 
-@pytest.mark.parametrize("form", FORMS, ids=["plain", "cpu"])
+@pytest.mark.parametrize("form", LOSSES, ids=["plain", "cpu"])
 def test_the_logits_never_stand_whole(form):
     n, vocab = 2048, 512
     hidden, weight, targets = mx.random.normal((n, 8)), mx.random.normal((vocab, 8)), mx.random.randint(0, vocab, (n,))
@@ -301,24 +284,17 @@ def test_the_logits_never_stand_whole(form):
         mx.set_memory_limit(limit)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_stream_is_mixed_in_full_precision_and_keeps_its_own(dtype):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 1e-5), (mx.bfloat16, 0.02)])
+def test_the_stream_is_mixed_in_full_precision_and_its_norm_takes_along_that_of_the_token_before(dtype, tolerance):
     x, y, x0 = (mx.random.normal((2, 5, 8)).astype(dtype) for _ in range(3))
-    mixed, normed, same = train.mix(x, y, x0, mx.array([0.7]), mx.array([-0.2]))
+    shift = mx.random.normal((8,))
+    mixed, normed, same = train.mix(x, y, x0, mx.array([0.7]), mx.array([-0.2]), shift)
     expected = 0.7 * (np.array((x + y).astype(mx.float32))) - 0.2 * np.array(x0.astype(mx.float32))
     assert mixed.dtype == normed.dtype == dtype and same is x0
-    tolerance = 1e-6 if dtype == mx.float32 else 0.01
-    assert np.array(mixed.astype(mx.float32)) == pytest.approx(expected, rel=tolerance, abs=tolerance)
-    scale = np.sqrt((expected**2).mean(-1, keepdims=True))
-    assert np.array(normed.astype(mx.float32)) == pytest.approx(expected / scale, rel=0.02, abs=0.02)
-
-
-def test_a_norm_takes_along_a_share_of_that_of_the_token_before():
-    x, shift = mx.random.normal((2, 5, 8)), mx.random.normal((8,))
-    unshifted, shifted = (np.array(plain("mix")(x, 0 * x, shift=s)[1]) for s in (None, shift))
-    expected = unshifted.copy()
-    expected[:, 1:] += np.array(shift) * unshifted[:, :-1]
-    np.testing.assert_allclose(shifted, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.array(mixed.astype(mx.float32)), expected, rtol=tolerance, atol=tolerance)
+    expected /= np.sqrt((expected**2).mean(-1, keepdims=True))
+    expected[:, 1:] += np.array(shift) * expected[:, :-1]
+    np.testing.assert_allclose(np.array(normed.astype(mx.float32)), expected, rtol=2 * tolerance, atol=2 * tolerance)
 
 
 def test_the_loss_is_the_mean_of_what_the_logits_say():
@@ -359,8 +335,8 @@ def test_in_half_precision_the_residual_stream_stays_so_and_the_weights_do_not(m
     full = train.loss_fn(tiny(), tokens).item()
     monkeypatch.setattr(train, "COMPUTE_DTYPE", mx.bfloat16)
     model = tiny()
-    seen, call = [], train.Linear.__call__
-    monkeypatch.setattr(train.Linear, "__call__", lambda self, x: seen.append(x.dtype) or call(self, x))
+    seen, linear = [], train.linear
+    monkeypatch.setattr(train, "linear", lambda x, weight: seen.append(x.dtype) or linear(x, weight))
     assert model.hidden(tokens[:, :-1]).dtype == mx.bfloat16
     assert set(seen) == {mx.bfloat16}
     assert model(tokens[:, :-1]).dtype == mx.float32
@@ -464,19 +440,21 @@ CHANGED = {  # each function with a fast form, or called by one: an edit, and th
     "heads": ("return rope(q), rope(k), v", "return rope(q), rope(k), 2 * v", ["heads"]),
     "embed": ("return table[tokens]", "return (1 - table[tokens])", ["embed"]),
     "relu_squared": ("mx.square(mx.maximum(x, 0))", "mx.maximum(x, 0) ** 3", ["relu_squared"]),
-    "rows_at": ("tables[1][slots[1]]", "tables[0][slots[1]]", ["rows_at"]),
-    "add_gated": ("* row.reshape", "* 2 * row.reshape", ["add_gated"]),
     "gated_norm": ("* norm(y)", "* norm(y + 2)", ["gated_norm"]),
     "adagrad": ("rate * whole", "2 * rate * whole", ["adagrad"]),
+    "linear": (".astype(x.dtype).T", ".astype(x.dtype).T / 2", ["loss_and_gradients"]),
     "softcap": ("mx.tanh(", "mx.sin(", ["loss_and_gradients"]),
-    "logits_of": ("softcap(hidden", "1.1 * softcap(hidden", ["loss_and_gradients"]),
+    "logits_of": ("softcap(linear", "1.1 * softcap(linear", ["loss_and_gradients"]),
     "summed_loss": (".sum()", ".max()", ["loss_and_gradients"]),
     "loss_and_gradients": ("grad(summed_loss", "grad(lambda *a: 2 * summed_loss(*a)", ["loss_and_gradients"]),
 }
-FORWARD = {"embed", "mix", "heads", "relu_squared", "loss_and_gradients"}
-FORWARD |= {"rows_at", "add_gated", "gated_norm", "adagrad"}
-BACKWARD = {"embed_vjp", "mix_vjp", "heads_vjp", "embedding_vjp", "relu_squared_vjp", "scaled"}
-BACKWARD |= {"add_gated_vjp", "gated_norm_vjp", "owners", "sums_of_rows"}
+FORWARD = {"mix", "heads", "gated_norm", "loss_and_gradients"}  # kernels of a fast form, with its name
+BACKWARD = {"embed_vjp", "mix_vjp", "heads_vjp", "gated_norm_vjp", "owners", "sums_of_rows", "adagrad"}
+FORMS = {form for _, _, forms in CHANGED.values() for form in forms}
+
+
+def form_of(name):
+    return getattr(ngrams if hasattr(ngrams, name) else kernels, name)
 
 
 def edited(name, source=SOURCE):
@@ -485,8 +463,10 @@ def edited(name, source=SOURCE):
     return source.replace(old, new)
 
 
-def form_of(name):
-    return getattr(ngrams if hasattr(ngrams, name) else kernels, name)
+def out_of_use(module):
+    """The fast forms that were made for other functions than the module's."""
+    plain = {name: inspect.unwrap(getattr(module, name)) for name in FORMS}
+    return sorted(name for name in FORMS if fast.source_hash(plain[name]) != form_of(name).made_for)
 
 
 def notes(forms):
@@ -497,19 +477,32 @@ def notes(forms):
 def test_every_fast_form_is_made_for_the_function_that_it_stands_at():
     pairs = re.findall(r"^@fast\((?:kernels|ngrams)\.(\w+).*\ndef (\w+)\(", SOURCE, re.MULTILINE)
     assert [form for form, _ in pairs] == [name for _, name in pairs] and len(pairs) == SOURCE.count("\n@fast(")
-    assert {name for _, name in pairs} == FORWARD == {form for _, _, forms in CHANGED.values() for form in forms}
-    for name in FORWARD:
+    assert {name for _, name in pairs} == FORMS
+    for name in FORMS:
         form, source = form_of(name), fast.source_hash(plain(name))
         assert form.made_for == source, f"does the form of {name} still compute the same? then: @made_for({source!r})"
         named = {p.name for p in inspect.signature(form).parameters.values() if p.kind is p.KEYWORD_ONLY}
         assert named <= set(vars(train)), name
 
 
-@pytest.mark.parametrize("name", functions_of_train())
-def test_no_function_of_train_is_without_effect(tmp_path, name):
-    module = loaded(tmp_path, with_body(SOURCE, name, "raise ValueError('edited')"))
-    with pytest.raises(ValueError, match="edited"):
-        trained(module)
+@pytest.mark.parametrize("name", CHANGED)
+def test_an_edit_puts_the_forms_that_it_touches_out_of_use(tmp_path, name):
+    assert out_of_use(loaded(tmp_path, edited(name))) == CHANGED[name][2]
+
+
+@pytest.mark.parametrize("way", ["norm = nn.RMSNorm(1)", "norm = lambda x: x", "def norm(x):\n    return x"])
+def test_a_function_that_is_bound_anew_is_an_edit(tmp_path, way):
+    module = loaded(tmp_path, SOURCE.replace("\n# --- optimizer", f"\n{way}\n\n\n# --- optimizer", 1))
+    assert "mix" in out_of_use(module)
+
+
+def test_words_layout_and_constants_are_no_edit(tmp_path, capfd):
+    other = re.sub('"""max.*"""\n', "# the same\n\n", SOURCE).replace("SOFTCAP = 15.0", "SOFTCAP = 0.5")
+    module = loaded(tmp_path, other)
+    inputs = mx.random.normal((5, 8)), mx.random.normal((64, 8)), mx.arange(5)
+    found, expected = (f(*inputs)[0] for f in (module.loss_and_gradients, inspect.unwrap(module.loss_and_gradients)))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert other.count("# the same") == 1 and not out_of_use(module) and not capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -517,24 +510,10 @@ def unedited(tmp_path_factory):
     return trained(loaded(tmp_path_factory.mktemp("unedited"), SOURCE))
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_an_edit_of_a_function_with_a_fast_form_changes_the_training_loss(tmp_path, capfd, unedited, name):
+@pytest.mark.parametrize("name", ["relu_squared", "softcap"])
+def test_an_edit_changes_the_training_loss(tmp_path, capfd, unedited, name):
     assert np.abs(trained(loaded(tmp_path, edited(name))) - unedited).max() > 1e-4
-    forms = {"relu_squared", "loss_and_gradients"} & {*CHANGED[name][2]}  # those of a CPU
-    assert capfd.readouterr().err.splitlines() == notes(forms)  # once, in many calls
-
-
-def test_words_layout_and_constants_are_no_edit(tmp_path, capfd, unedited):
-    other = re.sub('"""max.*"""\n', "# the same\n\n", SOURCE).replace("SOFTCAP = 15.0", "SOFTCAP = 0.5")
-    assert other.count("# the same") == 1
-    assert np.abs(trained(loaded(tmp_path, other)) - unedited).max() > 1e-4
-    assert not capfd.readouterr().err
-
-
-@pytest.mark.parametrize("way", ["norm = nn.RMSNorm(1)", "norm = lambda x: x", "def norm(x):\n    return x"])
-def test_a_function_that_is_bound_anew_is_an_edit(tmp_path, way):
-    module = loaded(tmp_path, SOURCE.replace("\n# --- optimizer", f"\n{way}\n\n\n# --- optimizer", 1))
-    assert fast.source_hash(inspect.unwrap(module.mix)) != kernels.mix.made_for
+    assert capfd.readouterr().err.splitlines() == notes(CHANGED[name][2])  # once, in many calls
 
 
 @pytest.fixture
@@ -554,34 +533,33 @@ def launches(monkeypatch):
     return launched
 
 
-ON_CUDA = SOURCE.replace("\nCUDA = GPU and mx.cuda.is_available()\n", "\nCUDA = True\n")
+@pytest.mark.parametrize("source", [SOURCE, ON_CUDA], ids=["cpu", "cuda"])
+def test_no_function_of_train_is_without_effect(tmp_path, launches, monkeypatch, source):
+    """Whatever is edited, the text of it runs."""
+    monkeypatch.setattr(kernels, "CUDA", source == ON_CUDA)
+    source, names = noting_calls(source)
+    module = loaded(tmp_path, source)
+    trained(module)
+    assert sorted(module.CALLED) == sorted(names) and not launches
 
 
 def test_a_step_on_cuda_hands_the_kernels_what_their_sources_name(tmp_path, capfd, launches):
-    constants = {"ROPE_BASE": 500.0, "SOFTCAP": 7.0, "GATE_MAX": 3.0}
     module = loaded(tmp_path, ON_CUDA)
-    for name, value in constants.items():
-        setattr(module, name, value)
+    module.ROPE_BASE, module.SOFTCAP, module.GATE_MAX = 500.0, 7.0, 3.0
     _, trainer = module.build(64, 32, compiled=False, depth=2)
     totals, looked_up = trainer.gradients([mx.random.randint(0, 64, (4, 33))])
     gradients = totals[0][1]
     mx.eval(gradients, trainer.update(totals, looked_up), trainer.state)
     shapes = [{path: x.shape for path, x in tree_flatten(t)} for t in (gradients, trainer.model.trainable_parameters())]
     assert shapes[0] == shapes[1] and set(launches) == FORWARD | BACKWARD and not capfd.readouterr().err
-    assert launches["heads"]["ROPE_BASE"] == launches["heads_vjp"]["ROPE_BASE"] == "500.0f"
-    assert launches["heads"]["GATE_MAX"] == launches["embedding_vjp"]["GATE_MAX"] == "3.0f"
-    assert launches["add_gated_vjp"]["GATE_MAX"] == launches["gated_norm"]["GATE_MAX"] == "3.0f"
-    assert launches["loss_and_gradients"]["SOFTCAP"] == "7.0f"
+    assert launches["heads"]["ROPE_BASE"] == launches["heads_vjp"]["ROPE_BASE"] == 500.0
+    assert launches["gated_norm"]["GATE_MAX"] == 3.0 and launches["loss_and_gradients"]["SOFTCAP"] == 7.0
 
 
-@pytest.mark.parametrize("name", CHANGED)
-def test_an_edit_takes_the_place_of_its_kernel_on_cuda(tmp_path, capfd, launches, name):
-    trained(loaded(tmp_path, edited(name, ON_CUDA)))
-    forms = CHANGED[name][2]
-    assert FORWARD - set(launches) == set(forms)
-    assert sorted(capfd.readouterr().err.splitlines()) == notes(forms)
-    with pytest.raises(ValueError, match="edited"):
-        trained(loaded(tmp_path, with_body(ON_CUDA, name, "raise ValueError('edited')")))
+def test_an_edit_takes_the_place_of_its_kernels_on_cuda(tmp_path, capfd, launches):
+    trained(loaded(tmp_path, edited("norm", ON_CUDA)))
+    assert FORWARD - set(launches) == {"gated_norm", "heads", "mix"}
+    assert sorted(capfd.readouterr().err.splitlines()) == notes(CHANGED["norm"][2])
 
 
 @pytest.mark.skipif(not mx.cuda.is_available(), reason="kernels for CUDA")
@@ -609,21 +587,15 @@ def test_the_kernels_compute_what_the_plain_functions_do(dtype, limit, B, length
             compare(kernels.mix, plain("mix"), inputs)
         compare(*(lambda x, y, s, f=f: f(x, y, shift=s) for f in (kernels.mix, plain("mix"))), [x, y, shift])
         compare(lambda x: [kernels.relu_squared(x)], lambda x: [plain("relu_squared")(x)], [x])
-        *inputs, tokens = heads_inputs(B, length, H, D, dtype)
-        constants = {"ROPE_BASE": train.ROPE_BASE, "GATE_MAX": train.GATE_MAX}
-        compare(lambda *a: kernels.heads(*a, tokens, **constants), lambda *a: plain("heads")(*a, tokens), inputs)
+        qkv, tokens = mx.random.normal((B, length, 3, H, D)).astype(dtype), tokens_of(B, length)
+        compare(partial(kernels.heads, ROPE_BASE=train.ROPE_BASE), plain("heads"), [qkv])
         table = mx.random.normal((VOCAB, H * D))
         compare(lambda t: [kernels.embed(t, tokens, COMPUTE_DTYPE=dtype)], lambda t: [t[tokens]], [table])
-        v, y = (mx.random.normal((B, length, H, D)).astype(dtype) for _ in range(2))
-        gates = [mx.random.normal((B, length, H)).astype(dtype) for _ in range(2)]
-        forms = partial(ngrams.add_gated, GATE_MAX=train.GATE_MAX), plain("add_gated")
-        compare(*(lambda v, a, b, x, y, f=f: [f(v, [a, b], [x, y])] for f in forms), [v, *gates, x, x0])
-        forms = partial(ngrams.gated_norm, GATE_MAX=train.GATE_MAX), plain("gated_norm")
-        compare(*(lambda y, g, f=f: [f(y, g)] for f in forms), [y, gates[0]])
-        tables, slots = mx.random.normal((2, 300, H * D // 2)).astype(dtype), mx.random.randint(0, 200, (2, B, length))
-        slots = slots.astype(mx.uint32)
-        assert mx.array_equal(ngrams.rows_at(tables, slots), plain("rows_at")(tables, slots))
-        step = tables, mx.random.uniform(shape=(2, 300)), slots.reshape(2, -1), x.reshape(-1, H * D), mx.array(0.1)
+        y, gate = x.reshape(B, length, H, D), mx.random.normal((B, length, H)).astype(dtype)
+        forms = partial(kernels.gated_norm, GATE_MAX=train.GATE_MAX), plain("gated_norm")
+        compare(*(lambda y, g, f=f: [f(y, g)] for f in forms), [y, gate])
+        tables, slots = mx.random.normal((2, 300, H * D // 2)).astype(dtype), mx.random.randint(0, 200, (2, B * length))
+        step = tables, mx.random.uniform(shape=(2, 300)), slots.astype(mx.uint32), x.reshape(-1, H * D), mx.array(0.1)
         for a, b in zip(ngrams.adagrad(*step), plain("adagrad")(*step), strict=True):
             assert mx.allclose(a.astype(mx.float32), b.astype(mx.float32), rtol=limit, atol=limit)
         for vocab in (VOCAB, 8192):
