@@ -1,7 +1,6 @@
 """Several devices: ranks that train one model together, and runs side by side, one on each device."""
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -128,9 +127,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(group_of_two, fault):
 
 
 @pytest.mark.slow
-def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path):
-    os.mkdir(tmp_path / "tmp")
-    group_of_two.env["TMPDIR"] = str(tmp_path / "tmp")
+def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two):
     group_of_two.write_train(BEGIN.format("pass"))
     group_of_two.settings(BUDGET="3", TIMEOUT="20")
     done = group_of_two.script("run", check=124)
@@ -140,14 +137,8 @@ def test_a_group_ends_with_its_time_and_with_its_launcher(group_of_two, tmp_path
     (group_of_two.path / "pids").unlink()
     group_of_two.env["AGAIN"] = "1"
     process, pids = started(group_of_two, stdout=subprocess.PIPE, text=True)
-    assert os.listdir(tmp_path / "tmp")
-    process.kill()  # without a chance to clean up: that is left to the next run
+    process.kill()  # without a chance to clean up
     wait_for(lambda: not any(map(alive, pids)), "ranks gone")
-    where = "from harness import devices as group\nimport tempfile\nprint(tempfile.gettempdir())\n"
-    group_of_two.write_train(where + "if not group.RANK: prepare.finish(1.4)")
-    group_of_two.script("run", AGAIN="", check=0)
-    assert str(tmp_path / "tmp") in (group_of_two.path / "run.log").read_text().splitlines()
-    assert os.listdir(tmp_path / "tmp") == []
 
 
 def test_a_group_that_ends_well_leaves_one_record(group_of_two):
@@ -170,25 +161,12 @@ def test_a_hostfile_of_the_launcher_serves(group_of_two, tmp_path):
 # --- refused before training ------------------------------------------------------------------------
 
 
-HOSTS = {  # HOSTS: why they cannot serve
-    "127.0.0.1,no.such.host.invalid": "HOSTS: no.such.host.invalid is unknown",
-    "192.0.2.1,127.0.0.1": "HOSTS: this machine comes first",
-    "hosts.json": "HOSTS: hosts.json is no hostfile of mlx.launch",
-}
-
-
-@pytest.mark.parametrize("hosts", HOSTS)
+@pytest.mark.parametrize("hosts", ["127.0.0.1,no.such.host.invalid", "hosts.json"])
 def test_hosts_that_cannot_serve_are_refused(group_of_two, hosts):
     group_of_two.write_train("prepare.finish(1.4)")
     group_of_two.settings(HOSTS=hosts)
     done = group_of_two.script("run", check=1)
-    assert done.stderr.startswith("error: " + HOSTS[hosts]) and done.stdout == "" and done.stderr.count("\n") == 1
-
-
-def test_a_group_of_one_machine_is_refused(group_of_two):
-    group_of_two.write_train("prepare.finish(1.4)")
-    group_of_two.settings(HOSTS="127.0.0.1", NPROC="1")
-    assert "HOSTS=127.0.0.1 is one machine" in group_of_two.script("run", check=1).stderr
+    assert done.stderr.startswith(f"error: HOSTS={hosts} names no machines") and done.stderr.count("\n") == 1
 
 
 ELSEWHERE = """import os, sys
@@ -267,7 +245,7 @@ def test_each_gpu_has_a_run_of_its_own(two_gpus, tmp_path):
     first, (_, device) = started(two_gpus)
     assert device == 0
     again = {"AGAIN": "1", "check": 1}
-    assert "this folder (a run beside it needs a git worktree" in two_gpus.script("run", **again).stderr
+    assert "this folder is taken by another run" in two_gpus.script("run", **again).stderr
     two_gpus.git("worktree", "add", "-q", str(tmp_path / "beside"), "HEAD")
     beside = Checkout(tmp_path / "beside", two_gpus.env)
     beside.make("setup", "TAG=u", check=0)
@@ -276,7 +254,7 @@ def test_each_gpu_has_a_run_of_its_own(two_gpus, tmp_path):
     assert "there is 1" in beside.script("run", CUDA_VISIBLE_DEVICES="1", DEVICE="0", check=1).stderr
     assert "is taken by another run" in beside.script("run", CUDA_VISIBLE_DEVICES="GPU-aa", check=1).stderr
     two_gpus.settings("u", NPROC="2")
-    assert "every device is taken by another run" in beside.script("run", check=1).stderr
+    assert "this machine is taken by another run" in beside.script("run", check=1).stderr
     two_gpus.settings("u", NPROC="1")
     second, (_, device) = started(beside)
     assert device == 1

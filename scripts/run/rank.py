@@ -1,27 +1,20 @@
 """One rank of a group, as mlx.launch starts it on each device, on this machine or by ssh; see launch.py.
 
-It runs the program on its part of the machine. How it begins and ends it says on stderr, where launch.py reads it.
+It runs the program on its part of the machine.
 """
 
 import base64
 import json
 import os
-import re
+import runpy
 import signal
-import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 from harness import files, processes
 
 HERE = "127.0.0.1"  # mlx.launch's word for this machine
-SAID = re.compile(rb"\x1erank (\d+): (begins|-?\d+)\n")
-
-
-def say(rank, word):
-    os.write(2, f"\x1erank {rank}: {word}\n".encode())
 
 
 def share(index, count, devices):
@@ -34,37 +27,14 @@ def share(index, count, devices):
         os.sched_setaffinity(0, part or [cores[index % len(cores)]])
 
 
-def run(rank, command, limit):
-    """Run the program to its end, which is ours, or for at most `limit` seconds."""
-    # What the others print rank 0 prints as well; errors of all are shown.
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL if rank else None)
-
-    def stop(*_):
-        processes.kill(processes.descendants(os.getpid()))
-        child.kill()
-        os._exit(1)
-
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, stop)
-    try:
-        code = child.wait(limit)
-    except subprocess.TimeoutExpired:
-        stop()
-    say(rank, code)
-    if code > 0 and rank:  # rank 0 ends for the same reason, perhaps, and writes its record first
-        time.sleep(processes.PATIENCE)
-    sys.exit(code != 0)
-
-
 def main(words):
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # see launch.follow
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # see launch.free_mlx_launch
     rank, group = int(os.environ["MLX_RANK"]), json.loads(os.environ["AUTORESEARCH_GROUP"])
     local = [other for other, host in enumerate(group["hosts"]) if host == group["hosts"][rank]]
     index, held = local.index(rank), None
     if group["hosts"][rank] == HERE:
         share(index, len(local), group["devices"])
-        os.environ.pop("TMPDIR")
-        os.environ |= {"TMPDIR": group["temporary"]} if group["temporary"] else {}
     else:
         from scripts.run import lock  # here: what it needs takes a while to load, and counts as the run's
         from scripts.session import run_command
@@ -72,9 +42,17 @@ def main(words):
         os.chdir(group["folder"])
         held = run_command(lock.take, False) if index == 0 or lock.gpus()[0] > 1 else None
         words[0] = f"data/group/program{index}.py"
-        files.write_atomically(Path(words[0]), zlib.decompress(base64.b64decode(group["program"])))
-    say(rank, "begins")
-    run(rank, [sys.executable, *words], group["limit"])
+        files.write_atomically(Path(words[0]), base64.b64decode(group["program"]))
+    signal.alarm(int(group["limit"]) + 1)  # where nobody can end it any more
+    if rank:
+        os.dup2(nothing, 1)  # what the others print rank 0 prints as well; errors of all are shown
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except BaseException:
+        if rank:  # rank 0 ends for the same reason, perhaps, and writes its record first
+            time.sleep(processes.PATIENCE)
+        raise
     del held  # until here
 
 
