@@ -6,14 +6,12 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import subprocess
 import termios
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import sampled
 
@@ -94,11 +92,7 @@ def test_a_valid_run(session):
 ENDS = {  # what train.py does: the exit code, the status, a line of the summary
     "raise ValueError('a bad idea')": (2, "crash", "ValueError: a bad idea"),
     "x = = 1": (2, "crash", "SyntaxError"),
-    "raise ValueError('of:\\n  (8, 64)\\nand that')": (2, "crash", "ValueError: of: (8, 64) and that"),
     "e = ValueError('it'); e.add_note('(a note)'); raise e": (2, "crash", "ValueError: it (a note)"),
-    "import atexit; atexit.register(print, 'bye'); 1 / 0": (2, "crash", "ZeroDivisionError: division by zero bye"),
-    "raise ExceptionGroup('many', [ValueError('one')])": (2, "crash", "ValueError: one"),
-    "import nonsense": (2, "crash", "No module named 'nonsense'"),
     "raise SystemExit('error: the loss is nan at step 3')": (2, "crash", "the loss is nan at step 3"),
     "import os; os.kill(os.getpid(), 11)": (2, "crash", "signal 11"),
     "import os; os._exit(0)": (3, "stale", "of another run"),
@@ -127,18 +121,17 @@ def test_every_other_end_is_told_apart(session, body):
     assert session.rows[-1][1:5] == ["0.000000", "0.0", "0", "crash"]
 
 
-@pytest.mark.parametrize("deaf", ["", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)"])
-def test_a_run_that_never_ends_is_killed_with_its_children(session, deaf):
-    session.settings(BUDGET="0.5", TIMEOUT="5")
-    session.write_train(deaf + FAMILY)
+def test_a_run_that_never_ends_is_killed_with_its_children(session):
+    session.settings(BUDGET="0.5", TIMEOUT="3")
+    session.write_train("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)" + FAMILY)
     done = session.script("run", check=124)
-    assert "timeout (exit 124)" in done.stdout and "TIMEOUT=5 s" in done.stdout
+    assert "timeout (exit 124)" in done.stdout and "TIMEOUT=3 s" in done.stdout
     pids = [int(pid) for pid in (session.path / "pids").read_text().split()]
     assert len(pids) == 3 and not any(map(alive, pids))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_and_marks_it(session, name):
     session.write_train(FAMILY)
     process, pids = started(session, stdout=subprocess.PIPE, text=True)
@@ -167,22 +160,6 @@ def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(sess
     said = process.communicate(timeout=30)[0]
     assert b"stopped by SIGTERM" in said
     wait_for(lambda: not any(map(alive, pids)), "children gone")
-
-
-TICKING = """import os, time
-while not os.path.exists('go'):
-    time.sleep(0.02), open('pids', 'a').write(f'{os.getpid()} ')
-prepare.finish(1.4)"""
-
-
-def test_ctrl_z_stops_the_run_as_well_and_what_passed_meanwhile_is_nobody_s_fault(session):
-    session.write_train(TICKING)
-    process, (pid, *_) = started(session)
-    process.send_signal(signal.SIGTSTP)
-    wait_for(lambda: psutil.Process(pid).status() == psutil.Process(process.pid).status() == "stopped", "both stop")
-    (session.path / "go").touch()
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=30) == 0
 
 
 def test_a_watcher_that_was_stopped_alone_accuses_nobody():
@@ -240,15 +217,6 @@ def test_when_run_sh_is_killed_the_run_ends_and_counts_as_interrupted(session):
     assert "interrupted" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
 
 
-@pytest.mark.slow
-def test_a_sandbox_that_hides_all_processes_hinders_no_run(session):
-    hidden = ["unshare", "-m", "sh", "-c", "mount -t tmpfs none /proc && exec scripts/run.sh"]
-    if not shutil.which("unshare") or subprocess.run([*hidden[:4], "mount -t tmpfs none /proc"]).returncode:
-        pytest.skip("/proc cannot be hidden here (it takes root on Linux)")
-    session.write_train("prepare.finish(1.4)")
-    assert "valid" in session.run(*hidden, check=0).stdout
-
-
 # --- one run at a time -----------------------------------------------------------------------------
 
 
@@ -260,7 +228,7 @@ def test_a_second_run_is_refused_or_waits(session):
     )
     first, _ = started(session)
     done = session.script("run", AGAIN="1", check=1)
-    assert re.search(rf"taken by another run: pid {first.pid}, for 0 min \d+ s", done.stderr)
+    assert f"taken by another run: pid {first.pid}, in {session.path}" in done.stderr
     for verb in ("log-result", "verdict", "discard"):
         assert "not ended" in session.script(verb, STATUS="keep", DESC="x", check=1).stderr
     env = {**session.env, "WAIT": "1", "AGAIN": "1"}
@@ -271,31 +239,19 @@ def test_a_second_run_is_refused_or_waits(session):
     assert "valid" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
 
 
-def test_a_lock_left_behind_is_taken_over_and_one_that_is_deleted_comes_back(session):
+def test_a_lock_left_behind_is_taken_over(session):
     path = Path(session.env["AUTORESEARCH_LOCK"])
-    path.write_text(json.dumps({"pid": os.getpid(), "clock": 0.0, "folder": "elsewhere"}))  # it lives, but is no run
-    session.write_train(TICKING)
-    process, _ = started(session)
-    path.unlink()
-    wait_for(lambda: path.exists() and path.read_text(), "the lock comes back")
-    assert f"taken by another run: pid {process.pid}" in session.script("run", AGAIN="1", check=1).stderr
-    (session.path / "go").touch()
-    assert process.wait(timeout=30) == 0
+    path.write_text(json.dumps({"pid": os.getpid(), "folder": "elsewhere"}))  # it lives, but is no run
+    session.script("run", AGAIN="1", check=0)
 
 
-@pytest.mark.parametrize("code", [errno.EBADF, errno.ENOLCK])
-def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path, code):
+def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
     def flock(*_):
-        raise OSError(code, os.strerror(code))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
-    with pytest.raises(Refused, match="has no locks .*: export AUTORESEARCH_LOCK=FILE"):
+    with pytest.raises(Refused, match="cannot be used .*: export AUTORESEARCH_LOCK=FILE"):
         lock.open_lock(tmp_path / "lock")
-
-
-def test_a_lock_that_cannot_be_made_says_how_another_is_chosen(session):
-    done = session.script("run", check=1, AUTORESEARCH_LOCK=str(session.path / "missing" / "lock"))
-    assert "export AUTORESEARCH_LOCK=FILE" in done.stderr and done.stderr.count("\n") == 1
 
 
 # --- refused before it starts ----------------------------------------------------------------------
@@ -309,9 +265,9 @@ def test_what_could_not_be_reproduced_is_not_run(session):
     assert "not committed" in session.script("run", check=1).stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["prepare.py", "Makefile", "scripts/lib.sh", "requirements.lock", "pyproject.toml"])
-@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize(
+    ("file", "committed"), [("prepare.py", True), pytest.param("scripts/lib.sh", False, marks=pytest.mark.slow)]
+)
 def test_what_could_not_be_compared_is_not_run(session, file, committed):
     with (session.path / file).open("a") as out:
         out.write("# a shortcut\n")
@@ -325,41 +281,24 @@ def test_what_could_not_be_compared_is_not_run(session, file, committed):
     session.script("run", check=0)
 
 
-MODULES = {  # a file beside train.py: how train.py uses it, or may seem to
-    "helper.py": "import helper",
-    "lib/deep/__init__.py": "from lib import deep",
-    "data_of_mine.py": "import importlib; importlib.import_module('data_of_mine')",
-    "second.py": "import math, second as third",
-}
-STRAY = ["plot.py", "test.py", "utils.py", "venv/lib/random.py", "backup/train.py", "math_.py"]
-SEEMS = "from os import path as utils\nimport os.path\n'test backup venv'\nimport math"
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_program_is_train_py_alone(session, name):
-    (session.path / name).parent.mkdir(parents=True, exist_ok=True)
-    (session.path / name).write_text("")
-    session.write_train(f"{MODULES[name]}\nprepare.finish(1.4)")
-    for _ in range(2):  # as it is, and committed
-        done = session.script("run", check=1)
-        assert name in done.stderr and "train.py alone" in done.stderr and done.stderr.count("\n") == 1
-        session.git("add", name)
-        session.git("commit", "-q", "--allow-empty", "-m", "a helper")
-
-
-def test_a_module_from_before_the_session_and_what_nobody_imports_are_let_be(checkout):
+def test_a_program_is_train_py_alone(checkout):
     (checkout.path / "mine.py").write_text("LOSS = 1.4")
     checkout.git("add", "mine.py")
     checkout.git("commit", "-q", "-m", "mine")
     checkout.make("setup", "TAG=t", check=0)
-    checkout.write_train(f"import mine\n{SEEMS}\nprepare.finish(mine.LOSS)")
-    for name in STRAY:
+    checkout.write_train("import os.path, mine\nfrom os import path as utils\nprepare.finish(mine.LOSS)")
+    for name in ("plot.py", "utils.py", "lib/deep/__init__.py"):  # nobody imports them
         (checkout.path / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout.path / name).write_text("import mine")
     checkout.script("run", check=0)
     (checkout.path / "mine.py").write_text("LOSS = 1.3")
-    checkout.write_train("import mine\nprepare.finish(mine.LOSS - 0.1)")
-    assert "mine.py" in checkout.script("run", AGAIN="1", check=1).stderr
+    for text, name in (("import mine", "mine.py"), ("from lib import deep", "lib"), ("  import plot", "plot.py")):
+        checkout.write_train(f"if True:\n  {text}\nprepare.finish(1.1)")
+        for _ in range(2):  # as it is, and committed
+            done = checkout.script("run", check=1, AGAIN="1")
+            assert f"imports {name}, which is new or was changed" in done.stderr and done.stderr.count("\n") == 1
+            checkout.git("add", name)
+            checkout.git("commit", "-q", "--allow-empty", "-m", "a helper")
 
 
 @pytest.mark.parametrize("committed", [False, True])
@@ -374,6 +313,7 @@ def test_a_train_that_is_gone_comes_back(session, committed):
     assert (session.path / "train.py").exists() and session.git("status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_results_that_git_tracks_are_refused_with_a_mend(session):
     session.git("add", "-f", "results.tsv", "data", "internal")
     session.git("commit", "-q", "-m", "all of it")
@@ -382,11 +322,6 @@ def test_results_that_git_tracks_are_refused_with_a_mend(session):
     session.run("sh", "-c", done.stderr.split("take them along: ")[1], check=0)  # the mend, as it was said
     session.write_train("prepare.finish(1.29)")
     session.script("run", check=0)
-    session.git("add", "-f", "results.tsv")  # alone it is a link, and its table stays in data/
-    session.git("commit", "-q", "-m", "the table")
-    session.git("reset", "-q", "--hard", "HEAD~1")
-    session.make("log-result", "STATUS=keep", "DESC=x", check=0)
-    assert len(session.rows) == 2
 
 
 def test_nobody_who_listens_changes_no_exit_code(session):
@@ -418,9 +353,13 @@ def test_in_a_session_no_result_is_pushed_aside_before_it_is_logged(session):
     assert session.experiment("prepare.finish(1.2)").returncode == 0  # mending a crash goes on
 
 
-def test_the_baseline_does_not_ask_to_be_logged(checkout):
+def test_a_baseline_asks_for_nothing_and_is_made_once(checkout):
+    checkout.make("setup", "TAG=t", check=0)
     done = checkout.make("baseline", check=0)
     assert "verdict" in done.stdout and "next" not in done.stdout
+    checkout.write_train("prepare.finish(1.9)")
+    done = checkout.script("baseline", check=1)
+    assert "this session has its baseline: make run" in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -462,10 +401,6 @@ def test_settings_reach_python(session):
 
 def test_another_dataset_than_trains_is_refused(session):
     assert "make setup" in session.script("run", DATASET="tinystories", check=1).stderr
-
-
-def test_a_python_that_does_not_run_is_named(session):
-    assert "PYTHON=/nowhere/python" in session.script("run", PYTHON="/nowhere/python", check=1).stderr
 
 
 def test_without_git_it_runs_and_is_logged(checkout):

@@ -27,20 +27,18 @@ import tempfile
 import time
 import uuid
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from harness import files, processes, project
 from scripts import session
 from scripts.judge import log_result
 from scripts.run import launch, lock, supervise
 from scripts.run.plan import plan, refuse_modules
-from scripts.session import PROGRESS, ROOT, Refused, Session, options, record, run_command, say, tell
+from scripts.session import PROGRESS, ROOT, Refused, Session, options, record, run_command, tell
 from scripts.show import summary
 from scripts.show.summary import EXIT
 
 ROOM = 2**20  # bytes that are free on a disk that is not full
 START, START_OF_GROUP = 5, 20  # seconds that pass at most until `import prepare`: of Python, and of mlx.launch as well
-OURS = ("LD_PRELOAD", "GLIBC_TUNABLES", "OPENBLAS_", "MALLOC_")  # begin the names of what is meant for train.py alone
 # How Python, C++, MLX, Metal and CUDA say that memory is short.
 NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 
@@ -49,25 +47,16 @@ def begin(sitting):
     """What comes before any run: take the device, and clear up after commands that were killed. Returns the locks."""
     held = lock.take()
     sitting.link()
-    clear_up(sitting)
-    supervise.take_charge()
-    return held
-
-
-def clear_up(sitting):
-    """A row half logged is completed; temporary files and folders of processes that have gone go as well."""
     log_result.complete_begun(sitting)
     for folder in (project.DATA, project.STORE):
         files.make_folder(folder)
         if not os.access(folder, os.W_OK):  # found out now, not when the budget is spent
             raise Refused(f"{session.shown(folder)} is read-only: chmod u+w {session.shown(folder)}")
-    known = session.git("worktree", "list", "--porcelain") or ""
-    for folder, pid in re.findall(r"(?m)^worktree (.*/tree\.(\d+)\.part)$", known):
-        if not processes.is_alive(int(pid)):
-            session.git("worktree", "remove", "--force", "--force", folder)  # twice: one that git was making is locked
     for folder in (ROOT, project.DATA, project.STORE, sitting.folder):
         files.remove_leftovers(folder)
-    files.remove_leftovers(Path(tempfile.gettempdir()), launch.TEMPORARY)
+    session.git("worktree", "prune")  # their folders may have gone
+    supervise.take_charge()
+    return held
 
 
 @contextmanager
@@ -77,10 +66,11 @@ def checked_out(commit):
         yield ROOT
         return
     folder = project.DATA / f"tree.{os.getpid()}.part"
-    no_hooks = ("-c", f"core.hooksPath={os.devnull}")
+    add = ["git", "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "-q", "--detach", str(folder), commit]
     try:
-        if session.git(*no_hooks, "worktree", "add", "-q", "--detach", str(folder), commit) is None:
-            raise Refused(f"git could not check out {commit[:7]} in a folder of its own: git worktree prune, and again")
+        added = subprocess.run(add, cwd=ROOT, capture_output=True, text=True, errors="replace")
+        if added.returncode:
+            raise Refused(f"git could not check out {commit[:7]}: {session.one_line(added.stderr)[-200:]}")
         folder.chmod(0o700)
         if (ROOT / ".venv").exists():  # what is preloaded has a path relative to the folder
             (folder / ".venv").symlink_to(ROOT / ".venv")
@@ -129,13 +119,11 @@ def notify(text):
     """Give `text` to a command of the user's, ON_RESULT, which can neither hold up the run nor fail it."""
     if not os.environ.get("ON_RESULT"):
         return
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     with suppress(OSError), tempfile.TemporaryFile() as note:
         note.write(text.encode("utf-8", "replace") + b"\n")
         note.seek(0)
-        between = '/bin/sh -c "$ON_RESULT"; :'  # so that we are not its parent, which it may kill
-        subprocess.Popen(["/bin/sh", "-c", between], stdin=note, env=environment, **quiet)
+        subprocess.Popen(["/bin/sh", "-c", os.environ["ON_RESULT"]], stdin=note, **quiet)
 
 
 # --- how it ended, and the words for it -------------------------------------------------------------
@@ -148,7 +136,7 @@ def outcome(attempt, end, timeout, found):
     if end.late:
         return "timeout", f"it ran past TIMEOUT={timeout:g} s and was killed", None
     foreign = why_foreign(attempt, found)
-    if not foreign and found["status"] != "valid" and end.code:
+    if not foreign and found["status"] != "valid":
         return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found
     if end.code and shutil.disk_usage(ROOT).free < ROOM:
         return "paused", f"the disk is full, and train.py ended with exit {end.code}: free some space", None
@@ -158,8 +146,6 @@ def outcome(attempt, end, timeout, found):
         return "crash", how_it_died(end.code, end.wall), None
     if foreign:
         return "stale", f"train.py ended without a record of its own: {foreign}", None
-    if found["status"] != "valid":
-        return "invalid", found["reason"], found
     unknown = end.wall - end.away - found["training"]["total_seconds"]
     if unknown > (START_OF_GROUP if of_group() else START) + 0.02 * end.wall:
         return "invalid", (
@@ -192,15 +178,13 @@ def how_it_died(code, wall):
 def main(args):
     sitting = Session(args.tag)
     held = begin(sitting)
-    if any(a["status"] == "interrupted" and "end" not in a for a in sitting.attempts()[-1:]):
-        say("note: the run before this one was cut off without a word and is not logged")
     refuse_modules(sitting, args)
     runs = plan(sitting, args)
     if not runs:
         print(f"nothing to do: there are {args.runs} runs already")
         return
     if of_group():
-        launch.ranks()
+        launch.hostfile()  # refused where it cannot be one
     for number, (role, commit, seed, pair) in enumerate(runs, 1):
         attempt = run_once(sitting, held, role, commit, args.head, seed, pair)
         if attempt["status"] != "valid":

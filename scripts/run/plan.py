@@ -27,9 +27,11 @@ def refuse_seen(sitting, args):
     blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), sitting.rows()[0]
     attempts = [a for a in sitting.attempts() if a["role"] == "candidate"]
     last = attempts[-1] if attempts and not attempts[-1].get("logged") else None
+    word = "baseline" if args.baseline else "run"
+    if args.baseline and args.session and session.kept_rows(rows):
+        raise Refused("this session has its baseline: make run tries the present train.py (a new one: AGAIN=1)")
     if last and (last["train_blob"], last["budget"], last["seed"]) == (blob, budget, seed):
         if last["status"] not in ("running", "interrupted", "paused"):
-            word = "baseline" if args.baseline else "run"
             raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
     elif last and args.session and last["train_blob"] != blob and can_be_a_row(sitting, last, rows):
         commit = last["commit"][:7]
@@ -41,21 +43,19 @@ def refuse_seen(sitting, args):
 
 
 def refuse_modules(sitting, args):
-    """Refuse a train.py that imports a module which git had not like this when the session began.
+    """Refuse a train.py that imports a module of this folder which was not like this when the session began.
 
     The commit's train.py alone must run again.
     """
     base = f"refs/experiments/{sitting.tag}/start" if args.session else args.head
-    lists = ("ls-files", "--others", "--exclude-standard"), ("diff", "--name-only", base)
-    new = {name for words in lists for name in (session.git(*words, "--", "*.py", "*.so") or "").splitlines()}
-    known = (session.git("ls-tree", "--name-only", base) or "").splitlines()
-    new |= {path.name for path in ROOT.glob("*.py")}.difference(known)  # what git ignores as well
     text = (ROOT / "train.py").read_text("utf-8", "replace")
-    for name in sorted(new - {"train.py"}) if args.head else ():
-        module = re.escape(re.split("[./]", name)[0])  # the first part of what it is imported by
-        if re.search(rf"^\s*(from|import([\w\s.]+,)*)\s+{module}\b|import\w*\(\s*[\"']{module}\b", text, re.MULTILINE):
-            raise Refused(f"train.py imports {name}, which is new or was changed: "
-                          "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
+    imported = sorted(set(re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE))) if args.head else []
+    for name in [*imported, *(f"{module}.py" for module in imported)]:
+        if (ROOT / name).exists():
+            known = session.git("ls-tree", "--name-only", base, name)
+            if not known or session.git("diff", "--name-only", base, "--", name):
+                raise Refused(f"train.py imports {name}, which is new or was changed: "
+                              "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
 
 
 def plan(sitting, args):

@@ -1,6 +1,6 @@
 """Watch over train.py, or over the launcher of its ranks, from start to end; nothing of it is left behind.
 
-It is a process group of its own. TIMEOUT, a signal to us, and our own death end all of it; Ctrl-Z stops all of it.
+It is a process group of its own. TIMEOUT, a signal to us, and our own death end all of it.
 """
 
 import ctypes
@@ -10,16 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from harness import processes
-from scripts.run import lock
+from harness.project import ROOT
 
 TICK = 0.5  # seconds between two looks at what runs
 GAP = 5.0  # seconds between two looks: we were stopped meanwhile
+# Should we be killed without a chance to clean up, a process that waits for just that does it.
+GUARD = "import sys; from harness import processes; sys.stdin.read(1) or processes.end_tree(int(sys.argv[1]))"
 stopped_by = []  # signals that came
-_running = []  # the pid of what is watched over
 
 
 @dataclass
@@ -36,44 +37,9 @@ def take_charge():
     """From here on a signal ends the run, not us, and no process is lost. What nohup has us ignore stays ignored."""
     with suppress(OSError, AttributeError):  # on Linux, what loses its parent below us becomes our child (prctl(2))
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop_with_us if number == signal.SIGTSTP else lambda it, _: stopped_by.append(it))
-
-
-def stop_with_us(*_):
-    """Ctrl-Z: the run stops as well, and its record tells of the pause."""
-    for pid in _running:
-        processes.signal_group(pid, signal.SIGSTOP)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    for pid in _running:
-        processes.signal_group(pid, signal.SIGCONT)
-
-
-@contextmanager
-def guarded(pid):
-    """Should we be killed without a chance to clean up, a process that waits for just that does it."""
-    end, ours = os.pipe()
-    guard = os.fork()
-    if guard == 0:
-        try:
-            os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
-            os.closerange(3, end)
-            os.closerange(end + 1, 256)
-            if not os.read(end, 1):
-                processes.end_tree(pid)
-        finally:
-            os._exit(0)
-    os.close(end)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            os.write(ours, b"x")
-        os.close(ours)
-        os.waitpid(guard, 0)
+            signal.signal(number, lambda it, _: stopped_by.append(it))
 
 
 def keep_awake(pid):
@@ -94,22 +60,21 @@ def run(command, folder, log, limit, locks, environment):
             start_new_session=True, pass_fds=list(locks.values()),
             env={**environment, **({"AUTORESEARCH_TERMINAL": "1"} if terminal else {})},
         )  # fmt: skip
-        _running[:] = [child.pid]
         keep_awake(child.pid)
-        with guarded(child.pid):
+        guard = [sys.executable, "-c", GUARD, str(child.pid)]
+        with subprocess.Popen(guard, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True) as waits:
             last, late = start, False
             while child.poll() is None and not (late or stopped_by):
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(min(TICK, max(0.01, start + limit + away - last)))
                 show(written, terminal)
-                lock.keep(locks)
                 gap, last = time.monotonic() - last, time.monotonic()
                 away += gap if gap > GAP else 0.0
                 late = child.returncode is None and last > start + limit + away
             processes.end_tree(child.pid, child.poll)  # also what train.py left behind
             child.wait()
+            waits.stdin.write(b"x")  # it need not
         wall = time.monotonic() - start
-        _running.clear()
         processes.kill(processes.descendants(os.getpid()))  # whatever lost its parent
         show(written, terminal)
     if terminal:  # of a line that was overwritten the log keeps the last state
