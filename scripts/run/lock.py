@@ -8,7 +8,6 @@ WAIT, whoever finds a device taken waits for it. The lock belongs to whoever has
 training under it. When both are dead the kernel drops it; no pid is trusted.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -22,15 +21,6 @@ from harness import files
 from scripts.session import LOCK, ROOT, Refused, one_line, run_command, tell
 
 PAUSE = 0.5  # seconds between two looks whether a device is free
-MEND = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
-
-
-def keep(locks):
-    """Make a lock file anew that was deleted: a second run would make one of its own, and begin."""
-    for path, lock in locks.items():
-        with suppress(OSError, Refused):
-            if not (os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock))):
-                locks[path] = open_lock(path) or lock
 
 
 def gpus():
@@ -52,35 +42,27 @@ def open_lock(path):
             lock = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:  # another user's file
             lock = os.open(path, flags | os.O_RDONLY)
-    except OSError as error:
-        raise Refused(f"the machine's lock {path} cannot be opened ({error.strerror}): {MEND}") from None
-    facts = os.fstat(lock)
-    if not stat.S_ISREG(facts.st_mode):
-        raise Refused(f"the machine's lock {path} is no plain file: rm {path}, or AUTORESEARCH_LOCK names another")
-    try:
+        facts = os.fstat(lock)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:  # a second name of some other file
+            raise OSError(0, "it is no plain file")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError:
         os.close(lock)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise Refused(f"the file system of {path} has no locks ({error.strerror}): {MEND}") from None
+        return None
+    except OSError as error:  # a file system may have no locks
+        mend = "export AUTORESEARCH_LOCK=FILE names another one, the same for all who run on this machine"
+        raise Refused(f"the machine's lock {path} cannot be used ({error.strerror}): {mend}") from None
     with suppress(OSError):
-        if facts.st_nlink == 1:  # else it is a second name of some other file
-            os.fchmod(lock, 0o666)
-            os.ftruncate(lock, 0)
-            note = {"pid": os.getpid(), "clock": time.monotonic(), "folder": str(ROOT)}
-            os.pwrite(lock, json.dumps(note).encode(), 0)
+        os.fchmod(lock, 0o666)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps({"pid": os.getpid(), "folder": str(ROOT)}).encode(), 0)
     return lock
 
 
 def holder(path):
     """Who holds a lock, in words, as far as its file tells."""
     note = files.read_json(path) or {}
-    try:
-        age = max(0, round(time.monotonic() - note["clock"]))
-        return f": pid {int(note['pid'])}, for {age // 60} min {age % 60} s, in {one_line(note['folder'])[:300]}"
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-        return ""
+    return one_line(f": pid {note.get('pid')}, in {note.get('folder')}")[:300]
 
 
 def try_all(needed, devices, wanted):
@@ -105,21 +87,18 @@ def take(folder=True):
     """
     total, usable = gpus()
     chosen, wanted, several = os.environ.get("DEVICE"), int(os.environ.get("NPROC") or 1), total > 1
-    devices = usable if several else [0]
-    if chosen and int(chosen) not in devices:
-        raise Refused(f"DEVICE={chosen} is not here; there is {', '.join(map(str, devices)) or 'none'}")
-    if several and wanted > len(devices):
-        raise Refused(f"NPROC={wanted} devices are wanted, and {len(devices)} may be used here")
-    places = {f"{LOCK}.{d}" if several else LOCK: d for d in devices if not chosen or d == int(chosen)}
+    usable, wanted = (usable, wanted) if several else ([0], 1)
+    places = {f"{LOCK}.{d}" if several else LOCK: d for d in usable if not chosen or d == int(chosen)}
+    if len(places) < wanted:
+        which = f"DEVICE={chosen}" if chosen else f"NPROC={wanted}"
+        raise Refused(f"{which} is not here; there is {', '.join(map(str, usable)) or 'none'}")
     os.makedirs(ROOT / "data", exist_ok=True)
     needed, told = [str(ROOT / "data" / ".run")] if several and folder else [], False
-    while not (found := try_all(needed, places, min(wanted, len(places))))[0]:
-        who = holder(found[1])
+    while not (found := try_all(needed, places, wanted))[0]:
+        what = "this folder" if found[1] in needed else f"device {places[found[1]]}" if chosen else "this machine"
         if not os.environ.get("WAIT"):
-            what = "every device" if len(places) > 1 else f"device {chosen}" if several else "this machine"
-            what = "this folder (a run beside it needs a git worktree of its own)" if found[1] in needed else what
-            raise Refused(f"{what} is taken by another run{who}; WAIT=1 waits for it")
-        told = told or tell(f"waiting for another run{who}") or True
+            raise Refused(f"{what} is taken by another run{holder(found[1])}; WAIT=1 waits for it")
+        told = told or tell(f"waiting for another run{holder(found[1])}") or True
         time.sleep(PAUSE)
     if several:
         ours = [places[path] for path in found[0] if path in places]
