@@ -9,7 +9,6 @@ usage: python -m scripts.session --tag TAG [--open | --any-dataset]    (lib.sh; 
 import argparse
 import ast
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -18,7 +17,6 @@ import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from urllib.parse import quote, unquote
 
 from harness import files, project, record
@@ -33,13 +31,6 @@ PROGRESS = project.DATA / ".progress.json"  # of the run that goes on, written b
 JOURNAL = HOME / "internal" / "log"
 HISTORY = 5000  # changes of train.py that a branch is looked through for
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
-
-NEEDED = {  # of an event, before it counts
-    "begin": {"id": str, "role": str, "train_blob": str, "launcher": int},
-    "end": {"id": str, "status": str},
-    "logging": {"id": str, "row": int, "line": str},
-    "logged": {"id": str},
-}
 
 
 class Refused(Exception):
@@ -68,53 +59,33 @@ class Session:
         self.tag, self.folder = tag, STORE / "sessions" / quote(tag, safe="")
         self.table, self.log = self.folder / "results.tsv", self.folder / "events.jsonl"
 
-    # --- settings ---
-
-    @property
-    def settings(self):
-        """{name: text} of what it was opened with: BUDGET, TIMEOUT, NPROC, HOSTS; DEVICE, FILES, COLUMN where given."""
-        return settings.complete(self.stored_settings()[0])
-
     def stored_settings(self):
-        """({name: text}, whether another value is refused). An older session's are those of its newest run."""
-        stored = settings.read(self.folder / "settings.json")
+        """({name: text} that it was opened with, whether another value is refused).
+
+        An older session has no such file: its settings are those of its newest run.
+        """
+        stored = files.read_json(self.folder / "settings.json")
         if stored is None and git("rev-parse", "-q", "--verify", f"refs/experiments/{self.tag}/start"):
             for attempt in self.attempts()[-1:]:
-                with suppress(ValueError, TypeError, KeyError, AttributeError):
-                    words = shlex.split(attempt.get("given", ""))
-                    return {"BUDGET": f"{attempt['budget']:.12g}"} | dict(word.split("=", 1) for word in words), False
+                words = shlex.split(attempt.get("given", ""))
+                return {"BUDGET": f"{attempt['budget']:.12g}"} | dict(word.split("=", 1) for word in words), False
         return stored or {}, stored is not None
 
     # --- the table ---
 
     def link(self):
         """Make results.tsv in the root a link to this session's table. A file that stands there is moved aside."""
-        if self.tag == "none" and not self.table.exists() and not LINK.exists():
-            return
         files.make_folder(self.folder)
         target = os.path.relpath(self.table, ROOT)
-        if LINK.is_symlink() and os.readlink(LINK) != target:
-            LINK.unlink()
-        elif LINK.exists() and not LINK.is_symlink():
-            aside = files.free_name(STORE, "results", ".tsv") if self.table.exists() else self.table
+        if LINK.exists() and not LINK.is_symlink():
+            aside = files.free_name(STORE, "results", ".tsv")
             LINK.rename(aside)
-            if aside is not self.table:
-                say(f"note: results.tsv was another file than this session's table; it is now {shown(aside)}")
-        self.restore()
-        if not LINK.is_symlink():
+            say(f"note: results.tsv was another file than this session's table; it is now {shown(aside)}")
+        if not LINK.is_symlink() or os.readlink(LINK) != target:
+            LINK.unlink(missing_ok=True)
             LINK.symlink_to(target)
         if HOME != ROOT and not (ROOT / "internal").exists():
             (ROOT / "internal").symlink_to(HOME / "internal")
-
-    def restore(self):
-        """Write a table that is lost anew, from the events."""
-        if self.table.exists():
-            return
-        if logged := self.logged():
-            done = {event["id"] for event in self.events() if event["event"] == "logged"}
-            lines = [HEADER, *(event["line"] for _, event in sorted(logged.items()) if event["id"] in done)]
-            files.write_atomically(self.table, "\n".join(lines) + "\n")
-            say("note: results.tsv was missing, and is restored from what was logged")
 
     def rows(self):
         """(the rows of the table, what is wrong with it): a line that is no row does not count."""
@@ -138,7 +109,7 @@ class Session:
         """Begin a new table; the old one stays beside it under a name of its own."""
         if self.table.exists():
             old = files.free_name(self.folder, "results", ".tsv")
-            self.note("table", archived=old.name)  # first: a table that is missing would be restored
+            self.note("table", archived=old.name)
             self.table.rename(old)
             files.folder_to_disk(self.folder)
             say(f"note: the older results.tsv is now {shown(old)}")
@@ -152,14 +123,9 @@ class Session:
     def events(self):
         """Everything noted, in order; a line that was cut short does not count."""
         found = []
-        if self.log.exists():
-            for line in self.log.read_bytes().decode("utf-8", "replace").split("\n"):
-                with suppress(ValueError, RecursionError, TypeError, KeyError, AttributeError):
-                    event = json.loads(line)
-                    needed = {"id": str, "time": str} if "id" in event else {}
-                    needed |= NEEDED.get(event["event"], {})
-                    if all(isinstance(event.get(key), kind) for key, kind in needed.items()):
-                        found.append(event)
+        for line in self.log.read_bytes().split(b"\n") if self.log.exists() else ():
+            with suppress(ValueError):
+                found.append(json.loads(line))
         return found
 
     def attempts(self):
@@ -242,18 +208,9 @@ def tags():
 
 
 def alive(attempt):
-    """Whether the run still holds its device's lock (see lock.py)."""
-    path = attempt.get("lock") or LOCK
-    if (files.read_json(path) or {}).get("pid") != attempt["launcher"] or not is_alive(attempt["launcher"]):
-        return False
-    try:
-        with open(path) as lock:  # last: to try the lock is to be in the way, however shortly
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    """Whether the run goes on: its launcher lives, and has its device's lock (see lock.py) as the last one who did."""
+    note = files.read_json(attempt.get("lock") or LOCK) or {}
+    return note.get("pid") == attempt["launcher"] and is_alive(attempt["launcher"])
 
 
 def record_of(attempt):
@@ -349,10 +306,6 @@ def run_command(function, *arguments):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody listens any more; the work is done all the same
         if isinstance(broken.__context__, SystemExit):
             raise broken.__context__ from None
-    except PermissionError as error:
-        path = Path(error.filename or "data")
-        name = shown(path if path.exists() else path.absolute().parent)  # what cannot be made: its folder
-        sys.exit(f"error: {name} is read-only: chmod u+w {name}, then the same command again")
     except OSError as error:
         reason = files.what_failed(error)
         sys.exit(f"error: {error.filename or 'writing'}: {reason}; mend that, and run the same again")

@@ -3,28 +3,17 @@
 They stand in data/sessions/TAG/settings.json, as {name: text}. Outside a session what is typed holds.
 """
 
-import math
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from harness import project
-from harness.files import printable, read_json
+from harness.files import printable
 
 NAMES = ("BUDGET", "TIMEOUT", "NPROC", "HOSTS", "DEVICE", "FILES", "COLUMN")
 TO_PYTHON = {"BUDGET": "AUTORESEARCH_BUDGET", "FILES": "AUTORESEARCH_FILES", "COLUMN": "AUTORESEARCH_COLUMN"}
 ALLOWANCE = 300.0  # seconds for the start-up and the evaluation of a run, where no TIMEOUT is given
 LEAST_TIMEOUT = 600.0  # seconds
-
-
-def read(path):
-    """The settings in a session's file, or None where it is missing or damaged."""
-    stored = read_json(path)
-    with suppress(TypeError, ValueError, KeyError):
-        fits = 0 < float(stored["BUDGET"]) < float(stored["TIMEOUT"]) < math.inf
-        return stored if fits and all(isinstance(text, str) for text in stored.values()) else None
-    return None
 
 
 def typed():
@@ -37,8 +26,6 @@ def typed():
             elif name in ("NPROC", "DEVICE"):
                 text = str(project.whole(name, text))
             found[name] = str(Path(text).absolute()) if name == "FILES" else text
-    if found.get("NPROC") == "0":
-        sys.exit("error: NPROC=0 is no number of devices: at least 1")
     return found
 
 

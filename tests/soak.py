@@ -351,8 +351,7 @@ class Night:
 
     def lost(self, chance):
         """Something is deleted that can be made again, or that is spare."""
-        table = f"data/sessions/{self.side.tag}/results.tsv"
-        name = chance.choice(["results.tsv", "run.log", "data/last_run.json", table])
+        name = chance.choice(["results.tsv", "run.log", "data/last_run.json"])
         (self.lab.path / name).unlink(missing_ok=True)
         self.type("results", 0)
         self.good(chance)

@@ -42,13 +42,6 @@ def test_a_row_and_an_entry_from_the_record(ran):
         assert text in entry
 
 
-def test_a_run_is_logged_once(ran):
-    log(ran)
-    before = table(ran), ran.journal
-    assert "logged already, as row 2" in log(ran, check=1).stderr
-    assert (table(ran), ran.journal) == before
-
-
 def test_a_description_is_made_one_line(ran):
     log(ran, desc="  a\tb\r\nc \x1b[31m \x85 d ")
     assert ran.rows[1][5] == "a b c [31m d" and len(ran.rows) == 2
@@ -61,15 +54,11 @@ def test_text_reaches_the_row_as_it_was_typed(ran):
     assert f"- found: {typed}\n" in ran.journal
 
 
-@pytest.mark.parametrize("words", [["STATUS=good", "DESC=x"], ["DESC=x"], ["STATUS=keep"], ["STATUS=keep", "DESC= \t"]])
+@pytest.mark.parametrize("words", [["STATUS=good", "DESC=x"], ["STATUS=keep", "DESC= \t"], ["STATUS=crash", "DESC=x"]])
 def test_what_is_missing_or_wrong_is_said(ran, words):
     done = ran.make("log-result", *words, check=2)
-    assert re.match("error: (STATUS=.* is none of keep, discard, crash|DESC is missing)", done.stderr)
+    assert re.match("error: (STATUS=.* is none of|DESC is missing|the run was valid, so it is no crash)", done.stderr)
     assert len(ran.rows) == 1
-
-
-def test_a_valid_run_is_no_crash(ran):
-    assert "no crash" in log(ran, "crash", check=1).stderr
 
 
 def test_the_commit_logged_is_the_one_that_ran(ran):
@@ -77,6 +66,9 @@ def test_the_commit_logged_is_the_one_that_ran(ran):
     ran.write_train("prepare.finish(9.9)", commit="already the next idea")
     log(ran)
     assert ran.rows[1][:2] == [head[:7], "1.400000"]
+    before = table(ran), ran.journal
+    assert "logged already, as row 2" in log(ran, check=1).stderr
+    assert (table(ran), ran.journal) == before
 
 
 def test_a_record_that_was_changed_by_hand_is_not_logged(ran):
@@ -89,23 +81,12 @@ def test_a_record_that_was_changed_by_hand_is_not_logged(ran):
 # --- faults ----------------------------------------------------------------------------------------
 
 
-def test_a_lost_table_comes_back(ran):
+def test_a_lost_link_comes_back_and_without_its_table_a_session_goes_on(ran):
     before = table(ran)
     (ran.path / "results.tsv").unlink()  # a link: the table itself is out of a reset's reach
     ran.script("results", check=0)
     assert table(ran) == before
     (ran.path / "data" / "sessions" / "t" / "results.tsv").unlink()
-    assert "missing" in ran.script("results", check=0).stderr
-    assert ran.script("verdict", check=0).stdout.count("verdict  keep: val_bpb improved")
-    log(ran)
-    assert table(ran).startswith(before) and len(ran.rows) == 2
-
-
-def test_a_table_that_never_was(ran):
-    (ran.path / "results.tsv").unlink()
-    for path in (ran.path / "data" / "sessions" / "t").iterdir():
-        path.unlink()
-    ran.make("run", "AGAIN=1", check=0)
     log(ran)
     assert [row[5] for row in ran.rows] == ["warmer"]
     assert "002" in ran.refs("t")  # the first experiment's ref is not taken
@@ -116,14 +97,12 @@ def test_a_table_that_never_was(ran):
     "damage",
     [
         lambda text: text + "abc1234\t1.4",  # cut off in mid-row
-        lambda text: text[:-1],  # no newline at the end
         lambda text: text + "a note by hand\n\n",
         lambda text: text.replace("\n", "\r\n"),  # an editor on another system
-        lambda text: text + "abc1234\t1.4\t1.0\t5\tkeep\ttwo decimals\n",
         lambda text: "\ufeff" + text,
         lambda text: "",
     ],
-    ids=["cut", "no-newline", "note", "crlf", "not-six-decimals", "bom", "empty"],
+    ids=["cut", "note", "crlf", "bom", "empty"],
 )
 def test_a_table_edited_by_hand_or_cut_short_keeps_what_it_has(ran, damage):
     path = ran.path / "results.tsv"
@@ -147,14 +126,14 @@ def test_a_read_only_table_refuses_and_the_same_command_completes(ran):
     before = table(ran)
     path.chmod(0o444)
     done = log(ran, check=1)
-    assert "read-only" in done.stderr and "chmod u+w results.tsv" in done.stderr and done.stderr.count("\n") == 1
+    assert "results.tsv: read-only" in done.stderr and done.stderr.count("\n") == 1
     assert table(ran) == before
     path.chmod(0o644)
     log(ran)
     assert len(ran.rows) == 2 and ran.journal.count("\n## ") == 2
 
 
-@pytest.mark.parametrize("full_at", ["results.tsv", "journal"])
+@pytest.mark.parametrize("full_at", ["results.tsv", pytest.param("journal", marks=pytest.mark.slow)])
 def test_a_full_disk_loses_nothing_and_the_next_command_completes(ran, full_at):
     # a limit on file sizes fails as a full disk does: in the middle of a write
     grown = (ran.path / "results.tsv").resolve()
@@ -210,12 +189,6 @@ def test_a_baseline_with_another_budget_begins_a_new_table(checkout):
     assert [row[5] for row in checkout.rows] == ["baseline"]
     assert [p.read_bytes() for p in (checkout.path / "data" / "sessions" / "main").glob("results_2*.tsv")] == [old]
     assert "results_2" in done.stderr
-
-
-def test_a_baseline_that_crashes_is_not_logged(checkout):
-    checkout.write_train("raise ValueError('no')")
-    assert checkout.script("baseline").returncode == 2
-    assert not (checkout.path / "results.tsv").exists()
 
 
 def test_results_are_aligned_and_the_best_is_marked(session):

@@ -25,7 +25,7 @@ def test_setup_without_a_dataset_takes_the_one_of_train(checkout):
     assert checkout.git("rev-parse", "HEAD") == before
 
 
-@pytest.mark.parametrize("tag", ["", "two words", "a/b", "-x", "a..b", ".hidden", "x.lock", "$(touch x)"])
+@pytest.mark.parametrize("tag", ["", "a/b", "x.lock", "$(touch x)"])
 def test_setup_refuses_a_tag_that_names_no_branch(checkout, tag):
     done = checkout.script("setup", TAG=tag, check=1)
     assert done.stderr.startswith("error: TAG") and done.stderr.count("\n") == 1
@@ -40,7 +40,7 @@ def test_setup_refuses_a_taken_tag_even_when_its_branch_is_gone(session):
     assert len(session.rows) == 1
 
 
-@pytest.mark.parametrize("file", ["train.py", "prepare.py", "Makefile"])
+@pytest.mark.parametrize("file", ["train.py", "Makefile"])
 def test_setup_refuses_a_dirty_tree(checkout, file):
     with (checkout.path / file).open("a") as out:
         out.write("\n# changed\n")
@@ -49,18 +49,22 @@ def test_setup_refuses_a_dirty_tree(checkout, file):
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
 
 
-def test_setup_that_fails_half_way_leaves_nothing_behind(checkout):
+def test_setup_that_fails_half_way_is_completed_by_the_same_command(checkout):
     hook = checkout.path / ".git" / "hooks" / "reference-transaction"
     hook.parent.mkdir()
     hook.write_text("#!/bin/sh\nexit 1\n")
     hook.chmod(0o755)
-    checkout.script("setup", TAG="t", DATASET="tinystories", check=1)
+    done = checkout.script("setup", TAG="t", DATASET="tinystories", check=1)
+    assert "not open yet (see above): mend that, and run the same again" in done.stderr
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
-    assert checkout.git("status", "--porcelain", "--untracked-files=all") == ""
     hook.unlink()
-    checkout.script("setup", TAG="t", DATASET="tinystories", check=0)
+    for _ in range(2):  # typed twice, too
+        checkout.script("setup", TAG="t", DATASET="tinystories", check=0)
+    assert checkout.git("symbolic-ref", "--short", "HEAD") == "autoresearch/t"
+    assert checkout.git("status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_setup_asks_for_an_author_before_the_first_experiment_does(checkout):
     for name in [name for name in checkout.env if name.startswith(("GIT_AUTHOR", "GIT_COMMITTER"))]:
         del checkout.env[name]
@@ -71,17 +75,12 @@ def test_setup_asks_for_an_author_before_the_first_experiment_does(checkout):
     checkout.script("setup", TAG="t", check=0)
 
 
-def test_setup_names_the_known_datasets(checkout):
-    done = checkout.script("setup", TAG="t", DATASET="nothing", check=1)
-    assert "unknown dataset 'nothing'; known: stdlib" in done.stderr
-    assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
-
-
 def test_without_a_session(checkout):
     assert "make setup" in checkout.script("discard", check=1).stderr
     assert "make run" in checkout.script("verdict", check=1).stderr
     assert "make run" in checkout.script("log-result", STATUS="keep", DESC="x", check=1).stderr
     assert "make baseline" in checkout.script("results", check=0).stdout
+    assert "unknown dataset 'x'; known: stdlib" in checkout.script("setup", TAG="t", DATASET="x", check=1).stderr
 
 
 def test_off_its_branch_a_session_says_so(session):
@@ -148,6 +147,7 @@ def test_a_pair_runs_both_with_one_seed_and_turns_round(session):
     assert begun[0]["pair"] == begun[1]["pair"] != begun[2]["pair"] == begun[3]["pair"]
 
 
+@pytest.mark.slow
 def test_what_is_kept_keeps_its_weights_whichever_run_was_the_last(session):
     """After the reference's own run data/last_run.json is of another program than the weights beside it."""
 
@@ -164,13 +164,6 @@ def test_what_is_kept_keeps_its_weights_whichever_run_was_the_last(session):
     assert blob_of_the_best() == kept
     session.experiment("prepare.finish(1.6)", "discard")
     assert blob_of_the_best() == kept
-
-
-def test_a_busy_machine_is_said_and_asks_for_a_pair(session):
-    busy = "machine={'cores': 2, 'other_cores': 1.1}"
-    done = session.experiment(f"prepare.finish(1.6, {busy})")
-    assert "busy     other processes used 1.1 of 2 cores" in done.stdout
-    assert "verdict  rerun: the machine was shared: a pair" in done.stdout and "next     make run PAIR=1" in done.stdout
 
 
 @pytest.mark.slow
@@ -207,9 +200,6 @@ def test_verdict_is_against_the_last_kept_run(session):
     ("change", "named"),
     [
         ("dataset='tinystories'", "dataset is tinystories, was stdlib"),
-        ("token_cache='other'", "token_cache is other"),
-        ("budget=30.0", "budget is 30.0, was 300.0"),
-        ("harness='other'", "harness is other"),
         ("device={'name': 'other', 'memory_gb': 1, 'mlx': '0'}", "device.name is other, was abacus"),
     ],
 )
@@ -263,13 +253,14 @@ def test_discard_refuses_what_would_lose_work(session):
     assert any(name.startswith("dropped-") for name in session.refs("t"))
 
 
-def test_a_commit_that_never_ran_stays_reachable(session):
-    base = session.git("rev-parse", "HEAD")
-    session.write_train("prepare.finish(1.2)  # thought better of it")
-    head = session.git("rev-parse", "HEAD")
-    session.make("discard", check=0)
-    assert session.git("rev-parse", "HEAD") == base
-    assert head in session.refs("t").values()
+def test_a_commit_that_never_ran_stays_reachable_and_where_nothing_was_kept_the_start_is_back(checkout):
+    checkout.make("setup", "TAG=t", check=0)
+    base = checkout.git("rev-parse", "HEAD")
+    checkout.write_train("prepare.finish(1.2)  # thought better of it")
+    head = checkout.git("rev-parse", "HEAD")
+    checkout.make("discard", check=0)
+    assert checkout.git("rev-parse", "HEAD") == base
+    assert head in checkout.refs("t").values()
 
 
 def test_what_setup_was_given_holds_for_every_later_command(checkout):
@@ -285,19 +276,16 @@ def test_what_setup_was_given_holds_for_every_later_command(checkout):
     assert record["budget"] == 900 and "not comparable" not in checkout.script("verdict", check=0).stdout
 
 
-@pytest.mark.parametrize("given", ["BUDGET=3", "TIMEOUT=700", "NPROC=2", "HOSTS=a,b", "BUDGET=ten", "NPROC=0"])
-def test_another_setting_than_the_sessions_is_refused(session, given):
-    session.write_train("prepare.finish(1.9)")
+@pytest.mark.parametrize(("verb", "given"), [("run", "BUDGET=3"), ("holdout", "HOSTS=a,b"), ("tune", "BUDGET=ten")])
+def test_another_setting_than_the_sessions_is_refused(session, verb, given):
     events = session.events
-    for command in ("run", "baseline", "holdout", "tune"):
-        done = session.script(command, check=1, **dict([given.split("=")]))
-        assert done.stderr.startswith("error: ") and given in done.stderr and done.stderr.count("\n") == 1
+    done = session.script(verb, check=1, **dict([given.split("=")]))
+    assert done.stderr.startswith("error: ") and given in done.stderr and done.stderr.count("\n") == 1
     assert session.events == events
 
 
-@pytest.mark.parametrize("words", [["BUDGET=60", "TIMEOUT=10"], ["BUDGET=nan"], ["NPROC=two"]])
-def test_settings_that_cannot_be_are_refused_before_anything_is_made(checkout, words):
-    done = checkout.script("setup", check=1, TAG="t", **dict(word.split("=") for word in words))
+def test_settings_that_cannot_be_are_refused_before_anything_is_made(checkout):
+    done = checkout.script("setup", check=1, TAG="t", BUDGET="60", TIMEOUT="10")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert checkout.git("for-each-ref", "--format=%(refname)") == "refs/heads/main"
 
@@ -310,15 +298,6 @@ def test_a_session_from_before_goes_on_with_the_settings_of_its_newest_run(sessi
     session.write_train("import os\nprint(os.environ['TIMEOUT'])\nprepare.finish(1.1)")
     session.make("run", check=0)
     assert session.attempt["budget"] == 9 and (session.path / "run.log").read_text().startswith("50\n")
-
-
-@pytest.mark.slow
-def test_discard_before_anything_was_kept_goes_to_the_start(checkout):
-    checkout.make("setup", "TAG=t", check=0)
-    start = checkout.git("rev-parse", "HEAD")
-    checkout.experiment("raise SystemExit(1)", "crash")
-    checkout.make("discard", check=0)
-    assert checkout.git("rev-parse", "HEAD") == start
 
 
 @pytest.mark.slow
@@ -337,13 +316,9 @@ def test_a_repeat_of_what_was_discarded_is_put_back_without_another_row(session)
     assert session.git("rev-parse", "HEAD") == kept and len(session.rows) == 2
 
 
-@pytest.mark.parametrize("rewrite", [
-    ["commit", "-q", "--amend", "-m", "in other words"],
-    ["rebase", "-q", "--force-rebase", "refs/experiments/t/start"],
-])  # fmt: skip
-def test_a_kept_commit_that_was_rewritten_stays_the_reference_and_on_the_branch(session, rewrite):
+def test_a_kept_commit_that_was_rewritten_stays_the_reference_and_on_the_branch(session):
     session.experiment("prepare.finish(1.4)", "keep", desc="kept")
-    session.git(*rewrite, GIT_COMMITTER_DATE="2020-01-01T00:00:00Z")
+    session.git("commit", "-q", "--amend", "-m", "in other words", GIT_COMMITTER_DATE="2020-01-01T00:00:00Z")
     head = session.git("rev-parse", "HEAD")
     assert head[:7] != session.rows[-1][0]
     told = session.experiment("prepare.finish(1.45)", "discard").stdout
@@ -353,6 +328,7 @@ def test_a_kept_commit_that_was_rewritten_stays_the_reference_and_on_the_branch(
     assert session.git("rev-parse", "HEAD") == head
 
 
+@pytest.mark.slow
 def test_a_kept_program_that_is_on_the_branch_no_more_is_named(session):
     session.experiment("prepare.finish(1.4)", "keep")
     kept = session.git("rev-parse", "HEAD")
