@@ -1,15 +1,10 @@
 #!/usr/bin/env bash
-# Prepare where needed, run train.py as it is, and log it as the baseline.
-#
-# usage: make baseline [BUDGET=300] [TIMEOUT=600] [SEED=42] [AGAIN=1]
-#
-# Where results.tsv holds runs that cannot be compared with this one (another budget, dataset, machine),
-# it is archived in data/ and a new table begins.
-# exit: as `make run`
+# make baseline [SEED=42] [AGAIN=1]: prepare where needed, run train.py as it is, and log it as the baseline.
+# Where results.tsv holds runs that cannot be compared with this one (another budget, dataset, machine), it is archived
+# in data/ and a new table begins. exit: as `make run`
 . "$(dirname "$0")/lib.sh"
 
 read_git
-need_python
 export_settings
 export PYTHON # built once, known to the others
 scripts/prepare.sh

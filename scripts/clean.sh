@@ -1,9 +1,5 @@
 #!/usr/bin/env bash
-# Remove what can be built again: the environment and caches. Results stay.
-#
-# usage: make clean
-#
-# results.tsv, data/, internal/, run.log and the prepared datasets are never touched.
+# make clean: remove what can be built again, the environment and caches; never results, nor prepared datasets.
 . "$(dirname "$0")/lib.sh"
 
 rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,5 @@
 #!/usr/bin/env bash
-# Put the branch back on the last kept commit, touching nothing but train.py and the branch.
-#
-# usage: make discard
-#
+# make discard: put the branch back on the last kept commit, touching nothing but train.py and the branch.
 # The discarded commits stay reachable under refs/experiments/TAG/.
 # exit: 0 back · 1 refused, and why; nothing was changed
 . "$(dirname "$0")/lib.sh"
@@ -10,7 +7,6 @@
 read_git
 refuse_off_branch
 [ -n "$START" ] || die "discard works in a session, on a branch $SESSIONS/TAG: make setup TAG=name opens one"
-need_python
 kept=$(helper judge.log_result --tag="$TAG" --kept="$HEAD") || exit 1
 kept=$(git rev-parse -q --verify "${kept:-$START}^{commit}") # while nothing was kept, where the session began
 

@@ -1,13 +1,6 @@
 #!/usr/bin/env bash
-# List what make can do, read from the Makefile itself.
-#
-# usage: make help
+# make help: list what make can do, read from the Makefile itself.
 . "$(dirname "$0")/lib.sh"
 
-list() { # a line for each that the pattern finds: NAME|TEXT
-  echo
-  sed -n "s/$1/\1|\2/p" Makefile | while IFS='|' read -r name text; do printf '  %-12s %s\n' "$name" "$text"; done
-}
-echo "usage: make TARGET [NAME=value …]"
-list '^\([a-z-]*\):.*## \(.*\)'
-list '^#   \([A-Z_]*\)  *\(.*\)'
+echo "usage: make TARGET [NAME=value …]        (README.md has a table of the variables)"
+sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-12s %s\n' "$name" "$text"; done

