@@ -50,16 +50,10 @@ def evaluate_bpb(model, rows, tokenizer, batch_size):
     with evaluation_mode(model), devices.agreement(Refused):
         if mine.any():
             nats[mine] = score_rows(model, rows[mine], tokenizer, batch_size)
-    nats = devices.all_sum(nats)
-    row_bits, row_bytes = bits_and_bytes(nats, rows, tokenizer)
+    nats, counted = devices.all_sum(nats), tokenizer.token_bytes[rows[:, 1:]]
+    row_bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
+    row_bytes = counted.sum(axis=1, dtype=np.int64)
     return Evaluation(*bits_per_byte(row_bits, row_bytes), nats, row_bits, row_bytes)
-
-
-def bits_and_bytes(nats, rows, tokenizer):
-    """Bits float (n,) and bytes int (n,) of each of rows (n, T + 1), special tokens in neither. nats: (n, T)."""
-    counted = tokenizer.token_bytes[rows[:, 1:]]
-    bits = nats.sum(axis=1, dtype=np.float64, where=counted > 0) / math.log(2)
-    return bits, counted.sum(axis=1, dtype=np.int64)
 
 
 def bits_per_byte(bits, size):
@@ -93,10 +87,8 @@ def compute_streams():
 def evaluation_mode(model):
     """Dropout and the like are off within it."""
     training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
     try:
-        yield
+        yield model.eval() if training else None
     finally:
         if training:
             model.train()
@@ -153,8 +145,8 @@ def logits_of(model, ids, vocab_size):
         raise Refused(f"shape: the model returned {type(logits).__name__}, expected an mx.array of logits {expected}.")
     if tuple(logits.shape) != expected:
         raise Refused(
-            f"shape: logits are {tuple(logits.shape)}, expected (batch, positions, vocabulary) = {expected}: one row "
-            "for every position, with one number for every token of the vocabulary, none skipped and none added."
+            f"shape: logits are {tuple(logits.shape)}, expected (batch, positions, vocabulary) = {expected}: for every "
+            "position one number for every token."
         )
     if not mx.issubdtype(logits.dtype, mx.floating):
         raise Refused(f"shape: logits are {logits.dtype}, expected a floating-point type.")

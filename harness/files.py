@@ -62,24 +62,16 @@ def move_into_place(temporary, path):
 
 
 def append(path, text):
-    """Add whole lines at the end of a file, or nothing at all; what stands there is never rewritten."""
+    """Add whole lines at the end of a file; what stands there is never rewritten, and a line cut short is ended."""
     make_folder(path.parent)
-    new = not path.exists()
-    if not new and not path.stat().st_mode & 0o222:  # root could write it all the same
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         cut_short = size and os.pread(descriptor, 1, size - 1) != b"\n"
         content = b"\n" * bool(cut_short) + text.encode()
-        try:
-            if os.write(descriptor, content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            to_disk(descriptor)
-        except OSError as error:
-            os.ftruncate(descriptor, size)
-            error.filename = str(path)
-            raise
+        if os.write(descriptor, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        to_disk(descriptor)
     finally:
         os.close(descriptor)
     folder_to_disk(path.parent)  # each time: whoever made the file may have been killed before this
@@ -90,11 +82,7 @@ def one_at_a_time(folder):
     """Hold the lock of a folder, and wait where another process does: the kernel drops a dead one's."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:  # a network's file system may have no locks
-            error.filename = str(folder)
-            raise
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

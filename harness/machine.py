@@ -17,9 +17,8 @@ import psutil
 
 def describe():
     """Plain facts about the machine and the software: results of unlike ones are not compared."""
-    info, memory = mx.device_info(), None
-    with suppress(OSError, psutil.Error):  # a sandbox may hide it
-        memory = info.get("memory_size") or info.get("total_memory") or psutil.virtual_memory().total
+    info = mx.device_info()
+    memory = info.get("memory_size") or info.get("total_memory") or allowed(lambda: psutil.virtual_memory().total)
     return {
         "name": info.get("device_name", platform.machine()),
         "memory_gb": round(memory / 2**30) if memory else None,
@@ -48,26 +47,31 @@ def cores():
     return list(range(os.cpu_count() or 1))
 
 
+def allowed(question):
+    """What psutil answers, or None where a sandbox hides it."""
+    with suppress(OSError, RuntimeError, psutil.Error):
+        return question()
+
+
 # --- what else went on -----------------------------------------------------------------------------
 
 TICK = 0.25  # seconds between two looks at the clock
 GAP = 2.0  # seconds between two looks, without work done: the process was stopped, or the machine slept
+BUSY = ("user", "system", "nice", "irq", "softirq", "steal")  # time of guests is in `user`
 
 
 class Watch:
     """Looks at the machine from `start` to `stop`."""
 
-    def __init__(self):
-        self._paused, self._done = 0.0, threading.Event()
-
     def start(self):
-        self._start, self._others, self._swap = time.monotonic(), seconds_of_others(), swapped_mb()
+        self._paused, self._done = 0.0, threading.Event()
+        self._start, self._others, self._swapped = time.monotonic(), seconds_of_others(), swapped_mb()
         threading.Thread(target=self._tick, daemon=True, name="watch").start()
 
     def _tick(self):
-        last, worked = clock_that_never_stops(), own_seconds()
+        last, worked = time.time(), own_seconds()  # another clock may stand still while the machine sleeps
         while not self._done.wait(TICK):
-            now, work = clock_that_never_stops(), own_seconds()
+            now, work = time.time(), own_seconds()
             if now - last > GAP and work - worked < 0.5 * (now - last):
                 self._paused += now - last - TICK
             last, worked = now, work
@@ -75,21 +79,15 @@ class Watch:
     def stop(self, step_ends):
         """What was seen, for the record. step_ends: seconds at which each step ended."""
         self._done.set()
-        others, wall = seconds_of_others(), max(time.monotonic() - self._start, 1e-3)
-        known = None not in (others, self._others)
+        wall, others = max(time.monotonic() - self._start, 1e-3), seconds_of_others()
         steps = 1e3 * np.diff(step_ends)
         return {
             "cores": len(cores()),
-            "other_cores": round(max(0.0, others - self._others) / wall, 3) if known else None,
+            "other_cores": others and round(max(0.0, others - (self._others or others)) / wall, 3),
             "step_ms": [round(float(ms), 3) for ms in np.percentile(steps, (5, 50, 95))] if len(steps) else None,
             "paused_seconds": round(self._paused, 2),
-            "swapped_mb": round(swapped_mb() - self._swap),
+            "swapped_mb": round(swapped_mb() - self._swapped),
         }
-
-
-def clock_that_never_stops():
-    """Seconds by a clock that goes on while the machine sleeps."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC_RAW", 0)))
 
 
 def own_seconds():
@@ -97,20 +95,13 @@ def own_seconds():
     return sum(os.times()[:4])
 
 
-BUSY = ("user", "system", "nice", "irq", "softirq", "steal")  # time of guests is in `user`
-
-
 def seconds_of_others():
     """Processor seconds that other processes have used on our cores, or None where a sandbox hides them."""
-    with suppress(OSError, RuntimeError, psutil.Error):
-        every = psutil.cpu_times(percpu=True)
+    if every := allowed(lambda: psutil.cpu_times(percpu=True)):
         ours = [every[core] for core in cores() if core < len(every)]
         return sum(getattr(times, name, 0.0) for times in ours for name in BUSY) - own_seconds()
-    return None
 
 
 def swapped_mb():
     """Memory that stands on disk, in MB; 0 where nothing tells."""
-    with suppress(OSError, RuntimeError, psutil.Error):
-        return psutil.swap_memory().used / 2**20
-    return 0.0
+    return getattr(allowed(psutil.swap_memory), "used", 0) / 2**20

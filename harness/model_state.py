@@ -1,6 +1,6 @@
 """The arrays that a model holds: compared, put back bit for bit, and shaken."""
 
-import functools
+import inspect
 import types
 from contextlib import contextmanager, suppress
 
@@ -15,8 +15,8 @@ from harness.run_checks import Refused
 def arrays_of(model):
     """{path: array} of every MLX array that a callable holds.
 
-    Followed are attributes, containers, partial functions, bound methods, and what a function encloses or names.
-    A path may hold another array after a call: what counts is the content.
+    Followed are attributes, lists, dictionaries, bound methods, and what a function encloses or names. A path may hold
+    another array after a call: what counts is the content.
     """
     found, seen, left = {}, {}, [("model", model)]
     while left:
@@ -31,21 +31,17 @@ def arrays_of(model):
 
 def parts_of(value):
     """{name: what a value is made of}; of modules, classes and plain values nothing."""
-    if isinstance(value, types.MethodType):
-        return {"self": value.__self__}
-    if isinstance(value, functools.partial):
-        return {"func": value.func, "args": value.args, "keywords": value.keywords}
-    if isinstance(value, types.FunctionType):
-        parts = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with suppress(ValueError):  # nothing in it yet
-                parts[name] = cell.cell_contents
-        return parts
     if isinstance(value, (type, types.ModuleType)):
         return {}
+    if isinstance(value, types.MethodType):
+        return {"self": value.__self__}
     parts = dict(value) if isinstance(value, dict) else {}
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, tuple)):
         parts = dict(enumerate(value))
+    if isinstance(value, types.FunctionType):
+        with suppress(ValueError):  # where something that it encloses has no value yet
+            names = inspect.getclosurevars(value)
+            parts = {**names.globals, **names.nonlocals}
     return parts | getattr(value, "__dict__", {})
 
 
@@ -54,24 +50,23 @@ def private(path):
     return "._" in path
 
 
-def changed(before, now):
-    """Paths whose array holds something else now, the public ones first. What is new or gone does not count."""
-    return sorted((path for path in before.keys() & now if not same(before[path], now[path])), key=private)
+def refuse_changed(before, model):
+    """Refuse a model whose public arrays changed; returns whether private ones did. What is new or gone does not count.
 
-
-def same(old, new):
-    return (old.dtype, old.shape) == (new.dtype, new.shape) and mx.array_equal(old, new, equal_nan=True).item()
-
-
-def refuse_changed(paths):
-    """Refuse a model whose public arrays changed while it was asked. paths: see `changed`."""
-    if paths and not private(paths[0]):
+    before: copies of what `arrays_of` told.
+    """
+    now, paths = arrays_of(model), []
+    for path in sorted(before.keys() & now):
+        old, new = before[path], now[path]
+        if old.dtype != new.dtype or not mx.array_equal(old, new, equal_nan=True).item():
+            paths.append(path)
+    if public := next(filter(lambda path: not private(path), paths), None):
         raise Refused(
-            f"state: {paths[0]} changed while the model was evaluated. A call may not change what later calls compute: "
-            "nothing is learnt from these rows. Update a running statistic in training alone (if self.training), put "
-            "the weights of an average or an ensemble in place before run.finish, or call each member with its own "
-            "weights. What is kept for inspection alone belongs under a name that begins with _."
+            f"state: {public} changed while the model was evaluated. Update a running statistic in training alone (if "
+            "self.training), put the weights of an average or an ensemble in place before run.finish, or call each "
+            "member with its own. What is kept for inspection alone belongs under a name that begins with _."
         )
+    return bool(paths)
 
 
 # --- put back ----------------------------------------------------------------------------------------
@@ -95,9 +90,7 @@ def kept(tree):
 
 
 def put_in(tree, values):
-    """The leaves of `values`, a tree of the same form, in place of those of `tree`; what it has besides goes."""
-    for key in set(tree) - set(values) if isinstance(tree, dict) else ():
-        del tree[key]
+    """The leaves of `values`, a tree of the same form, in place of those of `tree`."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         if isinstance(value, (dict, list, tuple)):
             put_in(tree[key], value)
@@ -118,7 +111,7 @@ def put_back(model):
     finally:
         restore([(array, copies[path]) for path, array in held.items()])
         mx.random.seed(key[0] << 32 | key[1])
-    refuse_changed(changed(copies, arrays_of(model)))
+    refuse_changed(copies, model)
 
 
 def restore(pairs):
@@ -133,9 +126,8 @@ def shake(pairs):
 
     pairs: (array, what it held). A matrix is filled up to 1 / sqrt(its smaller side), a vector or a number to a
     tenth. What is strong stays as it was built, so that nothing is driven out of the range that it was made for;
-    what is of one sign keeps that. Returns whether anything was changed.
+    what is of one sign keeps that.
     """
-    filled = False
     for array, old in pairs:
         if not array.size or not mx.issubdtype(array.dtype, mx.floating):
             continue
@@ -145,6 +137,5 @@ def shake(pairs):
             noise = missing * mx.random.normal(array.shape)
             lowest, highest = values.min().item(), values.max().item()
             noise = mx.abs(noise) if lowest > 0 else -mx.abs(noise) if highest < 0 else noise
-            array[...], filled = (values + noise).astype(array.dtype), True
+            array[...] = (values + noise).astype(array.dtype)
     mx.eval([array for array, _ in pairs])
-    return filled

@@ -83,8 +83,6 @@ def dataset_of_train(path=ROOT / "train.py"):
         text = Path(path).read_text("utf-8", "replace")
     except FileNotFoundError:
         sys.exit("error: train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard")
-    except OSError as error:
-        sys.exit(f"error: train.py cannot be read: {error.strerror}")
     found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
     if not found:
         sys.exit('error: train.py has no line of the form DATASET = "name"')

@@ -32,7 +32,6 @@ def seal(record):
 
 
 def seal_fits(record):
-    """Whether the harness wrote this record, as far as one can tell."""
     return record.get("seal") == seal(record)
 
 
@@ -40,9 +39,7 @@ def write(train, commit, **content):
     """Complete a run's record, archive it, and make it data/last_run.json; returns it.
 
     A reader of data/last_run.json sees the old record or the new one, whole.
-    train: the hash of the program that ran. commit: what was checked out, or None. content: `status`, `reason`,
-    `harness`, `dataset`, `token_cache`, `seed`, `budget`, `device`, `group`, `model`, `training`, `machine`, `result`,
-    `curve`.
+    train: the hash of the program that ran. commit: what was checked out, or None. content: the rest, see `Run._end`.
     """
     now = datetime.now().astimezone()
     record = {
@@ -165,25 +162,11 @@ def _read_sealed(path, changed):
 
 def differences(new, old):
     """Why two records may not be compared, a phrase for each reason; empty where they may."""
-    found = []
-    for key in ("dataset", "token_cache", "budget", "harness"):
-        if new.get(key) != old.get(key):
-            a, b = (str(r.get(key))[:12] for r in (new, old))
-            found.append(f"{key} is {a}, was {b}")
-    if new.get("group") != old.get("group"):
-        found.append(f"group is {group_words(new)}, was {group_words(old)}")
-    a, b = new.get("device") or {}, old.get("device") or {}
-    found += [f"device.{k} is {a.get(k)}, was {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
-    return found
-
-
-def group_words(record):
-    """The devices that a run trained on together, in words."""
-    group = record.get("group")
-    return f"{group['size']} devices by {group['backend']} ({', '.join(group['devices'])})" if group else "one device"
-
-
-# --- programs --------------------------------------------------------------------------------------
+    a, b = ({key: r.get(key) for key in ("dataset", "token_cache", "budget", "harness", "group")} for r in (new, old))
+    for facts, record in ((a, new), (b, old)):
+        facts |= {f"device.{name}": value for name, value in (record.get("device") or {}).items()}
+    unlike = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return [f"{key} is {str(a.get(key))[:60]}, was {str(b.get(key))[:60]}" for key in unlike]
 
 
 def bpb(record):
@@ -223,17 +206,15 @@ def on_same_rows(new, old):
 def at_equal_steps(new, old):
     """(difference of training loss in nats per token, its standard error) at the same steps, or None.
 
-    Two runs of one seed that take as many tokens a step see the same text at the same step, so the difference
-    of their losses is nearly free of noise, and does not know how fast the machine was. Of the steps that count the
-    later half is taken. The error is that of the mean of what are then correlated bins, by the batch means of four
-    stretches.
+    Two runs of one seed that take as many tokens a step see the same text at the same step, so the difference of their
+    losses is nearly free of noise, and does not know how fast the machine was. Of the steps that count the later half
+    is taken. The error is that of the mean of correlated bins, by the batch means of four stretches.
     """
     change = _apart_at_equal_steps(new, old)
     change = change[len(change) // 2 :]
     if len(change) < 8:
         return None
-    parts = [part.mean() for part in np.array_split(change, 4)]
-    return change.mean(), np.std(parts, ddof=1) / 2
+    return change.mean(), np.std([part.mean() for part in np.array_split(change, 4)], ddof=1) / 2
 
 
 def same_losses(new, old):
@@ -250,12 +231,11 @@ def _apart_at_equal_steps(new, old):
 
     Only the first half of the budget counts, in which the presets do not lower their rates yet.
     """
+    text = [(r["seed"], *map(r["training"].get, ("tokens_per_step", "sequence_length"))) for r in (new, old)]
     curves = [r.get("curve") or {} for r in (new, old)]
-    a, b = ((r["seed"], *map(r["training"].get, ("tokens_per_step", "sequence_length"))) for r in (new, old))
-    if a != b or None in a or not all(c.get("loss") for c in curves):
+    if text[0] != text[1] or None in text[0] or not all(curve.get("loss") for curve in curves):
         return np.empty(0)
-    size = max(c["steps_per_bin"] for c in curves)
-    losses = []
+    size, losses = max(curve["steps_per_bin"] for curve in curves), []
     for record, curve in zip((new, old), curves, strict=True):
         times = size // curve["steps_per_bin"]
         early = int(np.searchsorted(curve["seconds"], record["budget"] / 2)) // times * times

@@ -18,21 +18,14 @@ from harness import devices, files, machine, model_state, project, record, run_c
 from harness.batches import Batches, evaluation_rows
 from harness.corpus import cache_dir
 from harness.evaluation import evaluate_bpb
-from harness.leak_checks import SECONDS, SHARE, LeakChecks
+from harness.leak_checks import LeakChecks
 from harness.rehearsal import rehearse
 from harness.run_checks import Refused, harness_reads
 from harness.token_cache import TokenCache, Tokenizer, damaged
 
-
-def process_start():
-    """When this process began, by time.monotonic(): what it did before it imported this is start-up, too."""
-    try:
-        return time.monotonic() - max(0.0, time.time() - psutil.Process().create_time())
-    except (OSError, psutil.Error):  # a sandbox may hide it
-        return time.monotonic()
-
-
-PROCESS_START = process_start()
+# When this process began, by time.monotonic(): what it did before it imported this is start-up, too.
+BEGAN = machine.allowed(lambda: psutil.Process().create_time()) or time.time()
+PROCESS_START = time.monotonic() - max(0.0, time.time() - BEGAN)
 HARNESS = project.harness_hash()  # of the files as they are when this process begins
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
@@ -42,7 +35,7 @@ def mode():
 
     Any other word ends the program, so that nothing misspelt trains for a whole budget.
     """
-    program = Path(getattr(sys.modules["__main__"], "__file__", None) or "").name
+    program = Path(sys.argv[0]).name
     if program in ("bench.py", "tune.py"):
         sys.exit("error: train.py trains when it is imported: below if __name__ == '__main__' is where a run begins")
     if program != "train.py":
@@ -50,10 +43,8 @@ def mode():
     match [part for word in sys.argv[1:] for part in word.split("=", 1)]:
         case []:
             return "run", None
-        case ["--check"]:
-            return "check", None
-        case ["--holdout"]:  # of scripts/judge/holdout.py
-            return "holdout", None
+        case ["--check" | "--holdout" as word]:  # --holdout: of scripts/judge/holdout.py
+            return word[2:], None
         case ["--weights", file]:
             return "weights", file
     sys.exit(f"error: train.py does not understand {' '.join(sys.argv[1:])}: it takes --check, or --weights FILE")
@@ -68,13 +59,14 @@ class Run:
         self.budget, self.seed = project.settings()
         self._load()
         self.train_blob = project.blob_hash(project.ROOT / "train.py")
-        self.warm_up_seconds = self.rehearsal_seconds = 0.0
-        self._stream = self._start = self._pending = None
+        self._stream = self._start = self._pending = self._changed_file = None
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
         self._ends = []  # of each step: seconds at its end, in a group by rank 0's clock
-        self._watch = machine.Watch()
-        self._startup = None  # seconds, peak memory, tokens taken before the clock started
-        self._changed_file = None
+        self._watch, self._early_tokens = machine.Watch(), 0  # tokens taken before the clock started
+        # What the record gets, filled in as the run goes on.
+        self._training = dict.fromkeys(("warm_up_seconds", "rehearsal_seconds", "seconds", "training_peak_mb"), 0.0)
+        self._training |= {"peak_memory_mb": 0.0, "eval_seconds": None, "check_seconds": None}
+        self._model, self._machine = {"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, {}
         self._verifier = threading.Thread(target=self._verify_cache, daemon=True)
         self._verifier.start()
         self.device = machine.describe()
@@ -94,8 +86,6 @@ class Run:
 
     def batches(self, batch_size, sequence_length=None):
         """The training stream; one a run. See `Batches`."""
-        if self._stream:
-            raise RuntimeError("a run has one training stream")
         length = sequence_length or self.dataset.sequence_length
         with harness_reads():
             self._stream = Batches(self.cache, batch_size, length, self.seed, (devices.RANK, devices.SIZE))
@@ -110,14 +100,14 @@ class Run:
         start = time.monotonic()
         with model_state.kept(state):
             action()
-        self.warm_up_seconds += time.monotonic() - start
+        self._training["warm_up_seconds"] += time.monotonic() - start
 
     def rehearse(self, model, batch_size):
         """Before the clock: ask the built model what it will be asked at the end, so that a fault costs seconds.
 
-        model, batch_size: as `finish` gets them. See rehearsal.py; its time counts neither as start-up nor as budget.
-        Exits with 2, after an invalid record, where a check refuses the model. The program ends here, without a record,
-        under `train.py --check`, and under `train.py --weights FILE` when it has told what these weights score.
+        model, batch_size: as `finish` gets them. Its time counts neither as start-up nor as budget. Exits with 2, after
+        an invalid record, where a check refuses the model. `train.py --check` and `--weights FILE` end here, without a
+        record.
         """
         if self.mode == "weights":
             self._score_weights(model, batch_size)
@@ -128,31 +118,30 @@ class Run:
             tokens = self.cache.tokens("train")
         try:
             with devices.agreement(Refused):
-                rehearse(model, tokens, self.tokenizer, batch_size, max(SECONDS, SHARE * self.budget))
+                rehearse(model, tokens, self.tokenizer, batch_size)
         except Refused as refused:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
-        self.rehearsal_seconds = time.monotonic() - start
+        took = self._training["rehearsal_seconds"] = time.monotonic() - start
         if self._changed_file:  # found now, it costs no budget; a run does not wait for it
             sys.exit(damaged(self.dataset, self._changed_file))
-        if reason and self.mode == "check":
+        if self.mode == "check" and reason:
             print(f"error: this model is not valid. {reason}", file=sys.stderr)
             sys.exit(2)
-        if reason:
-            self._end(reason, model={"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, machine={}, training={})
         if self.mode == "check":
-            batch, took = f"{batch_size} x {self.dataset.sequence_length}", f"{self.rehearsal_seconds:.1f} s"
-            print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took}")
+            batch = f"{batch_size} x {self.dataset.sequence_length}"
+            print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
             sys.exit(0)
+        if reason:
+            self._end(reason)
 
     def _score_weights(self, model, batch_size):
         """Print what `model` scores with the weights of a file, and exit."""
         try:
             model.load_weights(self._weights)
+            evaluation = self._evaluate(model, batch_size)
         except (AttributeError, OSError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             sys.exit(f"error: {self._weights} does not hold the weights of this train.py's model: {why}")
-        try:
-            evaluation, _ = self._evaluate(model, batch_size)
         except Refused as refused:
             sys.exit(f"error: this model is not valid. {refused}")
         print(f"val_bpb: {evaluation.bpb:.6f} (± {evaluation.stderr:.6f} over rows)")
@@ -168,10 +157,10 @@ class Run:
         gc.freeze()  # long-lived objects need no further scanning
         mx.synchronize()
         devices.all_gather("ready")  # all begin together
-        taken = 0
         if self._stream:
-            taken, self._stream.tokens, self._stream.wait_seconds = self._stream.tokens, 0, 0.0
-        self._startup = time.monotonic() - PROCESS_START, mx.get_peak_memory(), taken
+            self._early_tokens, self._stream.tokens, self._stream.wait_seconds = self._stream.tokens, 0, 0.0
+        self._training["startup_seconds"] = time.monotonic() - PROCESS_START
+        self._training["peak_memory_mb"] = mx.get_peak_memory() / 2**20
         mx.clear_cache()
         mx.reset_peak_memory()
         self._watch.start()
@@ -248,92 +237,77 @@ class Run:
         # What is pending belongs into the budget: MLX is lazy, and would train while it is evaluated.
         mx.eval(parameters, list(model_state.arrays_of(model).values()))
         mx.synchronize()
-        seconds, peak = self.elapsed(), mx.get_peak_memory()
-        seen = self._watch.stop([end for end, *_ in self._curve[:-1]])
+        self._training |= {"seconds": self.elapsed(), "training_peak_mb": mx.get_peak_memory() / 2**20}
+        self._machine = self._watch.stop([end for end, *_ in self._curve[:-1]])
         mx.clear_cache()
+        size = sum(array.size for _, array in tree_flatten(parameters))
+        self._model = {**config, "dmodel_scale": (config["n_embd"] / 768) ** -0.5, "num_params": size}
         if not devices.RANK:
             save_weights(parameters, self.train_blob)
         same_weights = devices.same_weights(parameters)
-        evaluation, times, reason = None, {}, None
         self._load()  # anew, since train.py had them in its hands
         try:
             with devices.agreement(Refused):
-                self._check_training(seconds, seen["paused_seconds"])
+                self._check_training()
                 run_checks.one_model(same_weights)
-            evaluation, times = self._evaluate(model, batch_size)
+            evaluation = self._evaluate(model, batch_size)
             self._verifier.join()
             with devices.agreement(Refused):
                 texts = os.environ.get("AUTORESEARCH_FILES") if self.dataset.name == "files" else None
                 opened = run_checks.opened_text(filter(None, [cache_dir(self.dataset), texts]))
                 run_checks.text(self._changed_file, opened, self._tokens())
         except Refused as refused:
-            evaluation, times, reason = None, {}, str(refused)
-        if self.mode == "holdout" and not reason:
-            self._score_test(model, batch_size)
-        scale, size = (config["n_embd"] / 768) ** -0.5, sum(p.size for _, p in tree_flatten(parameters))
-        model = {**config, "dmodel_scale": scale, "num_params": size}
-        times |= {"seconds": seconds, "training_peak_mb": peak / 2**20}
-        self._end(reason, model, seen, times, evaluation)
+            self._end(str(refused))
+        if self.mode == "holdout":
+            test = evaluate_bpb(model, self._rows("test"), self.tokenizer, batch_size)
+            text = json.dumps({"bpb": test.bpb, "stderr": test.stderr})
+            if not devices.RANK:
+                files.write_atomically(project.DATA / "holdout.json", text)
+        self._end(None, evaluation)
 
     def _tokens(self):
         return self._curve[-1][2] if self._curve else 0
 
-    def _check_training(self, seconds, paused_seconds):
-        run_checks.paused(paused_seconds, self.budget)
-        total, _, taken = self._startup
-        startup = total - self.warm_up_seconds - self.rehearsal_seconds
-        run_checks.start_up(startup, taken * len(self._curve) / max(self._tokens(), 1))
-        run_checks.budget(self.budget, seconds, [end for end, *_ in self._curve])
+    def _check_training(self):
+        did = self._training
+        run_checks.paused(self._machine["paused_seconds"], self.budget)
+        startup = did["startup_seconds"] - did["warm_up_seconds"] - did["rehearsal_seconds"]
+        run_checks.start_up(startup, self._early_tokens * len(self._curve) / max(self._tokens(), 1))
+        run_checks.budget(self.budget, did["seconds"], [end for end, *_ in self._curve])
 
     def _rows(self, split):
         with harness_reads():
             return evaluation_rows(self.cache, self.dataset, split)
 
     def _evaluate(self, model, batch_size):
-        """(`Evaluation` of the validation rows, {what it took}). Raises `Refused` where a leak check fails."""
+        """The `Evaluation` of the validation rows. Raises `Refused` where a leak check fails."""
         start, rows = time.monotonic(), self._rows("val")
         questions = LeakChecks(model, rows, self.tokenizer, batch_size)
         evaluation = evaluate_bpb(model, rows, self.tokenizer, batch_size)
         scored = time.monotonic()
         with devices.agreement(Refused):
-            questions.ask(evaluation.nats, scored - start)
+            questions.ask(evaluation.nats)
         end = time.monotonic()
-        return evaluation, {"eval_seconds": end - start, "check_seconds": end - scored}
+        self._training |= {"eval_seconds": end - start, "check_seconds": end - scored}
+        return evaluation
 
-    def _score_test(self, model, batch_size):
-        """The score of the test split, for `make holdout`."""
-        found = evaluate_bpb(model, self._rows("test"), self.tokenizer, batch_size)
-        if not devices.RANK:
-            text = json.dumps({"bpb": found.bpb, "stderr": found.stderr})
-            files.write_atomically(project.DATA / "holdout.json", text)
-
-    def _end(self, reason, model, machine, training, evaluation=None):
-        """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run.
-
-        training: what it took, as far as it came. evaluation: None where there is a reason.
-        """
+    def _end(self, reason, evaluation=None):
+        """Write the record and print the end of the output; exits with 2 where there is a reason to refuse the run."""
         if devices.RANK:  # what a run leaves behind, rank 0 writes
             sys.exit(2 if reason else 0)
-        startup, startup_peak, _ = self._startup or (time.monotonic() - PROCESS_START, 0, 0)
-        steps, tokens = len(self._curve), self._tokens()
+        steps, tokens, total = len(self._curve), self._tokens(), time.monotonic() - PROCESS_START
         training = {
-            "seconds": 0.0,
-            "training_peak_mb": 0.0,
-            "eval_seconds": None,
-            "check_seconds": None,
-            **training,
+            "startup_seconds": total,  # where the clock never started
+            **self._training,
+            "total_seconds": total,
             "total_steps": steps,
             "total_tokens": tokens,
             "tokens_per_step": tokens // max(steps, 1),
-            "avg_tok_sec": tokens / training["seconds"] if steps else 0.0,
-            "peak_memory_mb": max(startup_peak, mx.get_peak_memory()) / 2**20,
-            "startup_seconds": startup,
-            "total_seconds": time.monotonic() - PROCESS_START,
-            "warm_up_seconds": self.warm_up_seconds,
-            "rehearsal_seconds": self.rehearsal_seconds,
-            "sequence_length": self._stream.sequence_length if self._stream else None,
-            "data_wait_seconds": self._stream.wait_seconds if self._stream else 0.0,
-            "epochs": self._stream.epochs if self._stream else 0.0,
+            "avg_tok_sec": tokens / self._training["seconds"] if steps else 0.0,
+            "peak_memory_mb": max(self._training["peak_memory_mb"], mx.get_peak_memory() / 2**20),
+            "sequence_length": getattr(self._stream, "sequence_length", None),
+            "data_wait_seconds": getattr(self._stream, "wait_seconds", 0.0),
+            "epochs": getattr(self._stream, "epochs", 0.0),
         }
         result = {
             "val_bpb": evaluation and evaluation.bpb,
@@ -353,9 +327,9 @@ class Run:
             budget=self.budget,
             device=self.device,
             group=self.group,
-            model=model,
+            model=self._model,
             training=training,
-            machine=machine,
+            machine=self._machine,
             result=result,
             curve=record.binned(self._curve[:-1] or self._curve),  # the last end is noted otherwise
         )

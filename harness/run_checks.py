@@ -7,7 +7,7 @@ and casual shortcuts; an agent with a shell can forge anything.
 import contextvars
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def paused(seconds, budget):
     if seconds > max(OVERSHOOT * budget, SLACK):
         raise Refused(
             f"paused: for {seconds:.0f} s of the budget the process stood still: the machine slept, or it was stopped. "
-            "That says nothing of the experiment: run it again."
+            "Run it again."
         )
 
 
@@ -43,8 +43,8 @@ def start_up(seconds, steps):
         )
     if steps > WARM_UP_STEPS:
         raise Refused(
-            f"start-up: batches for {steps:.1f} steps were taken before run.start_clock(); a warm-up takes one or two. "
-            "Look for training or counting before the clock starts."
+            f"start-up: batches for {steps:.1f} steps were taken before run.start_clock(). Look for training before "
+            "the clock starts."
         )
 
 
@@ -57,9 +57,9 @@ def budget(budget, seconds, step_ends):
     longest = steps[:-2].max() if len(steps) > 2 else min(steps.max(), UNKNOWN_STEP)
     if seconds - budget > max(OVERSHOOT * budget, longest, SLACK):
         raise Refused(
-            f"budget: training took {seconds:.1f} s of {budget:g} s: over by more than one step ({longest:.1f} s) and "
-            f"more than {OVERSHOOT:.0%}. Look for a loop that does not ask run.training() before each step, for steps "
-            "that are not logged, for work before run.finish(). Where the machine held up a step: make run AGAIN=1."
+            f"budget: training took {seconds:.1f} s of {budget:g} s: over by more than one step ({longest:.1f} s). "
+            "Look for a loop that does not ask run.training() before each step, steps that are not logged, work before "
+            "run.finish(). Where the machine held up a step: make run AGAIN=1."
         )
 
 
@@ -81,7 +81,7 @@ def one_model(same_weights):
 # else of it is opened from `import prepare` on is noted. Only what Python opens is seen.
 
 _harness_reads = contextvars.ContextVar("_harness_reads", default=False)
-_opened = []  # paths, or what was asked of data_sources.documents
+_opened = []  # paths
 TEXTS = ".npy", ".jsonl", ".txt", ".parquet"
 
 
@@ -96,27 +96,17 @@ def harness_reads():
 
 
 def _note(event, args):
-    if event == "data_sources.documents" and not _harness_reads.get():
-        _opened.append(f"the documents of '{args[1]}'")
-    elif event == "open" and not _harness_reads.get():
-        with suppress(TypeError):  # a descriptor, which has no path
-            path = os.fsdecode(args[0])
-            if path.endswith(TEXTS):
-                _opened.append(path)
+    if event == "open" and not _harness_reads.get() and str(args[0]).endswith(TEXTS):
+        _opened.append(str(args[0]))
 
 
 sys.addaudithook(_note)
 
 
 def opened_text(folders):
-    """What was opened of the dataset, outside of the harness; None where nothing was. folders: where its files lie."""
+    """The file of the dataset that was opened outside of the harness, or None. folders: where its files lie."""
     folders = tuple(os.path.realpath(folder) + os.sep for folder in folders)
-    for name in _opened:
-        if not name.endswith(TEXTS):
-            return name
-        if os.path.realpath(name).startswith(folders):
-            return os.path.basename(name)
-    return None
+    return next((os.path.basename(path) for path in _opened if os.path.realpath(path).startswith(folders)), None)
 
 
 def text(changed_file, opened, tokens):
@@ -125,13 +115,11 @@ def text(changed_file, opened, tokens):
     changed_file: `cache.changed_file()`. opened: see `opened_text`. tokens: that the stream handed out.
     """
     if changed_file:
-        raise Refused(
-            f"data: {changed_file} is not as it was prepared. Restore it, or run make prepare, which makes it anew."
-        )
+        raise Refused(f"data: {changed_file} is not as it was prepared. Restore it, or run make prepare.")
     if opened:
         raise Refused(
-            f"data: {opened} was opened during the run. Text reaches train.py by run.batches() alone. Look "
-            "for code that reads a split, the texts, or calls the evaluation."
+            f"data: {opened} was opened during the run. Text reaches train.py by run.batches() alone. Look for code "
+            "that reads a split, the texts, or calls the evaluation."
         )
     if not tokens:
         raise Refused("data: no batch was taken from run.batches(). Look for a loop that trains on other data.")

@@ -22,7 +22,7 @@ def evaluate(model, tokenizer, batch_size=8, rows=None):
         rows = rows_of(tokenizer)
     questions = LeakChecks(model, rows, tokenizer, batch_size)
     found = prepare.evaluate_bpb(model, rows, tokenizer, batch_size)
-    questions.ask(found.nats, took=0.1)
+    questions.ask(found.nats)
     return found
 
 

@@ -370,22 +370,6 @@ def test_one_large_text_file_is_enough_for_three_splits(folder, separator):
     assert len("".join("".join(part) for part in found.values())) > 0.99 * (folder / "book.txt").stat().st_size
 
 
-def test_who_asks_for_held_out_text_is_heard_and_who_asks_for_training_text_is_not(folder):
-    write_jsonl(folder / "a.jsonl", [{"text": t} for t in texts(0, 200)])
-    code = """if True:
-        import sys, data_sources as d
-        from harness import corpus
-        def note(event, words):
-            if event == "data_sources.documents":
-                print(*words)
-        sys.addaudithook(note)
-        list(corpus.documents(d.DATASETS["files"], "train"))
-        list(corpus.documents(d.DATASETS["files"], "test"))
-    """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "files train\nfiles test\n"
-
-
 def test_stdlib_is_split_by_file_and_always_the_same(cache):
     fetch(STDLIB)
     groups = list(STDLIB.source.documents())

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
-import time
 from datetime import datetime, timedelta
 
 import pytest
@@ -140,20 +138,6 @@ def test_memory_that_is_short_is_named_with_what_helps(session):
         assert done.returncode == 2 and "memory" in done.stdout.lower() and "halve DEVICE_BATCH_SIZE" in done.stdout
 
 
-@slow
-def test_a_few_file_handles_are_enough(session):
-    """A Mac's shell gives 256; here are far fewer, and many records."""
-    (one,) = (session.path / "data").glob("run_*.json")
-    for number in range(300):
-        shutil.copy(one, one.with_name(f"run_20200101_000000_{number}.json"))
-    session.write_train("prepare.finish(1.4)")
-    for verb in ("run", "verdict", "log-result", "results", "discard"):
-        done = subprocess.run([f"scripts/{verb}.sh"], cwd=session.path, capture_output=True, text=True,
-                              env={**session.env, "STATUS": "keep", "DESC": "x"},
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)))  # fmt: skip
-        assert done.returncode == 0, done.stderr
-
-
 def test_a_clock_that_jumps_back_hides_no_record(tmp_path, monkeypatch):
     class Clock(datetime):
         hours = 0
@@ -169,16 +153,6 @@ def test_a_clock_that_jumps_back_hides_no_record(tmp_path, monkeypatch):
         record.write("b" * 40, None, number=number, status="valid")
         assert json.loads((tmp_path / "last_run.json").read_text())["number"] == number
     assert sorted(run["number"] for run in record.archived()) == list(range(6))
-
-
-@slow
-def test_a_clock_that_jumps_during_a_run_is_no_matter(session):
-    """Nothing asks what time it is: runs are told apart by what they are."""
-    session.write_train("import time\ntime.time = lambda: 0.0\nprepare.finish(1.4)")
-    os.utime(session.path / "data" / "last_run.json", (time.time() + 9e6,) * 2)
-    session.script("run", check=0)
-    session.script("log-result", STATUS="keep", DESC="x", check=0)
-    assert len(session.rows) == 2
 
 
 def test_the_newest_run_s_record_may_be_deleted_and_its_folder_too(session):

@@ -67,7 +67,7 @@ def test_the_batch_size_does_not_matter(tokenizer, dtype):
         assert other.stderr == pytest.approx(found[0].stderr, rel=1e-2)
 
 
-@pytest.mark.parametrize("at_once", [1, 64, 100, 10**9])
+@pytest.mark.parametrize("at_once", [1, 100])
 def test_nor_does_how_much_is_summed_at_once(tokenizer, monkeypatch, at_once):
     model = gallery.Network(V, [gallery.Attention])
     whole = prepare.score_rows(model, rows_of(tokenizer), tokenizer, 16)
@@ -98,7 +98,7 @@ def test_the_loss_is_taken_in_float32(tokenizer):
     assert nats == pytest.approx(math.log(V / 2), rel=1e-6)
 
 
-@pytest.mark.parametrize("claim", [1.0, 1e4, 1e9, 1e30])
+@pytest.mark.parametrize("claim", [1.0, 1e30])
 def test_no_distribution_sums_to_more_than_one(tokenizer, claim):
     """A model that claims all tokens at once scores as the uniform one does, to the last digit."""
     claims = score(lambda ids: mx.full((*ids.shape, V), claim), tokenizer, 8)
@@ -118,12 +118,6 @@ def test_the_model_is_given_ids_and_nothing_else(tokenizer):
         assert not more and ids.shape == (8, 64) and ids.dtype == mx.int32  # one shape: kernels may be compiled for it
     asked = [np.array(row).tobytes() for (ids,), _ in seen for row in ids]
     assert rows <= set(asked)
-
-
-def test_what_is_evaluated_is_the_same_in_every_run(tokenizer):
-    model = gallery.Network(V, [gallery.Attention])
-    assert score(model, tokenizer, 8).bpb == score(model, tokenizer, 8).bpb
-    assert np.array_equal(rows_of(tokenizer), rows_of(tokenizer))
 
 
 def test_a_batch_without_rows_is_refused_in_one_line(tokenizer):
@@ -151,18 +145,3 @@ def test_the_standard_error_is_the_spread_of_many_repetitions():
     found = np.array([bits_per_byte(n, s) for n, s in zip(bits, size, strict=True)])
     assert found[:, 0].mean() == pytest.approx(0.9, rel=3e-3)
     assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.05)
-
-
-def test_rows_that_score_alike_leave_no_error():
-    assert bits_per_byte(np.full(8, 30.0), np.full(8, 10))[1] == pytest.approx(0, abs=1e-12)
-    assert math.isnan(bits_per_byte(np.array([30.0]), np.array([10]))[1])
-
-
-def test_the_error_covers_the_difference_between_halves(tokenizer):
-    """Of the real thing: two halves of the rows differ by a few errors, not by many."""
-    rows, model = rows_of(tokenizer), gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V)
-    sizes = tokenizer.token_bytes[rows[:, 1:]]
-    bits = prepare.score_rows(model, rows, tokenizer, 16).sum(axis=1, where=sizes > 0) / math.log(2)
-    order = np.random.default_rng(0).permutation(len(rows))
-    halves = [bits_per_byte(bits[part], sizes[part].sum(axis=1)) for part in np.array_split(order, 2)]
-    assert abs(halves[0][0] - halves[1][0]) < 4 * math.hypot(halves[0][1], halves[1][1])

@@ -29,7 +29,7 @@ def refused(check, model, tokenizer, batch_size=8):
 @pytest.mark.parametrize("name", sampled(SEES_LATER))
 def test_what_sees_later_tokens_is_refused(tokenizer, name):
     text = refused("causality", Network(V, SEES_LATER[name]), tokenizer)
-    assert "Look for" in text and "validation row" in text and "\n" not in text
+    assert "Look for" in text and "at position" in text and "\n" not in text
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def leaking_by(leak, worth, model, tokenizer, dtype):
     for _ in range(11):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if unchecked(leaking(middle), tokenizer) > honest - worth else (low, middle)
-    assert honest - unchecked(leaking(high), tokenizer) == pytest.approx(worth, rel=0.3)
+    assert honest - unchecked(leaking(high), tokenizer) == pytest.approx(worth, rel=0.4)
     return leaking(high)
 
 
@@ -271,36 +271,34 @@ def test_noise_of_any_shape_that_is_as_likely_up_as_down_passes():
     assert leak_checks.t_of(np.full(100, 1e-3)) == pytest.approx(10)
 
 
-@pytest.mark.parametrize("length", [2, 3, 17, 64, 512, 2048])
+@pytest.mark.parametrize("length", [2, 3, 17, 64, 2048])
 def test_cuts_are_inside_and_between_blocks_of_any_size(length):
-    cuts = leak_checks.cut_points(length, 160, np.random.default_rng(0)).tolist()
-    assert len(cuts) == 160 and min(cuts) >= 1 and max(cuts) < length
-    assert {1, length - 1} <= set(cuts)
-    for size in range(2, length + 1):
-        assert any(cut % size for cut in cuts), size
-    for power in (2**i for i in range(length.bit_length() - 1)):
-        assert power in cuts or power == length
-    assert length < 160 or len(set(cuts) & set(range(length // 2, length))) > 20
+    cuts = leak_checks.cut_points(length, 2000, np.random.default_rng(0))
+    assert len(cuts) == 2000 and min(cuts) >= 1 and max(cuts) < length
+    for block in (2**i for i in range((length - 1).bit_length())):
+        assert (cuts % block == 0).sum() > 60 and (block < 4 or (cuts % block > 0).sum() > 500)
 
 
-@pytest.mark.parametrize("kind", range(3))
-def test_an_exchange_leaves_what_is_before_and_puts_another_token_first(kind):
-    rng = np.random.default_rng(0)
-    row, other = rng.integers(0, 4, (2, 16))
-    for cut in range(1, 16):
-        new = leak_checks.exchanged(row, cut, 7, other, kind, rng)
-        assert (new[:cut] == row[:cut]).all() and new[cut] == 7 and set(new[cut + 1 :].tolist()) <= {0, 1, 2, 3, 7}
+def test_an_exchange_leaves_what_is_before_and_puts_another_token_after(tokenizer):
+    rows, asked = rows_of(tokenizer), []
+
+    def model(ids):
+        asked.append(np.array(ids))
+        return mx.zeros((*ids.shape, V))
+
+    cuts = np.array([1, 2, 20, 40, 60, 61, 62, 63])
+    leak_checks.LeakChecks(model, rows, tokenizer, 8)._exchange(np.arange(8), cuts)
+    for old, new, cut in zip(rows[:8, :-1], asked[0], cuts, strict=True):
+        assert (new[:cut] == old[:cut]).all() and new[cut] != old[cut] and len({*new[cut:]}) == 1
 
 
-def test_the_questions_cost_what_they_may(tokenizer):
-    """Counted in rows, since time is not the same twice."""
-    for n, seconds in ((100, 0.1), (100, 1000.0), (10_240, 1000.0)):
-        rows, asked = np.resize(rows_of(tokenizer), (n, 65)), []
+def test_the_questions_cost_some_hundred_rows(tokenizer):
+    asked = []
 
-        def model(ids, asked=asked):
-            asked.append(len(ids))
-            return mx.zeros((*ids.shape, V))
+    def model(ids):
+        asked.append(len(ids))
+        return mx.zeros((*ids.shape, V))
 
-        leak_checks.LeakChecks(model, rows, tokenizer, 16).ask(np.full((n, 64), math.log(V), np.float32), seconds)
-        most = max(leak_checks.SECONDS / seconds, leak_checks.SHARE) * n
-        assert sum(asked) <= 8 * 16 + 2.5 * min(max(most, leak_checks.EXCHANGES[0]), 256)
+    rows = rows_of(tokenizer)
+    leak_checks.LeakChecks(model, rows, tokenizer, 16).ask(np.full((len(rows), 64), math.log(V), np.float32))
+    assert sum(asked) == 2 * (leak_checks.PLACES + leak_checks.EXCHANGES[0]) + 5 * 8

@@ -12,7 +12,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import test_honest
-import test_leaks
 from conftest import HARNESS, ROOT, SIZES, sampled
 from gallery import OTHERS, SEES_LATER, Network
 
@@ -25,7 +24,7 @@ V = 512
 
 def rehearse(model, tokenizer, batch_size=8):
     tokens = prepare.TokenCache.load(tokenizer.dataset).tokens("train")
-    rehearsal.rehearse(model, tokens, tokenizer, batch_size, seconds=20)  # as many questions on a busy machine
+    rehearsal.rehearse(model, tokens, tokenizer, batch_size)
 
 
 def begins_at_zero(mixes):
@@ -52,15 +51,8 @@ def test_what_knows_more_than_its_row_is_refused_as_well(tokenizer, name):
         rehearse(OTHERS[name][1](V), tokenizer)
 
 
-@pytest.mark.parametrize("name", ["NaN at one position", "the last position only"])
-def test_so_is_what_is_no_distribution(tokenizer, name):
-    check, model = test_leaks.UNFIT[name]
-    with pytest.raises(run_checks.Refused, match=f"^{check}: "):
-        rehearse(model, tokenizer)
-
-
 @pytest.mark.slow  # the same models pass more questions in test_honest.py
-@pytest.mark.parametrize("name", test_honest.NAMED)
+@pytest.mark.parametrize("name", sorted(set(test_honest.NAMED) - {"counts of pairs"}))  # which knows text
 def test_an_honest_model_passes(tokenizer, name):
     rehearse(test_honest.NAMED[name](tokenizer), tokenizer)
 
