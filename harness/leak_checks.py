@@ -160,7 +160,7 @@ class LeakChecks:
             favour = np.append(favour, self._exchange(numbers, cuts))
             worth = favour.mean() > LEAK / 2 * self.nats_per_bit  # by half, for what is rare may be met seldom
             t = t_of(favour) if worth else 0.0
-            reason = self._moved()
+            reason = self._moved() if len(favour) >= least else None
         if not reason and t > SURE:
             gain = favour.mean() / self.nats_per_bit
             reason = f"the next token gains {gain:.4f} bits per byte over others (t = {t:.1f})"

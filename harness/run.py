@@ -5,7 +5,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from harness.evaluation import evaluate_bpb
 from harness.leak_checks import LeakChecks
 from harness.rehearsal import rehearse
 from harness.run_checks import Refused, harness_reads
-from harness.token_cache import TokenCache, Tokenizer, damaged
+from harness.token_cache import TokenCache, Tokenizer
 
 # When this process began, by time.monotonic(): what it did before it imported this is start-up, too.
 BEGAN = machine.allowed(lambda: psutil.Process().create_time()) or time.time()
@@ -59,7 +58,7 @@ class Run:
         self.budget, self.seed = project.settings()
         self._load()
         self.train_blob = project.blob_hash(project.ROOT / "train.py")
-        self._stream = self._start = self._pending = self._changed_file = None
+        self._stream = self._start = self._pending = None
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
         self._ends = []  # of each step: seconds at its end, in a group by rank 0's clock
         self._watch, self._early_tokens = machine.Watch(), 0  # tokens taken before the clock started
@@ -67,8 +66,6 @@ class Run:
         self._training = dict.fromkeys(("warm_up_seconds", "rehearsal_seconds", "seconds", "training_peak_mb"), 0.0)
         self._training |= {"peak_memory_mb": 0.0, "eval_seconds": None, "check_seconds": None}
         self._model, self._machine = {"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, {}
-        self._verifier = threading.Thread(target=self._verify_cache, daemon=True)
-        self._verifier.start()
         self.device = machine.describe()
         same = {"harness": HARNESS, "token cache": self.cache.hash, "version of MLX": self.device["mlx"]}
         self.group = devices.describe(self.device["name"], **same)
@@ -77,10 +74,6 @@ class Run:
     def _load(self):
         with harness_reads():
             self.tokenizer, self.cache = Tokenizer.load(self.dataset), TokenCache.load(self.dataset)
-
-    def _verify_cache(self):
-        with harness_reads():
-            self._changed_file = self.cache.changed_file()
 
     # --- before the clock ---
 
@@ -111,8 +104,6 @@ class Run:
         """
         if self.mode == "weights":
             self._score_weights(model, batch_size)
-        if self.mode == "check":
-            self._verifier.join()
         start, reason = time.monotonic(), None
         with harness_reads():
             tokens = self.cache.tokens("train")
@@ -122,8 +113,6 @@ class Run:
         except Refused as refused:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
         took = self._training["rehearsal_seconds"] = time.monotonic() - start
-        if self._changed_file:  # found now, it costs no budget; a run does not wait for it
-            sys.exit(damaged(self.dataset, self._changed_file))
         if self.mode == "check" and reason:
             print(f"error: this model is not valid. {reason}", file=sys.stderr)
             sys.exit(2)
@@ -251,11 +240,10 @@ class Run:
                 self._check_training()
                 run_checks.one_model(same_weights)
             evaluation = self._evaluate(model, batch_size)
-            self._verifier.join()
             with devices.agreement(Refused):
                 texts = os.environ.get("AUTORESEARCH_FILES") if self.dataset.name == "files" else None
                 opened = run_checks.opened_text(filter(None, [cache_dir(self.dataset), texts]))
-                run_checks.text(self._changed_file, opened, self._tokens())
+                run_checks.text(opened, self._tokens())
         except Refused as refused:
             self._end(str(refused))
         if self.mode == "holdout":

@@ -28,10 +28,7 @@ WARM_UP_STEPS = 4  # steps' worth of training batches that may be taken before t
 def paused(seconds, budget):
     """The process was at work throughout. seconds: for which it stood still."""
     if seconds > max(OVERSHOOT * budget, SLACK):
-        raise Refused(
-            f"paused: for {seconds:.0f} s of the budget the process stood still: the machine slept, or it was stopped. "
-            "Run it again."
-        )
+        raise Refused(f"paused: for {seconds:.0f} s the process stood still: it slept, or was stopped. Run it again.")
 
 
 def start_up(seconds, steps):
@@ -109,13 +106,8 @@ def opened_text(folders):
     return next((os.path.basename(path) for path in _opened if os.path.realpath(path).startswith(folders)), None)
 
 
-def text(changed_file, opened, tokens):
-    """What was trained on is the training split as it was prepared, by its stream, and nothing else was read.
-
-    changed_file: `cache.changed_file()`. opened: see `opened_text`. tokens: that the stream handed out.
-    """
-    if changed_file:
-        raise Refused(f"data: {changed_file} is not as it was prepared. Restore it, or run make prepare.")
+def text(opened, tokens):
+    """What was trained on came by the stream. opened: see `opened_text`. tokens: that the stream handed out."""
     if opened:
         raise Refused(
             f"data: {opened} was opened during the run. Text reaches train.py by run.batches() alone. Look for code "

@@ -276,7 +276,7 @@ def test_cuts_are_inside_and_between_blocks_of_any_size(length):
     cuts = leak_checks.cut_points(length, 2000, np.random.default_rng(0))
     assert len(cuts) == 2000 and min(cuts) >= 1 and max(cuts) < length
     for block in (2**i for i in range((length - 1).bit_length())):
-        assert (cuts % block == 0).sum() > 60 and (block < 4 or (cuts % block > 0).sum() > 500)
+        assert (cuts % block == 0).sum() > 60 and (block < 4 or (cuts % block > 0).sum() > 150)
 
 
 def test_an_exchange_leaves_what_is_before_and_puts_another_token_after(tokenizer):

@@ -246,15 +246,6 @@ def test_its_time_counts_neither_as_start_up_nor_as_budget(program):
     assert training["startup_seconds"] > training["rehearsal_seconds"]
 
 
-def test_the_check_finds_a_changed_byte_of_the_data(program, cache):
-    tokens = cache / "files" / "tokens" / "train_tokens.npy"
-    whole = tokens.read_bytes()
-    tokens.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    done, left = program("run.rehearse(honest, 16)", "--check")
-    assert (done.returncode, left) == (1, None) and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {tokens} is damaged; run: make prepare DATASET=files")
-
-
 @pytest.mark.slow
 def test_the_check_alone_says_one_line_and_leaves_nothing(program):
     done, left = program("run.rehearse(honest, 16)", "--check")

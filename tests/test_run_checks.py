@@ -61,7 +61,7 @@ def train(run, batches, seconds=0.01):
 def refused_loop(check, outcome, loop):
     code, reason, record = outcome(loop)
     assert code == 2 and record["status"] == "invalid" and not any(record["result"].values())
-    assert reason.startswith(f"{check}: ") and "\n" not in reason and ("Look for" in reason or "Restore" in reason)
+    assert reason.startswith(f"{check}: ") and "\n" not in reason and "Look for" in reason
     assert records.seal_fits(record)
     return reason
 
@@ -136,16 +136,6 @@ def test_a_loop_with_data_of_its_own_is_refused(outcome):
             run.log_step(mx.array(6.2))
 
     assert "no batch was taken" in refused_loop("data", outcome, loop)
-
-
-@pytest.mark.parametrize("name", ["train_tokens.npy", "val_tokens.npy"])
-def test_a_changed_token_cache_is_refused(outcome, small, name):
-    path = prepare.TokenCache.load(small).folder / name
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    run_checks._opened.clear()
-    assert name in refused_loop("data", outcome, train)
 
 
 def test_what_the_run_shows_to_a_loop_is_not_what_it_is_measured_with(outcome):
