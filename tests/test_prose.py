@@ -5,14 +5,12 @@ file, a field of a real run's record, a column, a constant, a name in the code. 
 """
 
 import ast
-import importlib
 import json
 import keyword
 import re
 import shlex
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -20,7 +18,10 @@ from conftest import HARNESS, ROOT, SIZES, new_checkout, set_constants
 
 import data_sources
 from harness import corpus, project
+from scripts import session as sessions
 from scripts import settings
+from scripts.judge import verdict
+from scripts.show.summary import EXIT
 
 PLUGIN = ROOT / "experiment-plugin"
 SKILL = PLUGIN / "skills" / "model" / "SKILL.md"
@@ -45,21 +46,6 @@ def names_in(module):
     return defined | constants
 
 
-def method_names(module, cls):
-    tree = ast.parse((ROOT / module).read_text())
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls).body
-    return {n.name for n in body if isinstance(n, ast.FunctionDef)}
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The modules of scripts/."""
-    places = {"run": "run.experiment", "session": "session", "verdict": "judge.verdict"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield SimpleNamespace(**{name: importlib.import_module(f"scripts.{place}") for name, place in places.items()})
-
-
 @pytest.fixture(scope="module")
 def lab(small_files, tmp_path_factory):
     """A folder in which a real run of a small train.py has left its record."""
@@ -67,11 +53,10 @@ def lab(small_files, tmp_path_factory):
     checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
     with (checkout.path / "data_sources.py").open("a") as out:
         out.write(SIZES)
-    small = {"DATASET": '"files"', "DEPTH": 1, "HEAD_DIM": 32, "ASPECT_RATIO": 32, "TOTAL_BATCH_SIZE": 512}
-    text = set_constants((ROOT / "train.py").read_text(), **small, DEVICE_BATCH_SIZE=4)
-    (checkout.path / "train.py").write_text(text)
-    settings = {"AUTORESEARCH_CACHE": str(small_files[1]), "AUTORESEARCH_BUDGET": "0.5"}
-    checkout.run(checkout.env["PYTHON"], "train.py", check=0, **settings)
+    small = {"DATASET": '"files"', "DEPTH": 1, "TOTAL_BATCH_SIZE": 512, "DEVICE_BATCH_SIZE": 4}
+    (checkout.path / "train.py").write_text(set_constants((ROOT / "train.py").read_text(), **small))
+    where = {"AUTORESEARCH_CACHE": str(small_files[1]), "AUTORESEARCH_BUDGET": "0.5"}
+    checkout.run(checkout.env["PYTHON"], "train.py", check=0, **where)
     return checkout
 
 
@@ -91,14 +76,14 @@ def fields(lab):
 class Names:
     """All names that the prose may use."""
 
-    def __init__(self, scripts, fields):
+    def __init__(self, fields):
         code = [path.relative_to(ROOT) for folder in (".", "harness") for path in (ROOT / folder).glob("*.py")]
-        self.train, self.run = set().union(*map(names_in, code)), method_names("harness/run.py", "Run")
-        columns = set(scripts.session.HEADER.split("\t"))
-        statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", scripts.session.ROW.pattern).group(1).split("|"))
-        verdicts = {verdict_of(scripts, *edge) for edge in EDGES} | {"rerun", "again"}
+        self.train, self.run = set().union(*map(names_in, code)), names_in("harness/run.py")
+        columns = set(sessions.HEADER.split("\t"))
+        statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", sessions.ROW.pattern).group(1).split("|"))
+        verdicts = {verdict_of(*edge) for edge in EDGES} | {"rerun", "again"}
         datasets = set(data_sources.DATASETS)
-        self.words = columns | statuses | verdicts | set(scripts.run.EXIT) | datasets | EXAMPLES | CLAUDE_CODE | fields
+        self.words = columns | statuses | verdicts | set(EXIT) | datasets | EXAMPLES | CLAUDE_CODE | fields
         self.values = {"STATUS": statuses, "DATASET": datasets}
 
     def assignment(self, text):
@@ -173,9 +158,9 @@ class Names:
 
 
 @pytest.fixture(scope="module")
-def resolve(scripts, fields):
+def resolve(fields):
     """resolve(text) says what is wrong with a piece of code in the prose; nothing where it resolves."""
-    return Names(scripts, fields).resolve
+    return Names(fields).resolve
 
 
 def ignored(path):
@@ -242,9 +227,9 @@ EDGES = [
 ]
 
 
-def verdict_of(scripts, gain, faster, simpler, harmless):
+def verdict_of(gain, faster, simpler, harmless):
     """The verdict of the code. A gain of 0: none was seen; harmless: a loss that matters is ruled out."""
-    return scripts.verdict.table(gain > 0, gain < 0, harmless, gain, faster, simpler)[0]
+    return verdict.table(gain > 0, gain < 0, harmless, gain, faster, simpler)[0]
 
 
 def rows_of_table(text):
@@ -280,20 +265,20 @@ def table_says(text):
     return lambda gain, faster, *more: next(v for b, s, v in rule if b(gain, *more) and s(faster))
 
 
-def disagreements(text, scripts):
+def disagreements(text):
     says = table_says(text)
-    return [edge for edge in EDGES if says(*edge) != verdict_of(scripts, *edge)]
+    return [edge for edge in EDGES if says(*edge) != verdict_of(*edge)]
 
 
-def test_the_table_of_program_is_the_verdict_of_the_code(scripts):
-    assert disagreements(PAGES["program.md"].read_text(), scripts) == []
+def test_the_table_of_program_is_the_verdict_of_the_code():
+    assert disagreements(PAGES["program.md"].read_text()) == []
 
 
-def test_a_wrong_threshold_is_noticed(scripts):
+def test_a_wrong_threshold_is_noticed():
     text = PAGES["program.md"].read_text()
     for right, wrong in (("less than 0.005", "less than 0.006"), ("at most 15 %", "at most 16 %"),
                          ("more than 25 %", "more than 26 %"), ("10 % | keep", "10 % | judge")):  # fmt: skip
-        assert right in text and disagreements(text.replace(right, wrong), scripts)
+        assert right in text and disagreements(text.replace(right, wrong))
 
 
 # --- commands and output -------------------------------------------------------------------------
@@ -309,9 +294,9 @@ def test_the_summaries_that_are_shown_look_like_a_real_one(session):
         assert shown == labels, page
 
 
-def test_the_words_for_an_end_and_their_codes(scripts):
+def test_the_words_for_an_end_and_their_codes():
     rows = dict(re.findall(r"^\| `(\w+)` \((\d+)\) \|", PAGES["program.md"].read_text(), re.MULTILINE))
-    assert {word: int(code) for word, code in rows.items()} == {k: v for k, v in scripts.run.EXIT.items() if v}
+    assert {word: int(code) for word, code in rows.items()} == {k: v for k, v in EXIT.items() if v}
 
 
 def test_the_commands_that_read_a_record_do(lab):
@@ -338,8 +323,6 @@ def test_the_defaults_that_are_told():
 
 
 def test_the_datasets_of_the_readme():
-    import data_sources
-
     row = r"^\| `(\w+)` \| [^|]* \| ([\d,]+) \| ([\d,]+) \| (?:up to )?([\d,]+\d)"
     rows = re.findall(row, PAGES["README.md"].read_text(), re.MULTILINE)
     told = {name: tuple(int(n.replace(",", "")) for n in numbers) for name, *numbers in rows}
@@ -368,6 +351,7 @@ def test_the_plugin_has_its_manifest_and_the_skill_its_front_matter():
     keys = re.findall(r"^([a-z-]+):", head, re.MULTILINE)
     assert keys == ["description", "argument-hint", "disable-model-invocation", "allowed-tools"]
     assert "$ARGUMENTS" in body and "program.md" in body and "make setup" in body
+    assert "program.md" in PAGES["AGENTS.md"].read_text()
 
 
 def test_the_skill_may_do_all_that_program_says():
@@ -375,8 +359,3 @@ def test_the_skill_may_do_all_that_program_says():
     spans, blocks = pieces(PAGES["program.md"].read_text())
     commands = {piece for piece in spans + blocks if piece.split()[0] in COMMANDS - {"claude"}}
     assert [c for c in commands if not any(c == a or c.startswith(a) for a in allowed)] == []
-
-
-def test_other_agents_are_sent_to_the_same_place():
-    text = PAGES["AGENTS.md"].read_text()
-    assert "program.md" in text and "CLAUDE.md" in text

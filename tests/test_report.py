@@ -339,26 +339,18 @@ def test_nothing_overflows_and_every_word_can_be_read(whole, opened, width, sche
     assert max(edges) > 0.9 * width  # no empty right third
 
 
-@pytest.fixture
-def hostile(lab, tmp_path):
-    """A night whose every text tries to become more than text: descriptions, findings, diffs, reasons, tags."""
+@pytest.mark.slow
+def test_no_text_injects_anything(lab, tmp_path, monkeypatch, opened):
+    """Descriptions, findings, diffs, reasons, the tag: each tries to become more than text."""
     clone = copied(lab, tmp_path)
     (clone.path / "train.py").write_text("".join(f"# {words}\n" for words in HOSTILE) + (ROOT / "train.py").read_text())
     clone.git("commit", "-q", "-am", HOSTILE[0])
-
-    def hostile(number, words):
-        text = HOSTILE[number % len(HOSTILE)]
-        return text, text, text
-
-    nights.LINES["def softcap"] = ("</script><b>", f"    '''{HOSTILE[1]} {HOSTILE[3]}'''")
-    nights.make(clone.path, 20, 'x"><b>', describe=hostile, share=(0.3, 0.2), change={"dataset": HOSTILE[0]})
-    return clone
-
-
-@pytest.mark.slow
-def test_no_text_injects_anything(hostile, opened):
-    hostile.run(hostile.env["PYTHON"], "-m", "scripts.show.report", '--tag=x"><b>', check=0)
-    shown = opened(hostile, 390)
+    line = ("</script><b>", f"    '''{HOSTILE[1]} {HOSTILE[3]}'''")
+    monkeypatch.setitem(nights.LINES, "def softcap", line)
+    nights.make(clone.path, 20, 'x"><b>', describe=lambda number, _: 3 * (HOSTILE[number % len(HOSTILE)],),
+                share=(0.3, 0.2), change={"dataset": HOSTILE[0]})  # fmt: skip
+    clone.run(clone.env["PYTHON"], "-m", "scripts.show.report", '--tag=x"><b>', check=0)
+    shown = opened(clone, 390)
     shown.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert "taken" not in shown.title()
     assert shown.locator("b, img:not(figure img), h1:has-text('taken'), script").count() == 0
@@ -366,6 +358,6 @@ def test_no_text_injects_anything(hostile, opened):
     for words in HOSTILE:
         assert one_line(words)[:200] in re.sub(r"\s+", " ", text)
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
-    typed = commands(hostile)
-    hostile.run("bash", "-c", typed.get("safe") or typed["all"])
-    assert not (hostile.path / "taken").exists()
+    typed = commands(clone)
+    clone.run("bash", "-c", typed.get("safe") or typed["all"])
+    assert not (clone.path / "taken").exists()
