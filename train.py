@@ -161,8 +161,8 @@ def heads(qkv):
 
 def add_gated(v, gate, rows):
     """Values v (B, heads, T, head_dim) and rows (B, T, n_embd) of a table, with a gate per head (B, T, heads)."""
-    gated = GATE_MAX * mx.sigmoid(gate)[..., None] * rows.reshape(*gate.shape, -1)
-    return v + gated.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3) + GATE_MAX * mx.sigmoid(gate)[..., None] * rows.reshape(*gate.shape, -1)
+    return v.transpose(0, 2, 1, 3)
 
 
 @fast(kernels.relu_squared)

@@ -79,9 +79,9 @@ def loaded(folder, source):
 
 
 def trained(module):
-    """Losses of three steps of a small model, some of its layers with shorter windows, and one of its evaluation's."""
+    """Losses of three steps of a small model, some of its layers with shorter windows; its logits are asked for, too."""
     mx.random.seed(0)
-    config, trainer = module.build(64, 32, compiled=False, depth=2)
+    _, trainer = module.build(64, 32, compiled=False, depth=2)
     trainer.model.blocks[0].attention._window = 16
     tokens, losses = mx.random.randint(0, 64, (4, 33)), []
     for step in range(3):

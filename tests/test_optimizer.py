@@ -31,13 +31,21 @@ def orthogonalized(matrix):
 
 
 class MuonReference:
+    """Of one matrix, or of several in one parameter, each by itself."""
+
     def __init__(self, weight, rate, beta2=0.95):
+        self.matrices = [MuonReference(matrix, rate) for matrix in weight] if weight.ndim == 3 else []
         self.weight, self.rate, self.beta2 = weight, rate, beta2
         self.momentum = np.zeros_like(weight)
         self.axis = 1 if weight.shape[0] >= weight.shape[1] else 0
         self.second = np.zeros_like(weight.sum(self.axis, keepdims=True))
 
     def step(self, gradient, factor, momentum, decay):
+        if self.matrices:
+            for matrix, part in zip(self.matrices, gradient, strict=True):
+                matrix.step(part, factor, momentum, decay)
+            self.weight = np.stack([matrix.weight for matrix in self.matrices])
+            return
         self.momentum += (1 - momentum) * (gradient - self.momentum)
         update = orthogonalized(gradient + momentum * (self.momentum - gradient))
         norm = np.linalg.norm(update)
@@ -48,21 +56,6 @@ class MuonReference:
         rate = self.rate * factor * math.sqrt(max(1, rows / columns))
         agrees = np.sign(update) * np.sign(self.weight) >= 0
         self.weight = self.weight - rate * update - rate * decay * np.where(agrees, self.weight, 0)
-
-
-class StackReference:
-    """Matrices in one parameter, each by itself."""
-
-    def __init__(self, weight, rate):
-        self.matrices = [MuonReference(matrix, rate) for matrix in weight]
-
-    @property
-    def weight(self):
-        return np.stack([m.weight for m in self.matrices])
-
-    def step(self, gradient, *scheduled):
-        for matrix, g in zip(self.matrices, gradient, strict=True):
-            matrix.step(g, *scheduled)
 
 
 class AdamReference:
@@ -91,8 +84,6 @@ def reference_of(path, weight, n_embd):
         return AdamReference(weight, train.X0_LR, 0.8, 0.95)
     if path == "resid_lambdas":
         return AdamReference(weight, train.RESID_LR, 0.8, 0.95)
-    if weight.ndim == 3:
-        return StackReference(weight, train.MATRIX_LR)
     return MuonReference(weight, train.MATRIX_LR)
 
 
