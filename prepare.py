@@ -11,10 +11,8 @@ a run invalid in harness/leak_checks.py and harness/run_checks.py.
 """
 
 import argparse
-import sys
 
-import data_sources
-from data_sources import get_dataset
+from data_sources import DATASETS, get_dataset
 from harness.batches import Batches, evaluation_rows
 from harness.evaluation import Evaluation, compute_streams, evaluate_bpb, score_rows
 from harness.project import dataset_of_train
@@ -23,20 +21,14 @@ from harness.token_cache import TokenCache, Tokenizer, is_prepared, not_prepared
 
 __all__ = [
     "PROCESS_START", "Batches", "Evaluation", "Run", "TokenCache", "Tokenizer", "compute_streams", "evaluate_bpb",
-    "evaluation_rows", "get_dataset", "is_prepared", "prepare", "score_rows",
+    "evaluation_rows", "get_dataset", "is_prepared", "not_prepared", "prepare", "score_rows",
 ]  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description="Fetch a dataset, train its tokenizer, write its token cache.")
-    parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(data_sources.DATASETS)} (default: train.py's)")
-    parser.add_argument("--check", action="store_true", help="only say whether it is prepared (exit 0) or not (exit 1)")
-    arguments = parser.parse_args()
-    dataset = get_dataset(arguments.dataset or dataset_of_train())
-    if not arguments.check:
-        prepare(dataset)
-    elif not is_prepared(dataset):
-        sys.exit(not_prepared(dataset))
+    parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)} (default: train.py's)")
+    prepare(get_dataset(parser.parse_args().dataset or dataset_of_train()))
 
 
 if __name__ == "__main__":

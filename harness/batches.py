@@ -17,18 +17,17 @@ from harness.corpus import SPLITS
 PACKING_BUFFER = 1000  # documents to choose from when a row is filled
 
 
-def packed_rows(tokens, offsets, order, length, on_document=None):
-    """Yield rows uint16 (length,), packed best-fit with documents in the given order.
+def packed_rows(tokens, offsets, order, length):
+    """Yield (row, the documents in it), packed best-fit with documents in the given order. row: uint16 (length,).
 
-    The longest buffered document that still fits goes next; where none fits, the shortest is
-    cropped to the space left and its rest is dropped. Every row is full and starts a document.
-    `on_document(i)` is called for each document used. Ends when the documents do; a last row
-    that cannot be filled is dropped.
+    The longest buffered document that still fits goes next; where none fits, the shortest is cropped to the space left
+    and its rest is dropped. Every row is full and starts a document. Ends when the documents do; a last row that cannot
+    be filled is dropped.
     """
     starts, sizes = offsets.tolist(), np.diff(offsets).tolist()
     order, buffer = iter(order), []  # buffer: (document size, document), sorted
     while True:
-        row, filled = np.empty(length, np.uint16), 0
+        row, filled, documents = np.empty(length, np.uint16), 0, []
         while filled < length:
             while len(buffer) < PACKING_BUFFER and (document := next(order, None)) is not None:
                 bisect.insort(buffer, (sizes[document], document))
@@ -37,13 +36,11 @@ def packed_rows(tokens, offsets, order, length, on_document=None):
             space = length - filled
             fits = bisect.bisect_left(buffer, (space + 1,))
             size, document = buffer.pop(fits - 1 if fits else 0)
-            size = min(size, space)
-            start = starts[document]
+            size, start = min(size, space), starts[document]
             row[filled : filled + size] = tokens[start : start + size]
             filled += size
-            if on_document:
-                on_document(document)
-        yield row
+            documents.append(document)
+        yield row, documents
 
 
 def cut_step(total, rows, length):
@@ -96,22 +93,19 @@ class Batches:
         self.batch_size, self.sequence_length = batch_size, sequence_length
         self._rank, self._ranks = ranks
         self.wait_seconds, self.tokens = 0.0, 0
-        self._cache, self._seed = cache, seed
         self._documents, self._pieces = 0, cache.pieces("train")
         self._queue = queue.Queue(self.AHEAD)
         context = contextvars.copy_context()  # what the harness may open, its thread may
-        threading.Thread(target=context.run, args=(self._fill,), daemon=True, name="batches").start()
+        threading.Thread(target=context.run, args=(self._fill, cache, seed), daemon=True, name="batches").start()
 
-    def _fill(self):
+    def _fill(self, cache, seed):
         try:
-            tokens, offsets = self._cache.tokens("train"), self._cache.offsets("train")
-            order, used = training_order(self._pieces, self._seed), []
-            rows = packed_rows(tokens, offsets, order, self.sequence_length + 1, used.append)
+            order = training_order(self._pieces, seed)
+            rows = packed_rows(cache.tokens("train"), cache.offsets("train"), order, self.sequence_length + 1)
             while True:
-                batch = [next(rows) for _ in range(self._ranks * self.batch_size)]
+                batch, used = zip(*itertools.islice(rows, self._ranks * self.batch_size), strict=True)
                 mine = batch[self._rank * self.batch_size :][: self.batch_size]
-                self._queue.put((np.stack(mine).astype(np.int32), len(used)))
-                used.clear()
+                self._queue.put((np.stack(mine).astype(np.int32), sum(map(len, used))))
         except BaseException as error:  # handed to the training loop, which would wait forever
             self._queue.put(error)
 
@@ -138,11 +132,8 @@ class Batches:
 
 def evaluation_rows(cache, dataset, split="val"):
     """The rows uint16 (n, sequence_length + 1) that a run is scored on: the same for every run."""
-    tokens, offsets = cache.tokens(split), cache.offsets(split)
+    order = range(cache.meta[split]["documents"])
     corpus = sum(cache.meta[s]["tokens"] for s in SPLITS)
     wanted = max(1, int(min(dataset.eval_tokens, dataset.eval_fraction * corpus)) // dataset.sequence_length)
-    rows = packed_rows(tokens, offsets, range(len(offsets) - 1), dataset.sequence_length + 1)
-    rows = list(itertools.islice(rows, wanted))
-    if not rows:
-        sys.exit(f"error: split '{split}' of '{dataset.name}' does not fill a row of {dataset.sequence_length} tokens")
-    return np.stack(rows)
+    rows = packed_rows(cache.tokens(split), cache.offsets(split), order, dataset.sequence_length + 1)
+    return np.stack([row for row, _ in itertools.islice(rows, wanted)])

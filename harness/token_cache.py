@@ -1,7 +1,4 @@
-"""The token cache: the text of a dataset as tokens on disk, made once and read by every run.
-
-A split is a flat memory-mapped array of tokens, with the offsets and the content hashes of its documents.
-"""
+"""The token cache: the text of a dataset as tokens on disk, made once and read by every run."""
 
 import hashlib
 import json
@@ -12,14 +9,17 @@ from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from harness import corpus, files, project, tokenizer
-from harness.corpus import SPLITS, Damaged, cache_dir, damaged, documents, fingerprint, not_prepared, shards
+from harness.corpus import cache_dir, documents, not_prepared
 from harness.downloads import file_hash
 from harness.tokenizer import Tokenizer
+
+AT_ONCE = 64  # documents that a thread encodes in one call
 
 
 def identity(dataset):
@@ -36,46 +36,31 @@ def code():
 class TokenCache:
     """The prepared tokens of one dataset.
 
-    `meta` names the hash of every file. A split is a flat memory-mapped uint16 array, its
-    document offsets int64 (documents + 1,), their content hashes uint64 (documents,), and for each
-    which piece of its source it is, int32 (documents,), 0 for a whole one or a start.
+    `meta` names the hash of every file. A split is a flat memory-mapped uint16 array, its document offsets int64
+    (documents + 1,), and for each document which piece of its source it is, int32 (documents,): 0 for the start.
     """
 
     folder: Path
     meta: dict
 
     @classmethod
-    def load(cls, dataset):
-        """The dataset's prepared tokens; where there are none, one line says how to make them."""
-        folder = cache_dir(dataset) / "tokens"
-        if not os.path.exists(folder / "meta.json"):
-            sys.exit(not_prepared(dataset))
-        cache = cls.read(folder)
-        if cache is None:
-            sys.exit(damaged(dataset, folder))
-        if cache.meta.get("identity") != identity(dataset):
-            sys.exit(not_prepared(dataset))  # it was, otherwise
-        return cache
-
-    @classmethod
-    def read(cls, folder):
-        """The cache in `folder`, or None where files are missing or do not fit each other.
+    def read(cls, dataset):
+        """The dataset's prepared tokens, or None where they are missing, damaged or of another identity.
 
         The tokens themselves are not read: see `changed_file`.
         """
+        folder = cache_dir(dataset) / "tokens"
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
-            for split in SPLITS:
-                kinds, meta = ("tokens", "offsets", "hashes", "pieces"), cache.meta[split]
-                tokens, offsets, hashes, pieces = (cache._array(split, kind) for kind in kinds)
-                if len(tokens) != meta["tokens"] or offsets[-1] != meta["tokens"]:
-                    return None
-                if not (len(offsets) - 1 == len(hashes) == len(pieces) == meta["documents"]):
-                    return None
-            tokenizer_file = folder.parent / "tokenizer.json"
-            return cache if file_hash(tokenizer_file) == cache.meta["sha256"]["tokenizer.json"] else None
-        except (OSError, EOFError, ValueError, LookupError, TypeError):
+            fits = cache.meta["sha256"]["tokenizer.json"] == file_hash(folder.parent / "tokenizer.json")
+            return cache if fits and cache.meta["identity"] == identity(dataset) else None
+        except (OSError, ValueError, LookupError, TypeError):
             return None
+
+    @classmethod
+    def load(cls, dataset):
+        """The same; where there is None, one line says how to prepare them."""
+        return cls.read(dataset) or sys.exit(not_prepared(dataset))
 
     @property
     def hash(self):
@@ -88,12 +73,6 @@ class TokenCache:
     def offsets(self, split):
         return np.array(self._array(split, "offsets"))
 
-    def files(self, split):
-        return sorted(self.folder.glob(f"{split}_*.npy"))
-
-    def hashes(self, split):
-        return np.array(self._array(split, "hashes"))
-
     def pieces(self, split):
         return np.array(self._array(split, "pieces"))
 
@@ -103,41 +82,21 @@ class TokenCache:
     def changed_file(self):
         """The first file that is not as it was prepared, or None. Reads all of it."""
         for name, expected in self.meta["sha256"].items():
-            path = self.folder.parent / name if name == "tokenizer.json" else self.folder / name
+            path = (self.folder.parent if name == "tokenizer.json" else self.folder) / name
             if not path.exists() or file_hash(path) != expected:
                 return path
         return None
 
 
-def document_hash(tokens):
-    """64 bits that stand for a document's content. tokens: uint16 (n,)."""
-    return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little")
-
-
-# --- writing ---------------------------------------------------------------------------------------
-
-
-def chunks(texts, characters=2**20):
-    """Yield `texts` in lists of about so many characters; a text is never divided."""
-    some, size = [], 0
-    for text in texts:
-        some.append(text)
-        size += len(text) + 1
-        if size >= characters:
-            yield some
-            some, size = [], 0
-    yield some
-
-
 def encoded(tokenizer, texts):
     """Yield the token ids of each text, see `Tokenizer.encode_documents`, in order.
 
-    A thread a core encodes ahead. Two chunks a core are in memory at most, however long the texts are in all.
+    A thread a core encodes ahead. In memory are `AT_ONCE` texts for each of two calls a core, however many there are.
     """
-    cores, ahead = os.cpu_count() or 1, deque()
+    cores, ahead, texts = os.cpu_count() or 1, deque(), iter(texts)
     with ThreadPoolExecutor(cores) as pool:
-        for chunk in chunks(texts):
-            ahead.append(pool.submit(tokenizer.encode_documents, chunk))
+        while some := list(islice(texts, AT_ONCE)):
+            ahead.append(pool.submit(tokenizer.encode_documents, some))
             if len(ahead) >= 2 * cores:
                 yield from ahead.popleft().result()
         for future in ahead:
@@ -147,76 +106,45 @@ def encoded(tokenizer, texts):
 def write_split(tokenizer, texts, folder, split, held_out):
     """Tokenize one split. Documents whose hash is in `held_out` are left out; val and test add theirs.
 
-    A training document that is longer than a row is stored as pieces that fill one each: whole, it
-    would lose all that the packing crops. A piece gives way to a held-out document as well.
-    Held-out documents stay whole.
+    A training document that is longer than a row is stored as pieces that fill one each: whole, it would lose all that
+    the packing crops. A piece gives way to a held-out document as well. Held-out documents stay whole.
     """
-    size, raw = tokenizer.dataset.sequence_length, folder / f"{split}.raw"
-    lengths, hashes, numbers = array("q", [0]), array("Q"), array("i")
-    with raw.open("wb") as out:
+    size, offsets, numbers = tokenizer.dataset.sequence_length, array("q", [0]), array("i")
+    with (folder / f"{split}_tokens.npy").open("wb") as out:
+        start = {"descr": "<u2", "fortran_order": False, "shape": (0,)}
+        np.lib.format.write_array_header_1_0(out, start)  # which leaves room for any size
         for document in encoded(tokenizer, texts):
-            name = document_hash(document)
+            name, pieces = content_hash(document), [document]
             if name in held_out or len(document) == 1:
                 continue
-            pieces = [(document, name)]
             if split != "train":
                 held_out.add(name)
             elif len(document) > size + 1:
                 pieces = [np.insert(document[first : first + size], 0, tokenizer.bos)
                           for first in range(1, len(document), size)]  # fmt: skip
-                pieces = [(piece, document_hash(piece)) for piece in pieces]
-                pieces = [piece for piece in pieces if piece[1] not in held_out]
-            for number, (piece, name) in enumerate(pieces):
+                pieces = [piece for piece in pieces if content_hash(piece) not in held_out]
+            for number, piece in enumerate(pieces):
                 out.write(piece.tobytes())
-                lengths.append(len(piece))
-                hashes.append(name)
+                offsets.append(offsets[-1] + len(piece))
                 numbers.append(number)
-    offsets = np.cumsum(np.array(lengths, np.int64))
-    tokens = np.memmap(raw, np.uint16, "r") if hashes else np.empty(0, np.uint16)
-    arrays = {"tokens": tokens, "offsets": offsets}
-    arrays |= {"hashes": np.array(hashes, np.uint64), "pieces": np.array(numbers, np.int32)}
-    for kind, values in arrays.items():
-        with (folder / f"{split}_{kind}.npy").open("wb") as file:
-            np.save(file, values)
-            file.flush()
-            files.to_disk(file.fileno())
-    raw.unlink()
-    return {"documents": len(hashes), "tokens": int(offsets[-1])}
+        out.seek(0)
+        np.lib.format.write_array_header_1_0(out, start | {"shape": (offsets[-1],)})
+    np.save(folder / f"{split}_offsets.npy", np.array(offsets, np.int64))
+    np.save(folder / f"{split}_pieces.npy", np.array(numbers, np.int32))
+    return {"documents": len(numbers), "tokens": offsets[-1]}
 
 
-def write_token_cache(dataset, folder):
-    """Write `tokenizer.json` and `tokens/` of the fetched dataset into `folder`."""
-    print(f"{dataset.name}: training the tokenizer", flush=True)
-    tokenizer = Tokenizer.train(dataset, documents(dataset, "train"))
-    tokenizer.save(folder / "tokenizer.json")
-    tokens, held_out = folder / "tokens", set()
-    tokens.mkdir()
-    meta = {"identity": identity(dataset), "code": code(), "source": fingerprint(dataset)}
-    meta["shards"] = {path.name: file_hash(path) for path in shards(dataset)}
-    for split in ("val", "test", "train"):  # held-out first: train gives way to them
-        print(f"{dataset.name}: tokenizing {split}", flush=True)
-        found = meta[split] = write_split(tokenizer, documents(dataset, split), tokens, split, held_out)
-        print("{}: {documents:,} documents, {tokens:,} tokens".format(dataset.name, **found), flush=True)
-        needed = 0 if split == "train" else dataset.sequence_length  # training rows may repeat a document
-        if found["tokens"] <= needed:
-            found = f"{found['tokens']} tokens for {split}, which needs more than {needed}"
-            mend = "add documents, or put long ones into .txt files, which are cut into passages"
-            sys.exit(f"error: dataset '{dataset.name}' has too little text: {found}; {mend}")
-    written = [*sorted(tokens.glob("*.npy")), folder / "tokenizer.json"]
-    meta["sha256"] = {path.name: file_hash(path) for path in written}
-    files.write_atomically(tokens / "meta.json", json.dumps(meta, indent=1))
-
-
-# --- the dataset, made ready ---------------------------------------------------------------------
+def content_hash(tokens):
+    """128 bits that stand for a document's content. tokens: uint16 (n,)."""
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def is_prepared(dataset):
     """Whether the cache is whole, and made by today's code from today's definition and source of the dataset."""
-    cache = TokenCache.read(cache_dir(dataset) / "tokens")
-    made = cache and (cache.meta.get("identity"), cache.meta.get("code"))
-    if made != (identity(dataset), code()):
+    cache = TokenCache.read(dataset)
+    if not cache or cache.meta["code"] != code():
         return False
-    return fingerprint(dataset) in (None, cache.meta["source"])
+    return dataset.source.fingerprint() in (None, cache.meta["source"])
 
 
 def prepare(dataset):
@@ -225,51 +153,42 @@ def prepare(dataset):
     try:
         files.make_folder(root)
         with files.one_at_a_time(root):  # who waits finds all ready
-            prepare_where_needed(dataset, root)
+            files.remove_leftovers(root)
+            if not is_prepared(dataset) or TokenCache.load(dataset).changed_file():
+                prepare_anew(dataset, root)
     except OSError as error:
         sys.exit(f"error: {root}: {files.what_failed(error)}; AUTORESEARCH_CACHE moves the cache elsewhere")
     print(f"{dataset.name}: prepared in {root}")
 
 
-def prepare_where_needed(dataset, root):
-    files.remove_leftovers(root)
-    known = (files.read_json(root / "tokens" / "meta.json") or {}).get("shards", {})
-    bad = [path for path in shards(dataset) if known.get(path.name) not in (None, file_hash(path))]
-    for path in bad:
-        print(f"{dataset.name}: {path} is not as it was fetched; fetching it anew", flush=True)
-        path.unlink()
-    if bad:
-        dataset.source.fetch(dataset)
-    if is_prepared(dataset):
-        changed = TokenCache.load(dataset).changed_file()
-        if not changed:
-            return
-        print(f"{dataset.name}: {changed} is not as it was prepared; preparing anew", flush=True)
-    try:
-        prepare_anew(dataset, root)
-    except Damaged as error:
-        if error.path not in shards(dataset):
-            raise  # a person's own file
-        print(f"{error.code.removeprefix('error: ')}; fetching it anew", flush=True)
-        error.path.unlink()
-        prepare_anew(dataset, root)
-
-
 def prepare_anew(dataset, root):
-    """Fetch, make tokenizer and tokens in a temporary folder, move them to `root`."""
+    """Fetch, write tokens and tokenizer into a temporary folder, and put them in place of those in `root`."""
     dataset.source.fetch(dataset)
-    temporary = root / f"tokens.{os.getpid()}.part"
-    temporary.mkdir()
+    new, old, held_out = root / f"tokens.{os.getpid()}.part", root / f"old.{os.getpid()}.part", set()
+    new.mkdir()
     try:
-        write_token_cache(dataset, temporary)
+        print(f"{dataset.name}: training the tokenizer", flush=True)
+        tokenizer = Tokenizer.train(dataset, documents(dataset, "train"))
+        tokenizer.save(new / "tokenizer.json")
+        meta = {"identity": identity(dataset), "code": code(), "source": dataset.source.fingerprint()}
+        for split in ("val", "test", "train"):  # held-out first: train gives way to them
+            meta[split] = write_split(tokenizer, documents(dataset, split), new, split, held_out)
+            print("{}: {documents:,} documents, {tokens:,} tokens for {}".format(dataset.name, split, **meta[split]))
+            needed = 1 if split == "train" else dataset.sequence_length + 1  # training rows may repeat a document
+            if meta[split]["tokens"] < needed:
+                mend = "add documents, or put long ones into .txt files, which are cut into passages"
+                sys.exit(f"error: dataset '{dataset.name}' has too little text: {split} needs {needed} tokens; {mend}")
+        meta["sha256"] = {path.name: file_hash(path) for path in sorted(new.iterdir())}
+        for name in meta["sha256"]:
+            with (new / name).open("rb") as file:
+                files.to_disk(file.fileno())
+        files.write_atomically(new / "meta.json", json.dumps(meta, indent=1))
         # First the old cache goes, whole: at no time does one stand beside a tokenizer that is not its own.
         if (root / "tokens").exists():
-            (root / "tokens").rename(temporary / "old")
-            files.folder_to_disk(root)
-        files.folder_to_disk(temporary / "tokens")
-        (temporary / "tokenizer.json").replace(root / "tokenizer.json")
-        files.folder_to_disk(root)
-        (temporary / "tokens").rename(root / "tokens")
+            (root / "tokens").rename(old)
+        (new / "tokenizer.json").replace(root / "tokenizer.json")
+        new.rename(root / "tokens")
         files.folder_to_disk(root)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)

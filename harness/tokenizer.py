@@ -3,14 +3,13 @@
 import base64
 import json
 import sys
-from itertools import pairwise
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
 import rustbpe
 import tiktoken
 
-from harness.corpus import cache_dir, damaged, not_prepared
+from harness.corpus import cache_dir, not_prepared
 from harness.files import write_atomically
 
 # GPT-4's split pattern, but digits in groups of one or two: a small vocabulary has no room for
@@ -35,9 +34,7 @@ class Tokenizer:
     def __init__(self, dataset, ranks, pattern=SPLIT_PATTERN):
         special = {text: len(ranks) + i for i, text in enumerate(SPECIAL_TOKENS)}
         self.dataset, self.ranks, self.pattern = dataset, ranks, pattern
-        self.encoding = tiktoken.Encoding(
-            name=dataset.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-        )
+        self.encoding = tiktoken.Encoding(dataset.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = len(ranks) + len(special)
         self.bos = special[SPECIAL_TOKENS[0]]
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
@@ -60,49 +57,33 @@ class Tokenizer:
         trainer.train_from_iterator(limited(), dataset.vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         return cls(dataset, {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
-    def encode(self, text):
-        """Token ids of `text`; special tokens written out in it are ordinary text."""
-        parts = [text[first : first + STRETCH] for first in range(0, len(text), STRETCH)]
-        return [i for part in parts for i in self.encoding.encode_ordinary(part)]
-
     def encode_documents(self, texts):
         """The token ids of each of `texts`, uint16 (n,), with the document start in front.
 
-        All of them are one call of the library, during which other threads run: called for each text, they would wait
-        for each other most of the time.
+        Special tokens written out in a text are ordinary text. All texts are one call of the library, during which
+        other threads run: in a call each, they would wait for each other most of the time.
         """
         start = SPECIAL_TOKENS[0]
         alone = {i for i, text in enumerate(texts) if start in text or len(text) > STRETCH}
         joined = "".join(start + (text if i not in alone else "") for i, text in enumerate(texts))
         ids = self.encoding.encode_to_numpy(joined, allowed_special={start}, disallowed_special=()).astype(np.uint16)
-        starts = [*np.flatnonzero(ids == self.bos).tolist(), len(ids)]
-        found = [ids[a:b] for a, b in pairwise(starts)]
+        found = np.split(ids, np.flatnonzero(ids == self.bos)[1:])
         for i in alone:
-            found[i] = np.array([self.bos, *self.encode(texts[i])], np.uint16)
+            parts = (texts[i][first : first + STRETCH] for first in range(0, len(texts[i]), STRETCH))
+            found[i] = np.array([self.bos, *chain(*map(self.encoding.encode_ordinary, parts))], np.uint16)
         return found
-
-    def decode(self, ids):
-        """The text of `ids`."""
-        return self.encoding.decode(ids)
 
     def save(self, path):
         """Write the tokenizer as JSON: data only, loading it runs nothing."""
-        ordered = sorted(self.ranks, key=self.ranks.get)
-        tokens = [base64.b64encode(token).decode() for token in ordered]
+        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
         write_atomically(path, json.dumps({"pattern": self.pattern, "tokens": tokens}))
 
     @classmethod
-    def load(cls, dataset, path=None):
+    def load(cls, dataset):
         """The dataset's prepared tokenizer; where there is none, one line says how to make it."""
-        path = path or cache_dir(dataset) / "tokenizer.json"
         try:
-            saved = json.loads(Path(path).read_text())
-            tokens = [base64.b64decode(token, validate=True) for token in saved["tokens"]]
-            ranks = {token: rank for rank, token in enumerate(tokens)}
-            if len(ranks) < len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
-                raise ValueError("not the tokens of a byte-level tokenizer")
+            saved = json.loads((cache_dir(dataset) / "tokenizer.json").read_text())
+            ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
             return cls(dataset, ranks, saved["pattern"])
-        except (FileNotFoundError, NotADirectoryError):
-            sys.exit(not_prepared(dataset))
         except (OSError, ValueError, KeyError, TypeError):
-            sys.exit(damaged(dataset, path))
+            sys.exit(not_prepared(dataset))

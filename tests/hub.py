@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from harness import downloads
+
 
 def parquet(texts, column="text"):
     """The bytes of a parquet file."""
@@ -40,12 +42,18 @@ def refusal(work, *arguments):
     return line
 
 
-def fresh_login(monkeypatch, home):
-    """No token, no .netrc, no proxy and no choice of whoever runs the tests."""
-    foreign = ("HF_", "NETRC", "XDG_CACHE_HOME", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AUTORESEARCH_COLUMN")
+@pytest.fixture(name="hub")
+def hub_of_a_test(cache, tmp_path_factory, monkeypatch):
+    """A hub that HF_ENDPOINT names, no waiting between attempts, and no login of whoever runs the tests."""
+    foreign = ("HF_", "NETRC", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith(foreign)]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setattr(downloads, "BACK_OFF", 0.0)
+    hub = Hub()
+    with serving(hub) as hub.address:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        yield hub
 
 
 def leftovers(folder):
@@ -61,9 +69,8 @@ class Hub:
     """
 
     def __init__(self):
-        self.files, self.faults, self.seen, self.at_once, self.most_at_once = {}, {}, [], 0, 0
+        self.files, self.faults, self.seen = {}, {}, []
         self.barrier = None  # where set, a request waits there, to show how many come together
-        self.lock = threading.Lock()
 
     def requests(self, path):
         return [(headers, status) for seen, headers, status in self.seen if seen == path]
@@ -77,25 +84,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub = self.server.hub
-        with hub.lock:
-            hub.at_once += 1
-            hub.most_at_once = max(hub.most_at_once, hub.at_once)
-            queue = hub.faults.get(self.path, [])
-            fault = queue.pop(0) if queue else None
-        try:
-            if hub.barrier:
-                hub.barrier.wait(5)
-            if callable(fault):
-                fault(self)
-            elif fault:
-                self.send(fault, b"no")
-            elif self.path in hub.files:
-                self.send_file(hub.files[self.path])
-            else:
-                self.send(404, b"no")
-        finally:
-            with hub.lock:
-                hub.at_once -= 1
+        queue = hub.faults.get(self.path, [])
+        fault = queue.pop(0) if queue else None
+        if hub.barrier:
+            hub.barrier.wait(5)
+        if callable(fault):
+            fault(self)
+        elif fault or self.path not in hub.files:
+            self.send(fault or 404, b"no")
+        else:
+            self.send_file(hub.files[self.path])
 
     def send(self, status, body, length=None, close=False, **headers):
         self.server.hub.seen.append((self.path, dict(self.headers), status))
@@ -108,17 +106,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = self.close_connection or close
 
-    def send_file(self, body, etag=None, upto=None):
-        """All of it, or the rest that Range asks for; `upto` closes the connection after so many bytes."""
-        etag = etag or f'"{hash(body)}"'
-        asked, condition = self.headers.get("Range"), self.headers.get("If-Range")
-        if asked and condition in (None, etag):
-            first = int(asked.removeprefix("bytes=").rstrip("-"))
-            if first >= len(body):
-                return self.send(416, b"", Content_Range=f"bytes */{len(body)}")
-            rest, where = body[first:], f"bytes {first}-{len(body) - 1}/{len(body)}"
-            return self.send(206, rest[:upto], len(rest), upto is not None, ETag=etag, Content_Range=where)
-        self.send(200, body[:upto], len(body), upto is not None, ETag=etag)
+    def send_file(self, body, upto=None):
+        """All of it; `upto` closes the connection after so many bytes."""
+        self.send(200, body[:upto], len(body), upto is not None)
 
     def reset(self):
         """End the connection as a crash does, with no farewell."""
@@ -157,6 +147,10 @@ def serving(hub, certificate=None):
 # --- faults: what a request meets in place of its file ---------------------------------------------
 
 
+def body_of(handler):
+    return handler.server.hub.files[handler.path]
+
+
 def reset(handler):
     handler.server.hub.seen.append((handler.path, dict(handler.headers), None))
     handler.reset()
@@ -169,54 +163,22 @@ def reset_midway(handler):
 
 def cut(handler):
     """A third of the file, then the connection ends."""
-    body = handler.server.hub.files[handler.path]
-    handler.send_file(body, upto=len(body) // 3)
-
-
-def claims_more(handler):
-    body = handler.server.hub.files[handler.path]
-    handler.send(200, body, len(body) + 100, close=True)
+    handler.send_file(body_of(handler), upto=len(body_of(handler)) // 3)
 
 
 def claims_less(handler):
     """The length says less than the file is: what arrives looks complete."""
-    body = handler.server.hub.files[handler.path]
-    handler.send(200, body[:-200], close=True)
+    handler.send(200, body_of(handler)[:-200], close=True)
 
 
 def no_length_cut(handler):
     """No length at all, as HTTP/1.0 does it, and half of the file."""
-    body = handler.server.hub.files[handler.path]
     handler.server.hub.seen.append((handler.path, dict(handler.headers), 200))
     handler.send_response(200)
     handler.send_header("Connection", "close")
     handler.end_headers()
-    handler.wfile.write(body[: len(body) // 2])
+    handler.wfile.write(body_of(handler)[: len(body_of(handler)) // 2])
     handler.close_connection = True
-
-
-def range_ignored(handler):
-    body = handler.server.hub.files[handler.path]
-    handler.send(200, body, ETag=f'"{hash(body)}"')
-
-
-def wrong_range(handler):
-    """A 206 that starts elsewhere than it was asked to."""
-    body = handler.server.hub.files[handler.path]
-    where = f"bytes 0-{len(body) - 1}/{len(body)}"
-    handler.send(206, body, ETag=f'"{hash(body)}"', Content_Range=where)
-
-
-def other_file(new, obeys_condition):
-    """The file has changed meanwhile; a careless server sends the rest of the new one all the same."""
-
-    def fault(handler):
-        handler.server.hub.files[handler.path] = new
-        if not obeys_condition and "If-Range" in handler.headers:
-            del handler.headers["If-Range"]
-        handler.send_file(new)
-
-    return fault
 
 
 def to(address):
@@ -231,19 +193,7 @@ def stall(seconds):
     """A third of the file, then nothing for a while, with the connection open."""
 
     def fault(handler):
-        body = handler.server.hub.files[handler.path]
-        handler.send(200, body[: len(body) // 3], len(body), ETag=f'"{hash(body)}"')
-        time.sleep(seconds)
-        handler.close_connection = True
-
-    return fault
-
-
-def no_answer(seconds):
-    """The request is taken, and nothing comes."""
-
-    def fault(handler):
-        handler.server.hub.seen.append((handler.path, dict(handler.headers), None))
+        handler.send(200, body_of(handler)[: len(body_of(handler)) // 3], len(body_of(handler)))
         time.sleep(seconds)
         handler.close_connection = True
 
@@ -252,23 +202,11 @@ def no_answer(seconds):
 
 def compressed(handler):
     """What a cache in between may do, although it was asked not to."""
-    body = gzip.compress(handler.server.hub.files[handler.path])
-    handler.send(200, body, Content_Encoding="gzip")
+    handler.send(200, gzip.compress(body_of(handler)), Content_Encoding="gzip")
 
 
 def web_page(handler):
     handler.send(200, b"<html>log in first</html>", Content_Type="text/html; charset=utf-8")
-
-
-def no_such_range(handler):
-    """As web servers say it: with a page for people."""
-    handler.send(416, b"<html>416</html>", Content_Type="text/html")
-
-
-def too_long(handler):
-    """More than was announced; what follows would be taken for the next answer."""
-    body = handler.server.hub.files[handler.path]
-    handler.send(200, body + b"more", len(body), close=True)
 
 
 def listing(*urls):

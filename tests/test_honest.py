@@ -34,7 +34,7 @@ class BytesMixer:
     """A byte-level n-gram mixer: each token's logit from its first byte's odds after the last two bytes."""
 
     def __init__(self, tokenizer):
-        text = [tokenizer.decode([i]).encode("utf-8", "replace") or b"\0" for i in range(tokenizer.vocab_size)]
+        text = [tokenizer.encoding.decode([i]).encode("utf-8", "replace") or b"\0" for i in range(tokenizer.vocab_size)]
         self.first = mx.array([t[0] for t in text])
         self.last = mx.array([t[-1] for t in text])
         mx.random.seed(0)
