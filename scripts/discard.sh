@@ -13,12 +13,10 @@ kept=$(git rev-parse -q --verify "${kept:-$START}^{commit}") # while nothing was
 others=$(git diff --name-only "$kept" HEAD -- . ':(exclude)train.py' | tr '\n' ' ')
 [ -z "$others" ] || die "discard would also change ${others% }, committed since $(short "$kept"). Put back first:" \
   "git restore --source=$(short "$kept") --staged --worktree -- ${others% } && git commit -m 'put back'"
-in_git() { git rev-parse -q --verify "$1:train.py" || true; }
-for blob in "$([ ! -f train.py ] || git hash-object train.py)" "$(in_git '')"; do # a file that is gone holds nothing
-  [ -z "$blob" ] || [ "$blob" = "$(in_git HEAD)" ] || [ "$blob" = "$(in_git "$kept")" ] ||
-    die "train.py has changes that are not committed and would be lost: git commit -m 'what it tries' train.py," \
-      "or git checkout HEAD -- train.py"
-done
+# as HEAD has it, or already put back by a call that was cut short
+[ ! -f train.py ] || git diff --quiet HEAD -- train.py || git diff --quiet "$kept" -- train.py ||
+  die "train.py has changes that are not committed and would be lost: git commit -m 'what it tries' train.py," \
+    "or git checkout HEAD -- train.py"
 
 if [ -z "$(git for-each-ref --contains HEAD "refs/experiments/$TAG/")" ]; then # never run, but never lost
   git update-ref "refs/experiments/$TAG/dropped-$(short "$HEAD")" HEAD

@@ -3,4 +3,4 @@
 . "$(dirname "$0")/lib.sh"
 
 echo "usage: make TARGET [NAME=value …]        (README.md has a table of the variables)"
-sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do printf '  %-12s %s\n' "$name" "$text"; done
+awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $1, $2}' Makefile

@@ -60,10 +60,7 @@ class Session:
         self.table, self.log = self.folder / "results.tsv", self.folder / "events.jsonl"
 
     def stored_settings(self):
-        """({name: text} that it was opened with, whether another value is refused).
-
-        An older session has no such file: its settings are those of its newest run.
-        """
+        """({name: text} of what it was opened with, whether another value is refused); an older one's newest run's."""
         stored = files.read_json(self.folder / "settings.json")
         if stored is None and git("rev-parse", "-q", "--verify", f"refs/experiments/{self.tag}/start"):
             for attempt in self.attempts()[-1:]:
@@ -322,8 +319,6 @@ def open_session(session):
         if not session.table.exists():
             files.write_atomically(session.table, HEADER + "\n")
         session.link()
-    if HOME != ROOT:
-        print(f"results  are kept in {STORE}, not in this worktree")
 
 
 def main(arguments):

@@ -28,10 +28,8 @@ taken=$(git for-each-ref --format='%(refname)' "refs/heads/$SESSIONS" 'refs/expe
   sed -e "s,^refs/heads/$SESSIONS/,," -e 's,^refs/experiments/\(.*\)/start$,\1,' | grep -ixF -e "$tag" | sed -n 1p) || taken=''
 [ "$taken" = "$mine" ] ||
   die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/$taken"
-for who in GIT_AUTHOR_IDENT GIT_COMMITTER_IDENT; do # found out now, not at the first experiment
-  git var "$who" >/dev/null 2>&1 ||
-    die "git knows no author for commits: git config user.name agent && git config user.email agent@localhost"
-done
+git var GIT_COMMITTER_IDENT >/dev/null 2>&1 || # found out now, not at the first experiment
+  die "git knows no author for commits: git config user.name agent && git config user.email agent@localhost"
 dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' ' ')
 [ "$mine$dirty" != "${tag}train.py " ] || [ "$(git hash-object train.py)" != "$(git rev-parse "$begun:train.py")" ] ||
   dirty='' # that much was done
@@ -67,8 +65,7 @@ if [ -n "$tune" ] && [ "$prepared" = True ]; then
   if ! scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
     echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
   elif ! git diff --quiet -- train.py; then
-    git commit -q -m "Session $tag: sizes fitted to this machine" train.py ||
-      die "the session is open, and train.py was fitted, but git could not commit that (see above): commit it yourself"
+    git commit -q -m "Session $tag: sizes fitted to this machine" train.py
     git update-ref "refs/experiments/$tag/start" HEAD
   fi
 fi

@@ -2,8 +2,7 @@
 
 usage: python tests/soak.py [--hours H | --scenarios N] [--seed S] [--folder DIR] [--replay "NAME:SEED NAME:SEED …"]
 
-A night is a list of scenarios, each drawn from a seed of its own, so that the night replays, and shrinks: what fails
-is run again with ever fewer scenarios before it, and the shortest list that still fails is printed. The harness is the
+A night is a list of scenarios, each drawn from a seed of its own, so that the night replays. The harness is the
 stand-in (tests/standin), whose runs take no time. After each scenario `Model.check` compares disk, git and processes
 with what the agent did. The last line says how much was done.
 """
@@ -117,8 +116,7 @@ class Night:
         return round(self.side.best - step if better else self.side.best + step, 6)
 
     def description(self, chance):
-        text = f"idea {self.number} {chance.choice(HOSTILE)}"
-        return text
+        return f"idea {self.number} {chance.choice(HOSTILE)}"
 
     def open(self, tag):
         self.lab.git("checkout", "-q", "main")
@@ -449,22 +447,6 @@ def night(scenarios, folder, tell=lambda *_: None):
     return done, now, None
 
 
-def shrink(scenarios, folder, seconds):
-    """The shortest list of scenarios, within some time, that still fails: ever smaller parts are left out."""
-    end, size = time.monotonic() + seconds, max(1, len(scenarios) // 2)
-    while size and time.monotonic() < end:
-        first = 0
-        while first < len(scenarios) - 1 and time.monotonic() < end:
-            fewer = scenarios[:first] + scenarios[min(first + size, len(scenarios) - 1) :]
-            done, _, wrong = night(fewer, folder)
-            if wrong:
-                scenarios = done
-            else:
-                first += size
-        size //= 2
-    return scenarios
-
-
 def drawn(seed, until):
     chance, number = random.Random(seed), 0
     while until(number):
@@ -490,8 +472,7 @@ def main(args):
     done, now, wrong = night(plan, folder / "night", tell)
     if wrong:
         print(f"seed {args.seed}, scenario {len(done)}: {wrong}", flush=True)
-        shorter = shrink(done, folder / "again", args.shrink)
-        print("the shortest that still fails:", " ".join(f"{name}:{seed}" for name, seed in shorter))
+        print("to see it again: --replay", repr(" ".join(f"{name}:{seed}" for name, seed in done)))
         sys.exit(1)
     rows, counts = sum(len(side.rows) for side in now.sides.values()), now.counts
     records = len(list((now.lab.path / "data").glob("run_*.json")))
@@ -511,5 +492,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder")
     parser.add_argument("--replay")
-    parser.add_argument("--shrink", type=float, default=600, help="seconds to look for a shorter one")
     main(parser.parse_args())

@@ -33,7 +33,7 @@ def trained(steps, gain=0.0, seed=42, noise=0.0005, **more):
     return run(seed=seed, curve=record.binned(curve), **more)
 
 
-@pytest.mark.parametrize(("steps", "others"), [(1000, 1000), (1000, 1700), (900, 240), (3000, 500), (257, 256)])
+@pytest.mark.parametrize(("steps", "others"), [(1000, 1700), (900, 240), (257, 256)])
 @pytest.mark.parametrize("gain", [0.0, 0.02, -0.01])
 def test_a_planted_difference_is_found_at_equal_steps(steps, others, gain):
     new, old = trained(steps, gain), trained(others)
@@ -116,11 +116,3 @@ def test_bins_hold_means_of_whole_bins(steps, points, seed):
         assert found["seconds"][i] == pytest.approx(ends[b - 1], abs=1e-3)
         assert found["memory_mb"][i] == pytest.approx(memory[b - 1], abs=0.5)
         assert found["tok_sec"][i] == pytest.approx(512 * (b - a) / (ends[b - 1] - (ends[a - 1] if a else 0)), abs=0.5)
-
-
-def test_the_last_bin_is_no_artefact():
-    """A part of a bin at the end would have a rate and a loss of its own kind."""
-    curve = [((i + 1) / 10, 3.0, 100 * (i + 1), 50.0) for i in range(1030)]
-    found = record.binned(curve)
-    assert found["steps_per_bin"] == 8 and len(found["loss"]) == 128
-    assert set(found["tok_sec"]) == {1000.0} and set(found["loss"]) == {3.0}

@@ -18,13 +18,6 @@ def test_setup_opens_a_session(checkout):
     assert checkout.refs("nov24")["start"] == checkout.git("rev-parse", "HEAD")
 
 
-def test_setup_without_a_dataset_takes_the_one_of_train(checkout):
-    before = checkout.git("rev-parse", "HEAD")
-    done = checkout.make("setup", "TAG=nov24", check=0)
-    assert done.stdout.endswith("next     make baseline\n") and "stdlib" in done.stdout
-    assert checkout.git("rev-parse", "HEAD") == before
-
-
 @pytest.mark.parametrize("tag", ["", "a/b", "x.lock", "$(touch x)"])
 def test_setup_refuses_a_tag_that_names_no_branch(checkout, tag):
     done = checkout.script("setup", TAG=tag, check=1)
@@ -139,8 +132,7 @@ def test_the_reference_is_run_again_without_touching_branch_or_tree(session):
 def test_a_pair_runs_both_with_one_seed_and_turns_round(session):
     session.write_train("prepare.finish(1.4)")
     session.script("run", check=0)
-    for _ in range(2):
-        session.script("run", PAIR="1", check=0)
+    session.script("run", PAIR="1", N="2", check=0)
     begun = [event for event in session.events if event["event"] == "begin" and event["pair"]]
     assert [event["role"] for event in begun] == ["reference", "candidate", "candidate", "reference"]
     assert [event["seed"] for event in begun] == [43, 43, 44, 44]

@@ -67,17 +67,15 @@ def holder(path):
 
 def try_all(needed, devices, wanted):
     """({path: descriptor} of all `needed` locks and `wanted` devices, None), or (None, the first that is taken)."""
-    held, taken = {}, []
+    held = {}
     for path in [*needed, *devices]:
-        if len(held) < len(needed) + wanted:
-            lock = open_lock(path)
-            held |= {} if lock is None else {path: lock}
-            taken += [path] if lock is None else []
-    if len(held) == len(needed) + wanted and not set(needed) & set(taken):
+        if len(held) < len(needed) + wanted and (lock := open_lock(path)) is not None:
+            held[path] = lock
+    if len(held) == len(needed) + wanted and held.keys() >= set(needed):
         return held, None
     for lock in held.values():
         os.close(lock)
-    return None, taken[0]
+    return None, next(path for path in [*needed, *devices] if path not in held)
 
 
 def take(folder=True):

@@ -1,7 +1,4 @@
-"""One rank of a group, as mlx.launch starts it on each device, on this machine or by ssh; see launch.py.
-
-It runs the program on its part of the machine.
-"""
+"""One rank of a group: the program on one device, as mlx.launch starts it, on this machine or by ssh; see launch.py."""
 
 import base64
 import json

@@ -5,7 +5,6 @@ It is a process group of its own. TIMEOUT, a signal to us, and our own death end
 
 import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -77,8 +76,6 @@ def run(command, folder, log, limit, locks, environment):
         wall = time.monotonic() - start
         processes.kill(processes.descendants(os.getpid()))  # whatever lost its parent
         show(written, terminal)
-    if terminal:  # of a line that was overwritten the log keeps the last state
-        log.write_bytes(re.sub(rb"[^\r\n]*\r(?!\n)", b"", log.read_bytes()))
     return Ended(child.returncode, late, wall, away)
 
 
