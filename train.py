@@ -4,7 +4,7 @@
 
 Data, the budget's clock, the metric and the record belong to prepare.py and are the same for every experiment.
 The model follows karpathy/nanochat's GPT; each idea names its source where it stands. Read from the top:
-constants, model, loss, optimizer, schedules, training.
+constants, model, tables of n-grams, loss, optimizer, schedules, training.
 
 `@fast(form)` above a function names a faster way to compute the same. It is taken only while the function, and what
 it calls in this file, is the one that the form was made for. Edit the function, and your text is what runs.

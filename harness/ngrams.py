@@ -1,6 +1,6 @@
 """Tables of n-grams: how a step reads and writes the few rows of them that it looks up, and adagrad's form for CUDA.
 
-On an H200, six layers of 640, 131,072 tokens a step, 12 tables of 2^19 rows of 320: that takes 6 of some 97 ms.
+On an H200, six layers of 640, 131,072 tokens a step, 12 tables of 2^19 rows of 320, writing takes 6 of some 97 ms.
 """
 
 import mlx.core as mx
@@ -27,9 +27,8 @@ class Table(nn.Module):
     def __call__(self, tokens):
         if self._given is not None:
             return self._given
-        return mx.concatenate(
-            [table[rows] for table, rows in zip(self.weight, self.slots(tokens), strict=True)], axis=-1
-        )
+        first, second = self.slots(tokens)
+        return mx.concatenate([self.weight[0][first], self.weight[1][second]], axis=-1)
 
 
 def tables_of(model):
