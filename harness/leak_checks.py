@@ -117,14 +117,6 @@ class LeakChecks:
 
     # --- earlier calls, other rows ---
 
-    def _differ(self, change, limit=MOVED):
-        """None where the nats of the same targets, asked twice, agree, else how they do not. change: (b, T)."""
-        if (change**2).mean() > limit * self.spread:
-            return f"The nats of the targets move by {math.sqrt((change**2).mean() / self.spread):.1%} of their spread."
-        if abs(change.mean()) > LEAK * self.nats_per_bit and abs(t_of(change)) > SURE:
-            return f"The score changes by {abs(change.mean()) / self.nats_per_bit:.4f} bits per byte."
-        return None
-
     def _state(self):
         """The first rows score as they did, and what the model holds did not change."""
         limit = MOVED
@@ -132,8 +124,9 @@ class LeakChecks:
             limit = MOVED / 50**2
         numbers = np.resize(np.arange(len(self.rows)), self.size)
         for _ in range(2):  # what happens now and then may not happen once
-            if reason := self._differ(self._score(self.rows[numbers]) - self.nats[numbers], limit):
-                raise Refused(f"{STATELESS} ({reason})")
+            share = ((self._score(self.rows[numbers]) - self.nats[numbers]) ** 2).mean() / self.spread
+            if share > limit:
+                raise Refused(f"{STATELESS} (The answers move by {math.sqrt(share):.1%} of their spread.)")
 
     def _company(self):
         """Rows score the same at other places, beside rows of tokens in any order and of one throughout."""
@@ -141,8 +134,9 @@ class LeakChecks:
         beside = self.rows[numbers]
         beside[1::2] = self.rng.choice(self.rows.reshape(-1), beside[1::2].shape)
         beside[1::4] = beside[1::4, :1]
-        if reason := self._differ(self._score(beside)[::2] - self.nats[numbers[::2]]):
-            self._refuse(f"{ROWS} ({reason})")
+        share = ((self._score(beside)[::2] - self.nats[numbers[::2]]) ** 2).mean() / self.spread
+        if share > MOVED:
+            self._refuse(f"{ROWS} (The answers move by {math.sqrt(share):.1%} of their spread.)")
 
     # --- later tokens ---
 

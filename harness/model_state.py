@@ -45,9 +45,7 @@ def parts_of(value):
     return parts | getattr(value, "__dict__", {})
 
 
-def private(path):
-    """Whether a part of it begins with an underscore: what a model keeps there is no parameter, for MLX either."""
-    return "._" in path
+PRIVATE = "._"  # in a path: what a model keeps under such a name is no parameter, for MLX either
 
 
 def refuse_changed(before, model):
@@ -60,7 +58,7 @@ def refuse_changed(before, model):
         old, new = before[path], now[path]
         if old.dtype != new.dtype or not mx.array_equal(old, new, equal_nan=True).item():
             paths.append(path)
-    if public := next(filter(lambda path: not private(path), paths), None):
+    if public := next(filter(lambda path: PRIVATE not in path, paths), None):
         raise Refused(
             f"state: {public} changed while the model was evaluated. Update a running statistic in training alone (if "
             "self.training), put the weights of an average or an ensemble in place before run.finish, or call each "
@@ -107,7 +105,7 @@ def put_back(model):
     held, key = arrays_of(model), mx.random.state[0].tolist()
     copies = copies_of(held)
     try:
-        yield [(held[path], copies[path]) for path in held if not private(path)]
+        yield [(held[path], copies[path]) for path in held if PRIVATE not in path]
     finally:
         restore([(array, copies[path]) for path, array in held.items()])
         mx.random.seed(key[0] << 32 | key[1])

@@ -39,24 +39,19 @@ def kill(several):
             process.kill()
 
 
-def signal_group(group, number):
-    """Send a signal to a process group, and say whether there is one. On macOS zombies alone are one."""
-    with suppress(OSError):
-        os.killpg(group, number)
-        return True
-    return False
-
-
 def end_tree(pid, collect=lambda: None):
     """End the process group of `pid` and all that came of it: asked first, killed after PATIENCE seconds.
 
     collect: called while the group is waited for. It collects `pid` where that is our child and would stay a zombie.
     """
     everyone, end = descendants(pid), time.monotonic() + PATIENCE
-    for number in (signal.SIGTERM, signal.SIGCONT):  # one that was stopped would not hear
-        signal_group(pid, number)
-    while time.monotonic() < end and signal_group(pid, 0):
-        time.sleep(0.1)
-        collect()
+    with suppress(OSError):  # when the group is gone; on macOS zombies alone are one
+        for number in (signal.SIGTERM, signal.SIGCONT):  # one that was stopped would not hear
+            os.killpg(pid, number)
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            collect()
+            os.killpg(pid, 0)
     kill({*everyone, *descendants(pid)})
-    signal_group(pid, signal.SIGKILL)
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)

@@ -39,7 +39,7 @@ def write(train, commit, **content):
     """Complete a run's record, archive it, and make it data/last_run.json; returns it.
 
     A reader of data/last_run.json sees the old record or the new one, whole.
-    train: the hash of the program that ran. commit: what was checked out, or None. content: the rest, see `Run._end`.
+    train: the hash of the program that ran. commit: what was checked out, or None. content: see `Run._end`.
     """
     now = datetime.now().astimezone()
     record = {

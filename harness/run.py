@@ -85,10 +85,9 @@ class Run:
         return self._stream
 
     def warm_up(self, action, state):
-        """Run `action`, which compiles. Its time does not count as start-up.
+        """Run `action`, which compiles; its time does not count as start-up.
 
-        state: the arrays that it changes, a tree of dictionaries and lists; they are put back, for nothing is
-        learnt here.
+        state: the arrays that it changes, a tree of dictionaries and lists. They are put back: nothing is learnt here.
         """
         start = time.monotonic()
         with model_state.kept(state):
@@ -113,15 +112,15 @@ class Run:
         except Refused as refused:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
         took = self._training["rehearsal_seconds"] = time.monotonic() - start
-        if self.mode == "check" and reason:
+        if reason and self.mode == "check":
             print(f"error: this model is not valid. {reason}", file=sys.stderr)
             sys.exit(2)
+        if reason:
+            self._end(reason)
         if self.mode == "check":
             batch = f"{batch_size} x {self.dataset.sequence_length}"
             print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
             sys.exit(0)
-        if reason:
-            self._end(reason)
 
     def _score_weights(self, model, batch_size):
         """Print what `model` scores with the weights of a file, and exit."""

@@ -36,7 +36,7 @@ def start_up(seconds, steps):
     if seconds > STARTUP:
         raise Refused(
             f"start-up: {seconds:.0f} s passed before run.start_clock(), {STARTUP} are allowed. Look for work that "
-            "belongs into the budget. Where kernels were compiled for the first time, run it again."
+            "belongs into the budget; where kernels were compiled for the first time, run it again."
         )
     if steps > WARM_UP_STEPS:
         raise Refused(
