@@ -72,9 +72,6 @@ class Hub:
         self.files, self.faults, self.seen = {}, {}, []
         self.barrier = None  # where set, a request waits there, to show how many come together
 
-    def requests(self, path):
-        return [(headers, status) for seen, headers, status in self.seen if seen == path]
-
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -156,11 +153,6 @@ def reset(handler):
     handler.reset()
 
 
-def reset_midway(handler):
-    cut(handler)
-    handler.reset()
-
-
 def cut(handler):
     """A third of the file, then the connection ends."""
     handler.send_file(body_of(handler), upto=len(body_of(handler)) // 3)
@@ -203,10 +195,6 @@ def stall(seconds):
 def compressed(handler):
     """What a cache in between may do, although it was asked not to."""
     handler.send(200, gzip.compress(body_of(handler)), Content_Encoding="gzip")
-
-
-def web_page(handler):
-    handler.send(200, b"<html>log in first</html>", Content_Type="text/html; charset=utf-8")
 
 
 def listing(*urls):
