@@ -88,9 +88,9 @@ def one_at_a_time(folder):
         os.close(descriptor)
 
 
-def remove_leftovers(folder, prefix=""):
+def remove_leftovers(folder):
     """Delete the temporary `NAME.PID.part` and `.NAME.PID.tmp` of processes that were killed."""
-    for path in [*folder.glob(f"{prefix}*.part"), *folder.glob(f".{prefix}*.tmp")]:
+    for path in [*folder.glob("*.part"), *folder.glob(".*.tmp")]:
         pid = path.suffixes[-2].lstrip(".") if len(path.suffixes) > 1 else ""
         if pid.isdecimal() and not is_alive(int(pid)):
             with suppress(OSError):

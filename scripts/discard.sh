@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # make discard: put the branch back on the last kept commit, touching nothing but train.py and the branch.
 # The discarded commits stay reachable under refs/experiments/TAG/.
-# exit: 0 back · 1 refused, and why; nothing was changed
 . "$(dirname "$0")/lib.sh"
 
 read_git

@@ -2,7 +2,6 @@
 # make log-result STATUS=keep|discard|crash DESC="what was tried" [FOUND="…"] [OPEN="…"]: log the newest run.
 # Its row goes to results.tsv, its entry to today's journal, and its commit is kept reachable. Every figure comes from the
 # run's own record. A run is logged once; what was cut short is completed by the same command.
-# exit: 0 logged · 1 refused, and why; nothing is lost
 . "$(dirname "$0")/lib.sh"
 
 read_git

@@ -304,8 +304,7 @@ def run_command(function, *arguments):
         if isinstance(broken.__context__, SystemExit):
             raise broken.__context__ from None
     except OSError as error:
-        reason = files.what_failed(error)
-        sys.exit(f"error: {error.filename or 'writing'}: {reason}; mend that, and run the same again")
+        sys.exit(f"error: {error.filename or 'writing'}: {files.what_failed(error)}; mend that, and run the same again")
     except KeyboardInterrupt:
         sys.exit(130)
 

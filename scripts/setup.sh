@@ -6,7 +6,6 @@
 # later command of the session. Where the dataset is prepared, train.py is fitted to this machine (make tune), and that
 # is the session's first commit; TUNE=0 leaves it out. At the end it says what to type next.
 # What was cut short is completed by the same command.
-# exit: 0 the session is open · 1 refused, and why
 . "$(dirname "$0")/lib.sh"
 
 tag=${TAG:-} branch=refs/heads/$SESSIONS/${TAG:-}
