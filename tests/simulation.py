@@ -48,11 +48,15 @@ class Machine:
         self.luck = lots.normal(0, self.sigma * self.seeds**0.5, 400)
         self.busy, self.level = self.always or (self.load and self.random.random() < 0.5), 1.0
 
+    def unused(self, programs):
+        """The first seed that none of these programs had."""
+        return unused([run for run in self.observed() if run.program in programs], 0)
+
     def run(self, program, truth, seed=None, pair=None):
         """A run of a program whose val_bpb truly is `truth`, with the next seed that it did not have."""
         if self.load and self.random.random() < TURNS:
             self.busy, self.level = self.always or not self.busy, max(0.2, self.random.normal(1, self.changing))
-        seed = unused([run for run in self.observed() if run.program == program], 0) if seed is None else seed
+        seed = self.unused([program]) if seed is None else seed
         bpb = truth + self.luck[seed] + self.sigma * (1 - self.seeds) ** 0.5 * self.random.normal()
         rate = 1e5 * self.random.normal(1, SPEED)
         factor = max(0.0, self.level * self.random.normal(1, self.uneven)) if self.busy else 0.0
@@ -76,16 +80,15 @@ def night(effects, number, fewer_lines=False, **conditions):
         machine.run(0, 1.5)
     for program, effect in enumerate(effects, 1):
         truths[program], parents[program] = truths[reference] - effect * machine.sigma, reference
-        before = len(machine.runs)
-        machine.run(program, truths[program])
-        word, why, following = judged(machine, program, reference, fewer_lines)
-        while word == "rerun":
-            if following == "pair":
-                pair(machine, program, reference, truths)
-            else:
-                which = program if following == "new" else reference
-                machine.run(which, truths[which])
-            word, why, following = judged(machine, program, reference, fewer_lines)
+        before, ends, name = len(machine.runs), [program], None
+        while ends:
+            seed = machine.unused(ends)
+            for end in ends:
+                machine.run(end, truths[end], seed, name)
+            word, _, following = judged(machine, program, reference, fewer_lines)
+            ends = {"new": [program], "old": [reference], "pair": [program, reference], None: []}[following]
+            name = f"pair {len(machine.runs)}" if following == "pair" else None
+            ends = ends[:: 1 if len(machine.runs) % 2 else -1]
         kept = word in ("keep", "judge")  # by chance slow: a gain that is seen is worth it
         told.append((effect, kept, len(machine.runs) - before - 1))
         reference = program if kept else reference
@@ -94,17 +97,8 @@ def night(effects, number, fewer_lines=False, **conditions):
 
 def judged(machine, new, old, fewer_lines):
     runs = machine.observed()
-    near = [i for i, run in enumerate(runs) if run.program in (new, old) or i >= len(runs) - NEAR]
-    return rule(
-        Facts.of(Evidence([runs[i] for i in near]), new, old, fewer_lines=fewer_lines, unearned=("discard", ""))
-    )
-
-
-def pair(machine, new, old, truths):
-    seed = unused([run for run in machine.observed() if run.program in (new, old)], 0)
-    name = f"of {len(machine.runs)}"
-    for program in (new, old) if len(machine.runs) % 2 else (old, new):
-        machine.run(program, truths[program], seed, name)
+    near = [run for i, run in enumerate(runs) if run.program in (new, old) or i >= len(runs) - NEAR]
+    return rule(Facts.of(Evidence(near), new, old, fewer_lines=fewer_lines, unearned=("discard", "")))
 
 
 def plain_night(effects, number):
@@ -145,11 +139,12 @@ def extra(told):
 
 
 LINES = (
-    *((f"gains {e} σ" if e > 0 else f"loses {-e} σ" if e else "does nothing", e, {}) for e in (0, 1, 2, 4, -1, -2)),
-    *((f"{'loses' if e else 'does'} {f'{-e} σ' if e else 'nothing'}, with fewer lines", e, {"fewer_lines": True})
-      for e in (0, -2, -4)),
+    *((words, e, {}) for words, e in (("does nothing", 0), ("gains 1 σ", 1), ("gains 2 σ", 2), ("gains 4 σ", 4),
+                                      ("loses 1 σ", -1), ("loses 2 σ", -2), ("a night of all sorts", mixed))),
+    *((f"{words}, with fewer lines", e, {"fewer_lines": True})
+      for words, e in (("does nothing", 0), ("loses 2 σ", -2), ("loses 4 σ", -4))),
     *((f"{words}, seeds explain {share}", e, {"seeds": seeds}) for share, seeds in (("half", 0.5), ("nine tenths", 0.9))
-      for words, e in (("does nothing", 0), ("gains 1 σ", 1), ("gains 2 σ", 2))),
+      for words, e in (("does nothing", 0), ("gains 1 σ", 1), ("gains 2 σ", 2), ("a night of all sorts", mixed))),
     *((f"{words}, {load}", e, {"load": True, **conditions})
       for load, conditions in (("beside a load", {}), ("beside an uneven load", {"uneven": 0.2}),
                                ("the same, unseen", {"uneven": 0.2, "told": False}),
@@ -177,32 +172,28 @@ def after_the_curse(count, shares):
     return np.array(figures)
 
 
+def line(effect, count, **conditions):
+    """(kept, by the plain rule, extra runs), of 100 experiments, in words."""
+    told, plain = nights(effect, count, **conditions), nights(effect, 100, plain=True)
+
+    def words(told, digits):
+        shares = [f"{kept(told, e):.{digits}f}" for e in sorted({t[0] for t in told})]
+        return " / ".join(shares)
+
+    return words(told, 2), "–" if conditions else words(plain, 1), f"{extra(told):.0f}"
+
+
 if __name__ == "__main__":
-    COUNT = int((sys.argv[1:] or [20])[0])
+    COUNT, WANTED = int((sys.argv[1:] or [20])[0]), sys.argv[2:]
     print("| every change of the night | kept, of 100 | by the plain rule | extra runs, of 100 |\n|---|---|---|---|")
     for name, effect, conditions in LINES:
-        if sys.argv[2:] and not any(word in name for word in sys.argv[2:]):
-            continue
-        told, by_plain = nights(effect, COUNT, **conditions), ""
-        if not conditions:
-            by_plain = f"{kept(nights(effect, 200, plain=True)):.1f}"
-        print(f"| {name} | {kept(told):.2f} | {by_plain} | {extra(told):.0f} |", flush=True)
-    if sys.argv[2:]:
-        sys.exit()
-    print("\n| of 100 each | without effect | losses of 2 σ | gains of 2 σ | gains of 4 σ | extra runs |")
-    print("|---|---|---|---|---|---|")
-    for name, told in (
-        ("this rule", nights(mixed, COUNT)),
-        ("this rule, seeds explain half", nights(mixed, COUNT, seeds=0.5)),
-        ("this rule, seeds explain nine tenths", nights(mixed, COUNT, seeds=0.9)),
-        ("the plain rule", nights(mixed, 200, plain=True)),
-    ):
-        shares = " | ".join(f"{kept(told, effect):.1f}" for effect in (0.0, -2.0, 2.0, 4.0))
-        print(f"| {name} | {shares} | {extra(told):.0f} |", flush=True)
-    print("\n| of the ideas gain 2 σ, 4 σ | measured gain of the night | after the winner's curse | true |")
-    print("|---|---|---|---|")
-    for name, shares in (("none, none", (0, 0)), ("6 %, 3 %", (0.06, 0.03)), ("20 %, 10 %", (0.2, 0.1))):
-        figures = after_the_curse(COUNT, shares)
-        off = np.sqrt(((figures - figures[:, 2:]) ** 2).mean(axis=0))
-        words = (f"{mean:.2f} ({far:.2f})" for mean, far in zip(figures.mean(axis=0)[:2], off, strict=False))
-        print(f"| {name} | {' | '.join(words)} | {figures[:, 2].mean():.2f} |", flush=True)
+        if not WANTED or any(word in name for word in WANTED):
+            print(f"| {' | '.join([name, *line(effect, COUNT, **conditions)])} |", flush=True)
+    if not WANTED:
+        print("\n| of the ideas gain 2 σ, 4 σ | measured gain of the night | after the winner's curse | true |")
+        print("|---|---|---|---|")
+        for name, shares in (("none, none", (0, 0)), ("6 %, 3 %", (0.06, 0.03)), ("20 %, 10 %", (0.2, 0.1))):
+            figures = after_the_curse(COUNT, shares)
+            off = np.sqrt(((figures - figures[:, 2:]) ** 2).mean(axis=0))
+            words = (f"{mean:.2f} ({far:.2f})" for mean, far in zip(figures.mean(axis=0)[:2], off, strict=False))
+            print(f"| {name} | {' | '.join(words)} | {figures[:, 2].mean():.2f} |", flush=True)

@@ -47,7 +47,7 @@ def test_means_and_errors_are_those_of_generalised_least_squares(made):
         key: np.array([[getattr(a, key) == getattr(b, key) for b in runs] for a in runs]) for key in ("seed", "slot")
     }
     busy = np.array([r.slot is not None for r in runs])
-    for g, (rho, kappa) in enumerate(found.grid):
+    for g, (rho, kappa) in enumerate(zip(found.rho, found.kappa, strict=True)):
         covariance = rho * same["seed"] + (1 - rho) * np.eye(n) + np.diag(busy * kappa**2)
         covariance = covariance + 1e6 * same["slot"] * busy
         inverse = np.linalg.inv(covariance)
@@ -118,14 +118,6 @@ def test_a_disturbed_run_alone_says_nothing_and_a_pair_what_quiet_runs_say():
     assert seen.gain == pytest.approx(4.33 * SIGMA, rel=0.05) and 0.95 < seen.sure < 0.9999
 
 
-def test_noise_that_changed_is_told_by_the_newest_programs_and_the_old_ones_keep_theirs():
-    early = [r for i in range(4) for r in repeats(f"a{i}", 1.9, 4, 0.05)]
-    late = [r for i in range(4) for r in repeats(f"b{i}", 1.4, 4, 0.004)]
-    found = Evidence([*early, *late])
-    assert found.sigma == pytest.approx(0.004, rel=0.5)
-    assert found.compare("b1", "b0").error < 0.006 < 0.015 < found.compare("b1", "a0").error
-
-
 def test_programs_that_compute_the_same_differ_by_nothing():
     made = [run(name, 1.5 + luck, seed) for seed, luck in ((42, 0.01), (43, -0.02), (44, 0.0)) for name in ("a", "b")]
     seen = Evidence(made).compare("a", "b")
@@ -169,7 +161,7 @@ def test_the_share_of_information_grows_to_one():
     ([None, None], [None, None], [None, None]),
     ([0.5, 0.52, 0.7, 0.7], [None] * 4, [0, 0, 2, 2]),  # the same load, then another
     ([0.5, None, 0.5], [None] * 3, [0, None, 2]),  # it went, and what came is not known to be the same
-    ([0.5, 0.9], ["a", "a"], ["pair a", "pair a"]), ([0.5, 0.51], ["a", "a"], [0, 0]),
+    ([0.5, 0.9], ["a", "a"], [0, 0]), ([0.5, 0.51], ["a", "a"], [0, 0]),
     ([0.5, None], ["a", "a"], [0, None]),  # the load went between the two: no pair
     ([math.nan, math.nan], [None, None], [0, 1]),
 ])  # fmt: skip

@@ -39,7 +39,7 @@ def test_edges_of_the_table(gain, faster, sure, expected):
 
 @pytest.mark.parametrize(("faster", "harmless", "fewer_lines", "expected"), [
     (0.0, 0.96, True, "keep"), (-0.05, 0.96, True, "keep"), (-0.050001, 0.96, True, "discard"),
-    (0.0, 0.96, False, "discard"), (0.0, 0.94, True, "discard"),  # a loss that matters is not ruled out
+    (0.0, 0.96, False, "discard"), (0.0, 0.93, True, "discard"),  # a loss that matters is not ruled out
 ])  # fmt: skip
 def test_simpler_code_at_its_edges(faster, harmless, fewer_lines, expected):
     assert word(0.0, faster, harmless=harmless, fewer_lines=fewer_lines) == expected
@@ -120,7 +120,7 @@ def judged(monkeypatch):
         monkeypatch.setattr(verdict.session, "record_of", lambda attempt: new[-1])
         monkeypatch.setattr(verdict.session, "text_of", lambda blob: texts.get(blob))
         sitting = Sitting([*old, *new], {r["run_id"]: name for name, ends in pairs for r in ends})
-        return verdict.of_attempt(sitting, {"commit": "abc"}, [])[0]
+        return verdict.of_attempt(sitting, {"commit": "abc"}, [])
 
     return judge
 
@@ -182,7 +182,7 @@ def test_a_reference_without_records_is_compared_by_its_row(judged, monkeypatch)
 @pytest.mark.parametrize("rate", [1120.0, 5590.0])
 def test_throughput_keeps_no_run_by_what_was_drawn(judged, gain, what, expected, rate):
     """No difference in val_bpb, and more tokens a second."""
-    olds = [trained(1000, seed=seed, bpb=1.5 + (seed - 42.5) * 1e-5 + i * 1e-6) for i, seed in enumerate((42, 43))] * 2
+    olds = [trained(1000, seed=seed, bpb=1.5 + (seed - 42.5) * 1e-5 + i * 1e-6) for i, seed in enumerate((42, 43) * 2)]
     news = [trained(1500, gain, **{"bpb": 1.5 + x, "rate": rate, "blob": "new", **what}) for x in (-1e-5, 1e-5, 0)]
     found = judged(news, olds)
     assert found.word == expected, found.rule

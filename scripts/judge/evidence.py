@@ -7,7 +7,6 @@ seeds, pairs and loads are no regimes of their own but entries of one covariance
 (judge/mixed_model.py). Throughput goes through the same model, as its logarithm, and without seeds.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,7 +58,10 @@ def percent(sure):
 
 
 class Evidence:
-    """Of the comparable runs of a session, in the order in which they were made."""
+    """Of the comparable runs of a session, in the order in which they were made.
+
+    sigma: noise of one undisturbed run, bits per byte; same_seed: what is left of it between runs of equal seeds.
+    """
 
     def __init__(self, observations, parents=None):
         """observations: at least one. parents: {program: what it was compared with}, for `shrunk` alone."""
@@ -67,25 +69,16 @@ class Evidence:
         self.column = {name: i for i, name in enumerate(dict.fromkeys(run.program for run in self.runs))}
         bpbs = [run.bpb for run in self.runs]
         self._bpb = MixedModel(self.runs, self.column, bpbs, NOISE * (abs(np.median(bpbs)) or 1.0))
+        self.sigma, self.same_seed = self._bpb.sigma, self._bpb.same_seed
 
     @cached_property
     def _rate(self):
         logs = np.log([max(run.rate, 1e-9) for run in self.runs])
-        return MixedModel(self.runs, self.column, logs, SPEED, rhos=(0.0,))
-
-    @property
-    def sigma(self):
-        """Noise of one undisturbed run of the newest programs, bits per byte."""
-        return self._bpb.sigma
-
-    @property
-    def same_seed(self):
-        """What is left of it between runs of equal seeds."""
-        return self._bpb.same_seed
+        return MixedModel(self.runs, self.column, logs, SPEED, rhos=np.zeros(1))
 
     @property
     def df(self):
-        """Degrees of freedom by which it is known: undisturbed runs that repeat a program."""
+        """Degrees of freedom by which sigma is known: undisturbed runs that repeat a program."""
         quiet = [run.program for run in self.runs if run.slot is None]
         return len(quiet) - len(set(quiet))
 
@@ -112,15 +105,6 @@ class Evidence:
         i, j, model = self.column[new], self.column[old], self._bpb
         return model.probability(model.means[:, j] - model.means[:, i] - least, model.spread(i, j)) if i != j else 0.5
 
-    def exceeded(self, new, old, sure):
-        """The gain that the new program's exceeds with this probability, by bisection."""
-        seen = self.compare(new, old)
-        low, high = (seen.gain + side * 100 * max(seen.error, 1e-9) for side in (-1, 1))
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.chance(new, old, middle) > sure else (low, middle)
-        return low
-
     def shrunk(self, new, old):
         """`compare` with a prior on effects, learnt from all programs: what the winner's curse leaves."""
         seen = self.compare(new, old)
@@ -135,14 +119,13 @@ class Evidence:
     # --- another run ---
 
     def next_run(self, new, old):
-        """Which run shrinks the error most, for its cost: "new", "old", "pair"; None where the caps end it."""
-        i, j, worth = self.column[new], self.column[old], {}
-        model, now = self._bpb, self._bpb.spread(i, j)
-        for name in self._allowed(new, old, self.runs):
-            made = self._made(name, new, old, self.runs)
-            left = model.spread(i, j, [*self.runs, *made])
-            worth[name] = model.points @ (model.variance * (now - left)) / len(made)
-        return max(worth, key=worth.get, default=None)
+        """Which run shrinks the error most: "new", "old" or "pair"; None where the caps end it."""
+        i, j, model = self.column[new], self.column[old], self._bpb
+
+        def error(kind):
+            return model.points @ (model.variance * model.spread(i, j, self._planned({kind: 1}, new, old)))
+
+        return min(self._left(new, old), key=error, default=None)
 
     def outlook(self, new, old, bar, least=(0.0,)):
         """(share of the information so far, for each of `least` the probability that all runs that are left show it).
@@ -151,35 +134,33 @@ class Evidence:
         The share is that of their squared error to the present one: the information time of group-sequential tests
         (Lan and DeMets 1983). The probability is the predictive power (Spiegelhalter et al. 1986).
         """
-        i, j, model, runs = self.column[new], self.column[old], self._bpb, list(self.runs)
-        while allowed := self._allowed(new, old, runs):
-            runs += self._made(allowed[0], new, old, runs)
-        now, then = model.spread(i, j), model.spread(i, j, runs)
+        i, j, model = self.column[new], self.column[old], self._bpb
+        now, then = model.spread(i, j), model.spread(i, j, self._planned(self._left(new, old), new, old))
         gains = model.means[:, j] - model.means[:, i]
         share = model.points @ (model.variance * then) / (model.points @ (model.variance * now))
         promises = (model.probability(gains - one, now - then, bar * np.sqrt(then)) for one in least)
         return float(share), *promises
 
-    def _allowed(self, new, old, runs):
-        """What may be run next on a machine as it was for the newest run; a load that changes asks for pairs."""
-        slot = self.runs[-1].slot
-        steady = slot is None or sum(run.slot == slot for run in self.runs) >= STEADY
-        mine, theirs = ([run.slot for run in runs if run.program == name] for name in (new, old))
-        since = itertools.dropwhile(lambda run: run.program != new, runs)
-        theirs_since = sum(run.program == old for run in since)
-        looks_left = len(mine) < MOST
-        if not steady:
-            return ["pair"] * looks_left
-        of_old = theirs.count(slot) < MOST_OF_REFERENCE and theirs_since < MOST_OF_REFERENCE - 1
-        return ["old"] * of_old + ["new"] * looks_left
+    def _left(self, new, old):
+        """How many runs the caps still allow, {kind: count}, on a machine as it was for the newest run."""
+        slot, names = self.runs[-1].slot, [run.program for run in self.runs]
+        left = {"pair": MOST - names.count(new)}
+        if slot is None or sum(run.slot == slot for run in self.runs) >= STEADY:
+            like = sum(run.slot == slot for run in self.runs if run.program == old)
+            since = names[names.index(new) :].count(old)
+            left = {"old": min(MOST_OF_REFERENCE - like, MOST_OF_REFERENCE - 1 - since), "new": left["pair"]}
+        return {kind: count for kind, count in left.items() if count > 0}
 
-    def _made(self, name, new, old, runs):
-        """The observations that such a run would add."""
-        programs = {"new": [new], "old": [old], "pair": [new, old]}[name]
-        first = min((run.seed for run in runs if run.seed >= 0), default=0)
-        seed = unused([run for run in runs if run.program in programs], first)
-        slot = ("next", len(runs)) if name == "pair" else self.runs[-1].slot
-        return [Observation(program, seed, slot, 0.0, 1.0) for program in programs]
+    def _planned(self, counts, new, old):
+        """The observations that so many runs of each kind would add; their figures are not looked at."""
+        made, first = [], min((run.seed for run in self.runs if run.seed >= 0), default=0)
+        for kind, count in counts.items():
+            programs = {"new": [new], "old": [old], "pair": [new, old]}[kind]
+            for number in range(count):
+                seed = unused([run for run in [*self.runs, *made] if run.program in programs], first)
+                slot = ("planned", number) if kind == "pair" else self.runs[-1].slot
+                made += [Observation(program, seed, slot, 0.0, 1.0) for program in programs]
+        return made
 
 
 def unused(runs, seed):

@@ -32,19 +32,15 @@ def measured_anew(night, looks):
 def main(args):
     sitting = Session(args.tag)
     held = experiment.begin(sitting)
-    if not args.head:
-        raise Refused("holdout needs git: it runs commits in worktrees of their own")
     night = Night(args.tag)
     first, best = night.first, night.best
-    if not best:
-        raise Refused("nothing was kept yet: make baseline")
+    if not (args.head and best):
+        raise Refused("nothing was kept yet, or not with git: make baseline")
     if first is best:
         raise Refused("the baseline is the best kept program: there is no gain to measure")
-    seen = night.gain
     used, looks = [*plan.seeds_of(sitting, first.blob), *plan.seeds_of(sitting, best.blob)], []
-    before = sum(event["event"] == "holdout" for event in sitting.events())
     for number in range(args.runs or 3):
-        seed, found = plan.unused(used), {}
+        seed, bpbs, shared = plan.unused(used), {}, False
         used.append(seed)
         for row in (first, best) if number % 2 == 0 else (best, first):
             attempt = experiment.run_once(sitting, held, "holdout", row.commit, args.head, seed)
@@ -53,19 +49,18 @@ def main(args):
                 stopped = supervise.stopped_by
                 sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
             run = session.record_of(attempt)
-            found[row.commit] = bool(busy(run)), record.bpb(run), attempt["test"]["bpb"]
-        (shared, *a), (also, *b) = found[first.commit], found[best.commit]
-        looks.append([(seed, shared or also, *both) for both in zip(a, b, strict=True)])
-        words = f"gain {a[0] - b[0]:+.6f} on validation, {a[1] - b[1]:+.6f} on test"
-        tell(f"pair {number + 1}  seed {seed}: {words}")
-    fresh, test = (measured_anew(night, column) for column in zip(*looks, strict=True))
+            bpbs[row], shared = (record.bpb(run), attempt["test"]["bpb"]), shared or bool(busy(run))
+        looks.append([(seed, shared, *both) for both in zip(bpbs[first], bpbs[best], strict=True)])
+        validation, test = (a - b for a, b in zip(bpbs[first], bpbs[best], strict=True))
+        tell(f"pair {number + 1}  seed {seed}: gain {validation:+.6f} on validation, {test:+.6f} on test")
+    seen, (fresh, test) = night.gain, (measured_anew(night, column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
     sitting.note("holdout", **pair, night=seen.gain, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
-    told = [f"baseline {first.commit} against best {best.commit}, bits per byte, with standard errors:"]
-    for where, gain in (("as the night saw it, on validation", seen), ("fresh runs, on validation", fresh),
-                        ("fresh runs, on test", test)):  # fmt: skip
-        told.append(f"  {where:34}  {gain_words(gain)}")
-    told.append(f"the test split was looked at {counted(before + 1, 'time')} in this session")
+    told = [f"baseline {first.commit} against best {best.commit}, bits per byte, with standard errors:",
+            f"  as the night saw it, on validation  {gain_words(seen)}",
+            f"  fresh runs, on validation           {gain_words(fresh)}",
+            f"  fresh runs, on test                 {gain_words(test)}",
+            f"the test split was looked at {counted(len(night.looks) + 1, 'time')} in this session"]  # fmt: skip
     print("\n".join(told), flush=True)
     experiment.notify("\n".join(told))
 

@@ -6,7 +6,6 @@ No figure is ever typed by hand. What is about to be written is noted first (ses
 was cut short is completed by the next one, and nothing is written twice.
 """
 
-import errno
 import json
 from contextlib import suppress
 from datetime import datetime
@@ -23,8 +22,6 @@ def log(args):
         sitting.link()
         attempt = sitting.candidate()
         if not begun(attempt):
-            if sitting.table.exists() and not sitting.table.stat().st_mode & 0o222:  # what is begun could not be ended
-                raise PermissionError(errno.EACCES, "read-only", str(session.LINK))
             refuse_untruthful(args.status, attempt)
             intent = intended(sitting, attempt, args)
             sitting.note("logging", id=attempt["id"], **intent)
@@ -81,18 +78,15 @@ def refuse_untruthful(status, attempt):
     outcome = attempt["status"]
     if attempt.get("logged"):
         raise Refused(f"this run is logged already, as row {attempt['row']}: change train.py and make run")
-    if outcome == "running":
-        raise Refused("the run has not ended yet")
-    if outcome in ("interrupted", "paused"):
-        raise Refused(f"the run has no result ({outcome}: {one_line(attempt['reason'])}), so no row: make run")
+    if outcome in ("running", "interrupted", "paused"):
+        raise Refused(f"the run has no result ({outcome}), so no row: make run")
     head = session.git("rev-parse", "-q", "--verify", "HEAD") if attempt["commit"] and status == "keep" else None
     if head and attempt["train_blob"] not in session.programs_of(head):
         raise Refused("the branch does not have this program any more, so it cannot be kept: "
                       f"git merge --ff-only {attempt['commit'][:7]} brings it back")  # fmt: skip
-    if status == "crash" and outcome == "valid":
-        raise Refused("the run was valid, so it is no crash: STATUS=keep or STATUS=discard")
-    if status != "crash" and outcome != "valid":
-        raise Refused(f"the run has no valid result ({outcome}), so it can only be logged as STATUS=crash")
+    if (status == "crash") == (outcome == "valid"):
+        mend = "no crash: STATUS=keep or STATUS=discard" if outcome == "valid" else "no result: STATUS=crash"
+        raise Refused(f"the run was {outcome}, so {mend}")
 
 
 def intended(sitting, attempt, args):
@@ -102,22 +96,22 @@ def intended(sitting, attempt, args):
         raise Refused(f"STATUS={args.status} is none of keep, discard, crash")
     if not description:
         raise Refused('DESC is missing: say in one line what was tried, DESC="…"')
-    rows, decision, reference = sitting.rows()[0], None, None
+    rows, decision = sitting.rows()[0], None
     if attempt["status"] == "valid":
         try:
-            decision, reference, run, _ = verdict.of_attempt(sitting, attempt, rows)
+            decision = verdict.of_attempt(sitting, attempt, rows)
         except verdict.Incomparable:
             if not args.new_table:
                 raise
             sitting.archive_table()
             rows = []
-            decision, reference, run, _ = verdict.of_attempt(sitting, attempt, rows)
+            decision = verdict.of_attempt(sitting, attempt, rows)
         if decision.word == "again":
             raise Refused(f"{decision.rule}, and repeats add no row: change train.py, or make discard")
         same = [row for row in rows if row.blob == attempt["train_blob"] and row.status == args.status]
         if same:
             raise Refused(f"row {same[0].number} is this program's, and repeats add no row: make discard")
-        new, memory = decision.new, run["training"]["peak_memory_mb"] / 1024
+        new, memory = decision.new, decision.run["training"]["peak_memory_mb"] / 1024
         figures = f"{new.bpb:.6f}\t{memory:.1f}\t{round(new.rate)}"
     else:
         figures = "0.000000\t0.0\t0"
@@ -127,21 +121,21 @@ def intended(sitting, attempt, args):
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
         "train_blob": attempt["train_blob"], "description": description,
         "verdict": decision and decision.word, "rule": decision and decision.rule,
-        "reference": reference and reference.commit,
+        "reference": decision and decision.row and decision.row.commit,
         "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
-        "entry": entry(sitting, attempt, args, number, description, decision, reference),
+        "entry": entry(attempt, args, number, description, decision),
     }  # fmt: skip
 
 
-def entry(sitting, attempt, args, number, description, decision, reference):
+def entry(attempt, args, number, description, decision):
     """The journal's text on an experiment: its figures, its verdict, what was found."""
     lines = [f"\n## {number}. {args.status}: {description}\n"]
     if decision:
-        training, new, old = session.record_of(attempt)["training"], decision.new, decision.old
+        training, new, old = decision.run["training"], decision.new, decision.old
         runs = counted(new.runs, "run") + (f" against {old.runs}" if old else "")
         lines.append(f"- val_bpb {new.bpb:.6f}, {new.rate:.0f} tok/s, {runs}, {training['total_steps']} steps, "
                      f"{training['peak_memory_mb'] / 1024:.1f} GB")  # fmt: skip
-        against = f" against {reference.commit}" if reference else ""
+        against = f" against {decision.row.commit}" if decision.row else ""
         lines.append(f"- verdict{against}: {decision.word} ({verdict.reason(decision)})")
         lines += [f"- {note}" for note in decision.notes]
     else:

@@ -42,28 +42,15 @@ def slots(loads, pairs):
     they were made in turn.
     """
     found, first, ends = [], None, {}
-    for i, load in enumerate(loads):
+    for i, (load, pair) in enumerate(zip(loads, pairs, strict=True)):
         if load is None:
             first = None
         elif first is None or not abs(load - loads[first]) <= EVEN:
-            first = i
+            first = ends.get(pair, i)
         found.append(first)
-        if pairs[i] is not None and load is not None:
-            ends.setdefault(pairs[i], []).append(i)
-    for name, both in ends.items():
-        if len(both) > 1 and len({found[i] for i in both}) > 1:
-            for i in both:
-                found[i] = f"pair {name}"
+        if load is not None and pair is not None:
+            ends[pair] = first
     return found
-
-
-def observed(runs, pairs):
-    """Records, the oldest first, as observations. pairs: {run_id: what the runs of a pair share}."""
-    labels = slots([load(run) for run in runs], [pairs.get(run["run_id"]) for run in runs])
-    return [
-        Observation(run["train_blob"], run["seed"], slot, record.bpb(run), record.tok_sec(run))
-        for run, slot in zip(runs, labels, strict=True)
-    ]
 
 
 def of_session(attempts, rows, like):
@@ -74,9 +61,12 @@ def of_session(attempts, rows, like):
     """
     archive = {r["run_id"]: r for r in record.archived()} | ({like["run_id"]: like} if like else {})
     made = [a for a in attempts if a["status"] == "valid" and a["role"] != "holdout" and a.get("run_id") in archive]
-    records = [archive[a["run_id"]] for a in made if like]
-    records = [r for r in records if not record.differences(r, like)] or ([like] if like else [])
+    pairs = {a["run_id"]: a["pair"] for a in made}
+    records = [archive[run_id] for run_id in pairs if like and not record.differences(archive[run_id], like)]
+    records = records or ([like] if like else [])
+    where = slots([load(r) for r in records], [pairs.get(r["run_id"]) for r in records])
     known = {r["train_blob"] for r in records}
-    alone = [row for row in rows if row.status != "crash" and row.blob not in known]
-    found = [Observation(row.blob or f"row {row.number}", -row.number, None, row.bpb, row.rate) for row in alone]
-    return records, found + observed(records, {a["run_id"]: a["pair"] for a in made})
+    found = [Observation(row.blob or f"row {row.number}", -row.number, None, row.bpb, row.rate)
+             for row in rows if row.status != "crash" and row.blob not in known]  # fmt: skip
+    return records, found + [Observation(r["train_blob"], r["seed"], slot, record.bpb(r), record.tok_sec(r))
+                             for r, slot in zip(records, where, strict=True)]  # fmt: skip

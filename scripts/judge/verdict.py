@@ -15,8 +15,7 @@ from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
-BAR = 1.6  # standard errors that a gain must reach once all runs are made: 94.5 % sure
-FUTILE = 0.14  # probability that the runs that are left show a gain, below which none is made (usual: 0.1 to 0.2)
+BAR = 1.5  # standard errors that a gain must reach once all runs are made: 93 % sure
 CLEAR = 0.005  # bits per byte: a gain that may cost throughput, and a loss that matters
 WEAK = 2.0  # sigmas: where noise is greater, what a night finds two times of three is the least loss that matters
 SMALL = 0.003  # bits per byte: a loss that much throughput may pay for
@@ -25,11 +24,12 @@ FASTER, MUCH_FASTER = 0.10, 0.25  # share of throughput that keeps an equal, or 
 SIMPLER_COSTS = 0.05  # share of throughput that simpler code may cost
 TEACHES_LESS = 2.0  # standard errors at equal steps, beyond which a step of the new program teaches less
 
-NEXT = {"new": "make run AGAIN=1", "old": "make run REFERENCE=1", "pair": "make run PAIR=1", None: ""}
-MORE = {
-    "new": "another run of it",
-    "old": "another run of the reference",
-    "pair": "the machine was shared: a pair, run in turn,",
+# Which run is next: probability that the runs that are left show a gain, below which it is not made (usual: 0.1 to
+# 0.2); how it is said; what to type. A run of the reference serves all candidates to come; a pair costs two runs.
+NEXT = {
+    "old": (0.03, "another run of the reference", "make run REFERENCE=1"),
+    "new": (0.2, "another run of it", "make run AGAIN=1"),
+    "pair": (0.42, "the machine was shared: a pair, run in turn,", "make run PAIR=1"),
 }
 
 
@@ -67,18 +67,17 @@ def asked(share):
 def rule(facts):
     """(verdict, why, which run is next)."""
     gain, faster = facts.seen.gain, facts.seen.faster
-    told = faster > BAR * facts.seen.faster_error  # a load makes speed uncertain, too
-    faster = faster if told or faster < 0 else 0.0
+    if 0 < faster <= BAR * facts.seen.faster_error:  # a load makes speed uncertain, too
+        faster = 0.0
     if facts.same and not (facts.fewer_lines or faster > FASTER):
         return "again", "its losses are the reference's, step by step: the change has no effect", None
     better, worse = facts.seen.sure >= asked(facts.share), facts.seen.sure <= 1 - asked(1.0)
     harmless = facts.same or facts.harmless >= asked(facts.share)
-    least = FUTILE * (3 if facts.next == "pair" else 1)  # a pair costs two runs, and serves no other candidate
-    hopeful = facts.promise >= least
-    if facts.fewer_lines or faster > FASTER:
-        hopeful |= not harmless and facts.harmless_promise >= least
-    if facts.next and hopeful and not (better or facts.same):
-        return "rerun", f"{MORE[facts.next]} may settle it", facts.next
+    if facts.next and not (better or facts.same):
+        least, run, _ = NEXT[facts.next]
+        may_pay = not harmless and (facts.fewer_lines or faster > FASTER)
+        if facts.promise >= least or (may_pay and facts.harmless_promise >= least):
+            return "rerun", f"{run} may settle it", facts.next
     word, why = table(better, worse, harmless, gain, faster, facts.fewer_lines)
     if facts.unearned and faster > 0:
         without = table(better, worse, harmless, gain, 0.0, facts.fewer_lines)
@@ -140,65 +139,62 @@ class Side:
 
 @dataclass
 class Verdict:
-    word: str  # again, keep, discard, rerun, judge
-    rule: str
+    run: dict  # the record that is judged
+    row: session.Row | None  # of its reference
+    evidence: Evidence
+    new: Side
+    old: Side | None
+    word: str = "again"  # again, keep, discard, rerun, judge
+    rule: str = ""
     next: str = ""  # what to type where it is `rerun`
-    new: Side = None
-    old: Side = None
-    seen: Comparison = None
-    enough: float = math.nan  # bits per byte: the gain that would be enough now
-    asked: float = math.nan  # how sure that is
-    evidence: Evidence = None
+    seen: Comparison | None = None
+    asked: float = 0.0  # how sure one must be now
     notes: list = field(default_factory=list)
 
 
 def of_attempt(sitting, attempt, rows):
-    """The `Verdict` on a run of the session `sitting`, its reference's row, its record, and one of the reference.
-
-    rows: of the table. What was logged is compared with those above its own.
-    """
+    """The `Verdict` on a run of the session `sitting`. rows: of the table; those below its own do not count."""
     run = session.record_of(attempt)
     if run is None:
         raise Refused("the record of the newest run is gone from data/, or was changed: make run AGAIN=1")
     row = sitting.reference(rows[: attempt["row"] - 1] if attempt.get("row") else rows, attempt["commit"])
     records, observations = of_session(sitting.attempts(), rows, run)
     evidence, new = Evidence(observations), run["train_blob"]
+    old = row and (row.blob or f"row {row.number}")
+    verdict = Verdict(run, row, evidence, side(evidence, new), row and side(evidence, old))
     if row is None:
-        words = "nothing was kept before: it becomes what all is compared with"
-        return Verdict("keep", words, new=side(evidence, new), evidence=evidence), None, run, None
-    old = row.blob or f"row {row.number}"
+        verdict.word, verdict.rule = "keep", "nothing was kept before: it becomes what all is compared with"
+        return verdict
     old_runs = [r for r in records if r["train_blob"] == old]
     refuse_unlike(row, run, old_runs)
-    other = min(old_runs, key=lambda r: (bool(busy(r)) != bool(busy(run)), r["seed"] != run["seed"]), default=None)
-    verdict = Verdict("again", again(new, old) or "", new=side(evidence, new), old=side(evidence, old),
-                      evidence=evidence)  # fmt: skip
+    verdict.rule = again(new, old)
     if verdict.rule:
-        return verdict, row, run, other
-    twins = [(a, b) for a in (run, *records) if a["train_blob"] == new for b in old_runs if a["seed"] == b["seed"]]
+        return verdict
+    other = min(old_runs, key=lambda r: (bool(busy(r)) != bool(busy(run)), r["seed"] != run["seed"]), default=None)
+    twins = [(a, b) for a in records if a["train_blob"] == new for b in old_runs if a["seed"] == b["seed"]]
     equal = next(filter(None, (record.at_equal_steps(a, b) for a, b in twins)), None)
     facts = Facts.of(evidence, new, old, fewer_lines=0 < code_lines(new) < code_lines(old),
                      same=any(record.same_losses(a, b) for a, b in twins),
                      unearned=not_earned(run, other, equal))  # fmt: skip
     verdict.word, verdict.rule, following = rule(facts)
-    verdict.next, verdict.seen, verdict.asked = NEXT[following], facts.seen, asked(facts.share)
-    verdict.enough = facts.seen.gain - evidence.exceeded(new, old, verdict.asked)
+    verdict.next = NEXT[following][2] if following else ""
+    verdict.seen, verdict.asked = facts.seen, asked(facts.share)
     verdict.notes = list(notes(run, other, equal, row))
-    return verdict, row, run, other
+    return verdict
 
 
 def side(evidence, program):
-    runs = [run for run in evidence.runs if run.program == program]
-    return Side(evidence.mean(program), evidence.rate(program), len(runs))
+    return Side(evidence.mean(program), evidence.rate(program), sum(run.program == program for run in evidence.runs))
 
 
 def again(new, old):
-    """Why a program is the reference over again, by its text; None where it is not."""
+    """Why a program is the reference over again, by its text; empty where it is not."""
     if new == old:
         return "the reference's own text: it measures noise"
     text, kept = session.text_of(new), session.text_of(old)
     if text and kept and session.essence(text) == session.essence(kept) is not None:
         return "only the seed, comments or layout differ from the reference: no idea to keep"
-    return None
+    return ""
 
 
 def code_lines(blob):
@@ -208,23 +204,22 @@ def code_lines(blob):
 def refuse_unlike(row, run, old_runs):
     """Refuse a comparison where the reference has runs, and none that may be compared with this one."""
     known = [r for r in record.archived() if r["train_blob"] == row.blob and r["run_id"] != run["run_id"]]
-    if not known or any(r["run_id"] != run["run_id"] for r in old_runs):
-        return
-    unlike = record.differences(run, known[-1])
-    if unlike:
-        raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
+    if known and not any(r["run_id"] != run["run_id"] for r in old_runs):
+        if unlike := record.differences(run, known[-1]):
+            raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
 
 
 def notes(run, other, equal_steps, row):
     """What explains the figures: pairs that cost no run. other: a run of the reference, like it in load and seed."""
+    if not other:
+        yield f"the record of {row.commit} is not in data/: its row was compared, the device was not"
+        return
     if equal_steps:
         words = f"at equal steps training loss differs by {equal_steps[0]:+.4f} ± {equal_steps[1]:.4f} nats a token"
         yield f"{words}, in the second quarter of the budget"
-    on_rows = other and record.on_same_rows(run, other)
+    on_rows = record.on_same_rows(run, other)
     if on_rows and bool(busy(run)) == bool(busy(other)):  # else the load would be told, not the idea
         yield f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}, seed {other['seed']}"
-    if not other:
-        yield f"the record of {row.commit} is not in data/: its row was compared, the device was not"
 
 
 def can_be_a_row(sitting, attempt, rows):
@@ -233,20 +228,16 @@ def can_be_a_row(sitting, attempt, rows):
     if attempt["status"] != "valid" or repeat:
         return False
     try:
-        return of_attempt(sitting, attempt, rows)[0].word != "again"
+        return of_attempt(sitting, attempt, rows).word != "again"
     except Refused:
         return False
 
 
-# --- words -------------------------------------------------------------------------------------------
-
-
 def reason(verdict):
-    """The rule that decided, and what it rests on: gain, error, how sure it is; where it is open, what is enough."""
-    seen, words = verdict.seen, [verdict.rule]
-    if seen:
-        words.append(f"gain {gain_words(seen)} sure")
+    """The rule that decided, and what it rests on: gain, error, how sure it is; where it is open, what is asked."""
+    words = [verdict.rule]
+    if verdict.seen:
+        words.append(f"gain {gain_words(verdict.seen)} sure")
         if verdict.word == "rerun" or verdict.rule == "not proven":
-            enough = f", as from {verdict.enough:+.4f} on" if math.isfinite(seen.error) else ""
-            words.append(f"{percent(verdict.asked)} % is asked for now{enough}")
+            words.append(f"{percent(verdict.asked)} % is asked for now")
     return "; ".join(words)

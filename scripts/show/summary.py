@@ -33,15 +33,15 @@ def lines(sitting, attempt, baseline=False):
             return [*found, *disturbed, noise(evidence), IDEA]
         attempt = waits
     try:
-        decision, row, run, _ = verdict.of_attempt(sitting, attempt, rows)
+        decision = verdict.of_attempt(sitting, attempt, rows)
     except verdict.Incomparable as refused:
         return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard, or make baseline AGAIN=1"]
     if decision.word == "again":
         found = found or [brief(attempt)]
         return [*found, *disturbed, f"verdict  again: {decision.rule}", noise(decision.evidence), IDEA]
     found += [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
-    found += figures(run, decision)
-    if row:
+    found += figures(decision)
+    if row := decision.row:
         runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
         found.append(f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:60]}")
     found += [f"note     {note}" for note in decision.notes] + disturbed
@@ -59,9 +59,9 @@ def then(decision, attempt):
     return f'make log-result STATUS={status} DESC="…"' + "; make discard" * (status == "discard")
 
 
-def figures(run, decision):
+def figures(decision):
     """Five figures: val_bpb and throughput by all runs of the program, with what changed; the rest by this run."""
-    training, seen = run["training"], decision.seen
+    training, seen = decision.run["training"], decision.seen
     gain, faster = (f"gain {gain_words(seen)}", f"{100 * seen.faster:+.1f} %") if seen else ("", "")
     shown = (("val_bpb", f"{decision.new.bpb:.6f}", gain),
              ("peak_memory_mb", f"{training['peak_memory_mb']:.1f}", ""),
