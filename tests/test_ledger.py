@@ -121,23 +121,7 @@ def test_a_line_that_is_no_row_is_named(ran):
     assert "results.tsv, line 3 is no row" in ran.script("results", check=0).stderr
 
 
-<<<<<<< HEAD
-def test_a_read_only_table_refuses_and_the_same_command_completes(ran):
-    path = ran.path / "results.tsv"
-    before = table(ran)
-    path.chmod(0o444)
-    done = log(ran, check=1)
-    assert "results.tsv: read-only" in done.stderr and done.stderr.count("\n") == 1
-    assert table(ran) == before
-    path.chmod(0o644)
-    log(ran)
-    assert len(ran.rows) == 2 and ran.journal.count("\n## ") == 2
-
-
 @pytest.mark.parametrize("full_at", ["results.tsv", pytest.param("journal", marks=pytest.mark.slow)])
-=======
-@pytest.mark.parametrize("full_at", ["results.tsv", "journal"])
->>>>>>> b35e35c (The model of evidence is one least-squares fit; a run is worth making by what it serves)
 def test_a_full_disk_loses_nothing_and_the_next_command_completes(ran, full_at):
     # a limit on file sizes fails as a full disk does: in the middle of a write
     grown = (ran.path / "results.tsv").resolve()

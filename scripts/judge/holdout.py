@@ -49,9 +49,9 @@ def main(args):
                 stopped = supervise.stopped_by
                 sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
             run = session.record_of(attempt)
-            bpbs[row], shared = (record.bpb(run), attempt["test"]["bpb"]), shared or bool(busy(run))
-        looks.append([(seed, shared, *both) for both in zip(bpbs[first], bpbs[best], strict=True)])
-        validation, test = (a - b for a, b in zip(bpbs[first], bpbs[best], strict=True))
+            bpbs[row.commit], shared = (record.bpb(run), attempt["test"]["bpb"]), shared or bool(busy(run))
+        looks.append([(seed, shared, *both) for both in zip(bpbs[first.commit], bpbs[best.commit], strict=True)])
+        validation, test = (a - b for a, b in zip(bpbs[first.commit], bpbs[best.commit], strict=True))
         tell(f"pair {number + 1}  seed {seed}: gain {validation:+.6f} on validation, {test:+.6f} on test")
     seen, (fresh, test) = night.gain, (measured_anew(night, column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
