@@ -85,7 +85,7 @@ def refuse_untruthful(status, attempt):
         raise Refused("the branch does not have this program any more, so it cannot be kept: "
                       f"git merge --ff-only {attempt['commit'][:7]} brings it back")  # fmt: skip
     if (status == "crash") == (outcome == "valid"):
-        mend = "no crash: STATUS=keep or STATUS=discard" if outcome == "valid" else "no result: STATUS=crash"
+        mend = "it is no crash: STATUS=keep or STATUS=discard" if outcome == "valid" else "STATUS=crash alone is true"
         raise Refused(f"the run was {outcome}, so {mend}")
 
 
