@@ -90,10 +90,6 @@ class Evidence:
         """Tokens a second, likewise."""
         return float(math.exp(self._rate.mean[self.column[program]]))
 
-    def best(self, programs):
-        """The one of these programs whose mean is lowest."""
-        return min(programs, key=self.mean)
-
     def compare(self, new, old):
         i, j = self.column[new], self.column[old]
         slower, slower_error = self._rate.difference(i, j)
