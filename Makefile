@@ -5,7 +5,7 @@
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED ON_RESULT
-GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE TUNE ALL
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE TUNE ALL PROMPT
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass
@@ -23,7 +23,7 @@ $(error make has no variable $(unknown) here; README.md lists them)
 endif
 
 .NOTPARALLEL:
-VERBS = help prepare check bench tune setup baseline run verdict log-result discard results report brief watch holdout test lint clean
+VERBS = help prepare check bench tune setup baseline run verdict log-result discard results report brief watch holdout ablate sample test lint clean
 .PHONY: $(VERBS)
 $(VERBS):
 	@scripts/$@.sh
@@ -44,6 +44,8 @@ report:     ## the morning's page, data/report.html, and the picture data/progre
 brief:      ## where the session stands, in at most 60 lines: for an agent that comes back to it
 watch:      ## one screen on the running experiment; leaves the run alone
 holdout:    ## the night's gain, measured anew on text that nobody selected on
+ablate:     ## what each kept change is still worth: taken back alone from the best program
+sample:     ## a few lines of text from the best weights: [PROMPT="Once upon"]
 test:       ## the tests; ALL=1: the slow ones as well
 lint:       ## ruff and shellcheck
 clean:      ## remove the environment and caches; never results

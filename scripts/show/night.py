@@ -28,6 +28,7 @@ class Experiment(session.Row):
     runs: list = field(default_factory=list)  # comparable records of its program, the oldest first
     gain: Comparison | None = None  # against `before`; None of a crash and of the first row
     left: Comparison | None = None  # what the winner's curse leaves of that
+    worth: Comparison | None = None  # what it is still worth, see judge/ablate.py
     text: str | None = None  # its train.py; None where git does not know it
     diff: list = field(default_factory=list)  # lines of the change of train.py
     reason: str = ""  # why its run has no result
@@ -65,6 +66,7 @@ class Night:
         self.looks = [event for event in events if event["event"] == "holdout"]  # at the test split
         self.times = [datetime.fromisoformat(event["time"]).astimezone() for event in events if event.get("time")]
         self.seconds = (self.times[-1] - self.times[0]).total_seconds() if self.times else 0.0
+        self.ablations = ablations(events)
         self._refer()
         self._compare()
         self._explain()
@@ -94,7 +96,8 @@ class Night:
         if not valid:
             return
         alike, observations = of_session(self.attempts, valid, self.like)
-        self.evidence = Evidence(observations, {e.program: e.before.program for e in valid if e.before})
+        parents = {event["program"]: event["of"] for event in self.ablations}
+        self.evidence = Evidence(observations, parents | {e.program: e.before.program for e in valid if e.before})
         for e in valid:
             e.runs = [run for run in alike if run["train_blob"] == e.blob]
             e.bpb, e.rate = self.evidence.mean(e.program), self.evidence.rate(e.program)
@@ -106,6 +109,10 @@ class Night:
         if self.best is not self.first:
             self.gain = self.evidence.compare(self.best.program, self.first.program)
             self.left = self.evidence.shrunk(self.best.program, self.first.program)
+        for event in self.ablations:
+            if event["program"] in self.evidence.column:
+                change = next(e for e in self.experiments if e.number == event["change"])
+                change.worth = self.evidence.compare(event["of"], event["program"])
 
     def _explain(self):
         """The diff of each experiment, and why its run has no result."""
@@ -128,9 +135,22 @@ class Night:
     # --- what it says ---
 
     @property
+    def apart(self):
+        """The program that is taken apart: the best, or the one that was begun with."""
+        return next((e for e in self.kept if self.ablations and e.program == self.ablations[0]["of"]), self.best)
+
+    @property
+    def idle(self):
+        """Kept changes that carry nothing, as far as it was measured."""
+        return [e for e in self.kept if e.worth and e.worth.sure < DOUBTFUL]
+
+    @property
     def chain(self):
-        """The kept experiments that the best one stands on, the baseline first; a rewind leaves others out."""
-        found, e = [], self.best
+        return self.chain_of(self.best)
+
+    def chain_of(self, e):
+        """The kept experiments that one stands on, the baseline first; a rewind leaves others out."""
+        found = []
         while e:
             found.insert(0, e)
             e = e.before
@@ -160,6 +180,16 @@ class Night:
             name = one_line(str(self.like["device"].get("name")))
             found.append(f"{self.like['budget']:g} s each on {name}, {self.like['dataset']}")
         return ", ".join(found)
+
+
+def ablations(events):
+    """What was noted of the program that was taken apart last, a change each; nothing where one was kept since."""
+    found = []
+    for event in events:
+        if event.get("row_status") == "keep" or (found and event.get("of", found[0]["of"]) != found[0]["of"]):
+            found = []
+        found += [event] if event["event"] == "ablation" else []
+    return found
 
 
 def clock(seconds):

@@ -1,0 +1,101 @@
+"""What each kept change is still worth: taken back alone from the best program, and run beside it.
+
+usage: ablate.py --tag TAG --head COMMIT [--runs N]
+
+A change is taken back by git's three-way merge of train.py. What is left is a program of its own, run N times with the
+seeds of the best, in turn. What was run before is not run again: a command that was killed goes on where it was.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from scripts import session
+from scripts.judge.observations import busy
+from scripts.run import experiment, plan, supervise
+from scripts.run.variant import commit_with
+from scripts.session import Refused, Session, options, record, run_command, tell
+from scripts.show.night import DOUBTFUL, Night, gain_words
+
+
+def taken_back(night, change):
+    """train.py of the program that is taken apart without one change; None where later changes stand on its lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("best", "change", "before")]
+        for path, e in zip(paths, (night.apart, change, change.before), strict=True):
+            path.write_text("\n".join(night.texts[e.blob]) + "\n")
+        text = session.git("merge-file", "-p", *map(str, paths))
+    return text and text + "\n"
+
+
+def note_programs(night, sitting):
+    """Make a program without each kept change, note it, and name the changes that are left out."""
+    noted, whole = {event["program"] for event in night.ablations}, night.apart
+    for change in night.chain_of(whole)[1:]:
+        text = taken_back(night, change) if change.diff else None
+        if text is None or text.strip() == "\n".join(night.texts[whole.blob]):
+            why = "later changes stand on its lines" if change.diff else "git does not know its program"
+            tell(f"left out {change.number}: {'nothing of it is left' if text else why}")
+            continue
+        name, words = f"without-{change.number}-{whole.commit}", f"Without: {change.description}"
+        commit, blob = commit_with(text, whole.commit, sitting.tag, name, words)
+        if blob not in noted:
+            sitting.note("ablation", change=change.number, of=whole.program, program=blob, commit=commit)
+
+
+def is_due(sitting, blob, seed):
+    """Whether a program lacks an undisturbed run with this seed, or one that was made here; none that failed is due."""
+    for attempt in sitting.attempts():
+        if attempt["train_blob"] == blob and attempt["role"] != "holdout":
+            if attempt["role"] == "ablation" and attempt["status"] in ("crash", "invalid"):
+                return False
+            run = session.record_of(attempt) if (attempt["status"], attempt["seed"]) == ("valid", seed) else None
+            if run and (attempt["role"] == "ablation" or not busy(run)):
+                return False
+    return True
+
+
+def main(args):
+    sitting = Session(args.tag)
+    held, night = experiment.begin(sitting), Night(args.tag)
+    if not (args.head and night.chain[1:]):
+        raise Refused("nothing was kept after the baseline: there is no change to take back")
+    note_programs(night, sitting)
+    night = Night(args.tag)
+    whole = night.apart
+    seeds = plan.seeds_of(sitting, whole.blob)
+    programs = {whole.blob: whole.commit} | {e["program"]: e["commit"] for e in night.ablations}
+    for number in range(args.runs or 1):
+        seed = seeds[number] if number < len(seeds) else plan.unused(seeds[:number])
+        seeds[number:] = seeds[number:] or [seed]
+        for blob, commit in programs.items():
+            if is_due(sitting, blob, seed):
+                attempt = experiment.run_once(sitting, held, "ablation", commit, args.head, seed)
+                tell(f"{commit[:7]}  seed {seed}: {attempt['status']}")
+                if attempt["status"] not in ("valid", "crash", "invalid"):
+                    stopped = supervise.stopped_by
+                    sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
+    print("\n".join(table(Night(args.tag))))
+
+
+def table(night):
+    """What each change was worth when it was kept, and what it is worth now."""
+    found = [f"worth in {night.apart.commit}, bits per byte, with standard error and how sure it is that it helps:"]
+    look = "  {:>3}  {:28} {:28} {:>8}  {}"
+    found.append(look.format("", "when it was kept", "now, taken back alone", "lines", ""))
+    tried = {event["change"]: event for event in night.ablations}
+    for e in night.chain_of(night.apart)[1:]:
+        now = gain_words(e.worth) if e.worth else "no result without it" if e.number in tried else "left out"
+        found.append(look.format(e.number, gain_words(e.gain), now, e.changed, e.description))
+    for e in night.idle:
+        found.append(f"{e.number} carries nothing, it seems. The next experiment is the best without it:")
+        found.append(f"    git checkout {tried[e.number]['commit'][:7]} -- train.py && "
+                     f"git commit -q -m 'without {e.number}' && make run")  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--head", default="", help="the checked-out commit")
+    parser.add_argument("--runs", type=int, default=0, help="runs of each program")
+    run_command(main, parser.parse_args())
