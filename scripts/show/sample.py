@@ -1,0 +1,39 @@
+"""Show a few lines of text from the best weights; the report shows the newest ones, too.
+
+usage: sample.py --tag TAG [--prompt TEXT]
+
+The weights are those of the newest kept program (data/best.safetensors), which is checked out in a folder of its own.
+"""
+
+import subprocess
+import sys
+
+from harness import project
+from scripts.judge.log_result import program_of_weights
+from scripts.run import experiment
+from scripts.session import Refused, Session, blanked, git, options, run_command
+
+
+def main(args):
+    sitting, weights = Session(args.tag), project.DATA / "best.safetensors"
+    held = experiment.begin(sitting)
+    blob = program_of_weights(weights)
+    row = next((row for row in reversed(sitting.rows()[0]) if blob and row.blob == blob), None)
+    if row is None:
+        raise Refused("there are no weights of a kept program here: make baseline, or make run and keep what helps")
+    with experiment.checked_out(row.commit if git("rev-parse", "HEAD") else None) as folder:
+        command = [sys.executable, "train.py", "--sample", str(weights), args.prompt]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
+    del held
+    if done.returncode:
+        raise Refused("train.py could not sample from these weights (see above)")
+    text = done.stdout.partition("\nsample:\n")[2].strip()
+    sitting.note("sample", commit=row.commit, bpb=row.bpb, prompt=args.prompt, text=text)
+    print(f"{row.commit}, val_bpb {row.bpb:.4f}, goes on from {args.prompt!r}:\n")
+    print("\n".join(map(blanked, text.split("\n"))))
+
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--prompt", default="")
+    run_command(main, parser.parse_args())
