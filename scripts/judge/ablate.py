@@ -11,11 +11,12 @@ import tempfile
 from pathlib import Path
 
 from scripts import session
+from scripts.judge.evidence import gain_words
 from scripts.judge.observations import busy
 from scripts.run import experiment, plan, supervise
 from scripts.run.variant import commit_with
-from scripts.session import Refused, Session, options, record, run_command, tell
-from scripts.show.night import DOUBTFUL, Night, gain_words
+from scripts.session import Refused, Session, options, run_command, tell
+from scripts.show.night import Night
 
 
 def taken_back(night, change):
@@ -23,7 +24,7 @@ def taken_back(night, change):
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, name) for name in ("best", "change", "before")]
         for path, e in zip(paths, (night.apart, change, change.before), strict=True):
-            path.write_text("\n".join(night.texts[e.blob]) + "\n")
+            path.write_text(e.text.strip() + "\n")
         text = session.git("merge-file", "-p", *map(str, paths))
     return text and text + "\n"
 
@@ -33,7 +34,7 @@ def note_programs(night, sitting):
     noted, whole = {event["program"] for event in night.ablations}, night.apart
     for change in night.chain_of(whole)[1:]:
         text = taken_back(night, change) if change.diff else None
-        if text is None or text.strip() == "\n".join(night.texts[whole.blob]):
+        if text is None or text.strip() == whole.text.strip():
             why = "later changes stand on its lines" if change.diff else "git does not know its program"
             tell(f"left out {change.number}: {'nothing of it is left' if text else why}")
             continue

@@ -27,6 +27,7 @@ def lines(night):
     }.items():
         if entries:
             found += [title, *(f"  {text}" for text in entries)]
+    found += [night.foresight] if night.foresight else []
     since = len(night.experiments) - (night.kept[-1].number if night.kept else 0)
     if since >= PLATEAU:
         found.append(f"plateau: nothing was kept in {since} experiments: try something large, or join near misses")

@@ -145,6 +145,17 @@ class Night:
         return [e for e in self.kept if e.worth and e.worth.sure < DOUBTFUL]
 
     @property
+    def foresight(self):
+        """How often the gain that was expected held the gain that came, in words; empty where nobody said any."""
+        said = [(e.event["expected"], e.gain.gain) for e in self.experiments if e.event.get("expected") and e.gain]
+        if not said:
+            return ""
+        inside = sum(low <= gain <= high for (low, high), gain in said)
+        hope = sum((low + high) / 2 - gain for (low, high), gain in said) / len(said)
+        way = "hopeful" if hope > 0 else "careful"
+        return f"expected gains: right {inside} times of {len(said)}, on average {abs(hope):.4f} too {way}"
+
+    @property
     def chain(self):
         return self.chain_of(self.best)
 

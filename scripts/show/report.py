@@ -64,6 +64,7 @@ def noise_words(night):
     runs = night.evidence.runs if night.evidence else []
     disturbed = sum(run.slot is not None for run in runs)
     found = [noise(night.evidence)] if runs else []
+    found += [f"{night.foresight}."] if night.foresight else []
     if disturbed:
         found.append(f"The machine was shared during {disturbed} of {len(runs)} runs; they count for less.")
     return found
