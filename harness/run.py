@@ -20,6 +20,7 @@ from harness.evaluation import evaluate_bpb
 from harness.leak_checks import LeakChecks
 from harness.rehearsal import rehearse
 from harness.run_checks import Refused, harness_reads
+from harness.sample import sample
 from harness.token_cache import TokenCache, Tokenizer
 
 # When this process began, by time.monotonic(): what it did before it imported this is start-up, too.
@@ -30,30 +31,30 @@ EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
 def mode():
-    """(what train.py is called for, a file or None): ("run", None), ("check", None), ("weights", FILE).
+    """(what train.py is called for, its words): ("run", []), ("check", []), ("weights", [FILE]).
 
     Any other word ends the program, so that nothing misspelt trains for a whole budget.
     """
-    program = Path(sys.argv[0]).name
+    program, words = Path(sys.argv[0]).name, sys.argv[1:]
     if program in ("bench.py", "tune.py"):
         sys.exit("error: train.py trains when it is imported: below if __name__ == '__main__' is where a run begins")
-    if program != "train.py":
-        return "run", None
-    match [part for word in sys.argv[1:] for part in word.split("=", 1)]:
-        case []:
-            return "run", None
+    if program != "train.py" or not words:
+        return "run", []
+    if words[0] == "--sample" and len(words) == 3:  # of scripts/show/sample.py: a file of weights and a prompt
+        return "sample", words[1:]
+    match [part for word in words for part in word.split("=", 1)]:
         case ["--check" | "--holdout" as word]:  # --holdout: of scripts/judge/holdout.py
-            return word[2:], None
+            return word[2:], []
         case ["--weights", file]:
-            return "weights", file
-    sys.exit(f"error: train.py does not understand {' '.join(sys.argv[1:])}: it takes --check, or --weights FILE")
+            return "weights", [file]
+    sys.exit(f"error: train.py does not understand {' '.join(words)}: it takes --check, or --weights FILE")
 
 
 class Run:
     """One experiment: its dataset, the clock of its budget, its log and its record."""
 
     def __init__(self, dataset_name):
-        self.mode, self._weights = mode()
+        self.mode, self._words = mode()
         self.dataset = get_dataset(dataset_name)
         self.budget, self.seed = project.settings()
         self._load()
@@ -101,8 +102,8 @@ class Run:
         an invalid record, where a check refuses the model. `train.py --check` and `--weights FILE` end here, without a
         record.
         """
-        if self.mode == "weights":
-            self._score_weights(model, batch_size)
+        if self.mode in ("weights", "sample"):
+            self._use_weights(model, batch_size)
         start, reason = time.monotonic(), None
         with harness_reads():
             tokens = self.cache.tokens("train")
@@ -122,14 +123,17 @@ class Run:
             print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
             sys.exit(0)
 
-    def _score_weights(self, model, batch_size):
-        """Print what `model` scores with the weights of a file, and exit."""
+    def _use_weights(self, model, batch_size):
+        """Print what `model` scores with the weights of a file, or how it goes on from a prompt, and exit."""
         try:
-            model.load_weights(self._weights)
+            model.load_weights(self._words[0])
+            if self.mode == "sample":
+                print(f"sample:\n{sample(model, self.tokenizer, self._words[1], self.seed)}")
+                sys.exit(0)
             evaluation = self._evaluate(model, batch_size)
         except (AttributeError, OSError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
-            sys.exit(f"error: {self._weights} does not hold the weights of this train.py's model: {why}")
+            sys.exit(f"error: {self._words[0]} does not hold the weights of this train.py's model: {why}")
         except Refused as refused:
             sys.exit(f"error: this model is not valid. {refused}")
         print(f"val_bpb: {evaluation.bpb:.6f} (± {evaluation.stderr:.6f} over rows)")
@@ -137,7 +141,7 @@ class Run:
 
     def start_clock(self):
         """Begin the budget. Everything before was start-up: loading, building, compiling."""
-        if self.mode in ("check", "weights"):
+        if self.mode in ("check", "weights", "sample"):
             sys.exit("error: train.py does not call run.rehearse(model, batch_size) before run.start_clock()")
         if self._start is not None:
             raise RuntimeError("the clock runs already")
