@@ -164,6 +164,7 @@ def differences(new, old):
     """Why two records may not be compared, a phrase for each reason; empty where they may."""
     a, b = ({key: r.get(key) for key in ("dataset", "token_cache", "budget", "harness", "group")} for r in (new, old))
     for facts, record in ((a, new), (b, old)):
+        facts["rows of evaluation"] = (record.get("result") or {}).get("eval_rows")
         facts |= {f"device.{name}": value for name, value in (record.get("device") or {}).items()}
     unlike = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return [f"{key} is {str(a.get(key))[:60]}, was {str(b.get(key))[:60]}" for key in unlike]

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import time
 
 import numpy as np
 
@@ -17,7 +18,7 @@ UNTRAINED = 0.92  # of ln(vocabulary), the nats of who knows nothing; who knows 
 
 
 def rehearse(model, tokens, tokenizer, batch_size):
-    """Ask a model that is built and not trained yet what the evaluation will ask it.
+    """Ask a model that is built and not trained yet what the evaluation will ask it; returns seconds that a row takes.
 
     Whether it leaks is asked of weights that are shaken, since an output that begins at zero hides a leak. All arrays
     are put back bit for bit, and MLX's random numbers. tokens: the training split, uint16. Raises `Refused`.
@@ -31,12 +32,12 @@ def rehearse(model, tokens, tokenizer, batch_size):
             knows_text(model, rows, tokenizer, batch_size)
             model_state.shake(arrays)
             try:
-                ask(model, rows, tokenizer, batch_size)
+                return ask(model, rows, tokenizer, batch_size)
             except Refused as refused:
                 if not str(refused).startswith("finite: "):
                     raise
                 model_state.restore(arrays)  # shaken too much for this model: as it was built, then
-                ask(model, rows, tokenizer, batch_size)
+                return ask(model, rows, tokenizer, batch_size)
         except (RuntimeError, MemoryError) as error:
             if not OUT_OF_MEMORY.search(str(error) or "memory"):
                 raise
@@ -47,8 +48,10 @@ def rehearse(model, tokens, tokenizer, batch_size):
 
 
 def ask(model, rows, tokenizer, batch_size):
-    questions = LeakChecks(model, rows, tokenizer, batch_size)
-    questions.ask(score_rows(model, rows, tokenizer, batch_size))
+    questions, start = LeakChecks(model, rows, tokenizer, batch_size), time.monotonic()
+    nats, took = score_rows(model, rows, tokenizer, batch_size), time.monotonic() - start
+    questions.ask(nats)
+    return took / len(rows)
 
 
 def knows_text(model, rows, tokenizer, batch_size):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import psutil
 from mlx.utils import tree_flatten
 
@@ -27,6 +28,8 @@ from harness.token_cache import TokenCache, Tokenizer
 BEGAN = machine.allowed(lambda: psutil.Process().create_time()) or time.time()
 PROCESS_START = time.monotonic() - max(0.0, time.time() - BEGAN)
 HARNESS = project.harness_hash()  # of the files as they are when this process begins
+EVAL_SECONDS, EVAL_SHARE = 60.0, 1 / 3  # of the budget: what scoring the validation rows may take, the less of both
+LEAST_ROWS = 64
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
@@ -50,6 +53,18 @@ def mode():
     sys.exit(f"error: train.py does not understand {' '.join(words)}: it takes --check, or --weights FILE")
 
 
+def rows_to_score(rows, chosen, row_seconds, budget):
+    """The rows (n, T + 1) that are scored, spread evenly over all `rows`.
+
+    chosen: "" for all; a number; or "auto": as many as are scored in time, where a row takes `row_seconds`, and at
+    least LEAST_ROWS. The first run of a session chooses for all that come after it.
+    """
+    if chosen == "auto":
+        chosen = max(LEAST_ROWS, min(EVAL_SECONDS, EVAL_SHARE * budget) / max(row_seconds, 1e-9))
+    count = min(len(rows), int(chosen or len(rows)))
+    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+
+
 class Run:
     """One experiment: its dataset, the clock of its budget, its log and its record."""
 
@@ -60,6 +75,7 @@ class Run:
         self._load()
         self.train_blob = project.blob_hash(project.ROOT / "train.py")
         self._stream = self._start = self._pending = None
+        self._row_seconds = 0.0  # that scoring takes
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
         self._ends = []  # of each step: seconds at its end, in a group by rank 0's clock
         self._watch, self._early_tokens = machine.Watch(), 0  # tokens taken before the clock started
@@ -109,7 +125,8 @@ class Run:
             tokens = self.cache.tokens("train")
         try:
             with devices.agreement(Refused):
-                rehearse(model, tokens, self.tokenizer, batch_size)
+                seconds = rehearse(model, tokens, self.tokenizer, batch_size)
+                self._row_seconds = max(map(float, devices.all_gather(str(seconds))))
         except Refused as refused:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
         took = self._training["rehearsal_seconds"] = time.monotonic() - start
@@ -268,7 +285,9 @@ class Run:
 
     def _rows(self, split):
         with harness_reads():
-            return evaluation_rows(self.cache, self.dataset, split)
+            rows = evaluation_rows(self.cache, self.dataset, split)
+        self._all_rows = len(rows)
+        return rows_to_score(rows, os.environ.get("AUTORESEARCH_ROWS"), self._row_seconds, self.budget)
 
     def _evaluate(self, model, batch_size):
         """The `Evaluation` of the validation rows. Raises `Refused` where a leak check fails."""
@@ -304,6 +323,8 @@ class Run:
             "val_bpb": evaluation and evaluation.bpb,
             "val_bpb_stderr": evaluation and evaluation.stderr,
             "eval_bytes": evaluation and int(evaluation.row_bytes.sum()),
+            "eval_rows": evaluation and len(evaluation.row_bits),
+            "eval_rows_of": evaluation and self._all_rows,
             "row_bits": evaluation and record.packed(evaluation.row_bits),
         }
         written = record.write(

@@ -1,5 +1,6 @@
 """The metric: against values computed by hand, whatever the batch, and with an error that means something."""
 
+import json
 import math
 
 import gallery
@@ -11,6 +12,7 @@ from gallery import evaluate, rows_of
 import prepare
 from harness import evaluation
 from harness.evaluation import bits_per_byte
+from harness.run import rows_to_score
 
 V = 512
 
@@ -145,3 +147,25 @@ def test_the_standard_error_is_the_spread_of_many_repetitions():
     found = np.array([bits_per_byte(n, s) for n, s in zip(bits, size, strict=True)])
     assert found[:, 0].mean() == pytest.approx(0.9, rel=3e-3)
     assert found[:, 1].mean() == pytest.approx(found[:, 0].std(), rel=0.05)
+
+
+def test_a_session_scores_as_many_rows_as_its_first_run_has_time_for(session):
+    """The first run chooses; another number would not be comparable."""
+    body = "import os; chosen = os.environ['AUTORESEARCH_ROWS'].replace('auto', '77')\n"
+    body += "prepare.finish(1.4, result={'val_bpb': 1.4, 'val_bpb_stderr': 0.0, 'eval_rows': int(chosen or 999), 'eval_rows_of': 999})"
+    session.make("setup", "TAG=u", check=0)
+    session.write_train(body)
+    session.make("baseline", check=0)
+    session.experiment(body + " # another")
+    rows = {json.loads(path.read_text())["result"].get("eval_rows") for path in (session.path / "data").glob("run_2*")}
+    assert rows == {None, 77}
+    session.write_train(body.replace("chosen or", "0 or"))
+    assert "rows of evaluation is 999, was 77" in session.script("run").stdout
+
+
+def test_rows_are_spread_over_all_and_never_too_few():
+    rows = np.arange(1000)[:, None]
+    assert (rows_to_score(rows, "", 9.0, 30.0) == rows).all() and len(rows_to_score(rows, "7", 9.0, 30.0)) == 7
+    some = rows_to_score(rows, "auto", 0.1, 30.0)[:, 0]
+    assert len(some) == 100 and some[0] == 0 and some[-1] == 999 and np.diff(some).min() > 8
+    assert len(rows_to_score(rows, "auto", 0.1, 900.0)) == 600 and len(rows_to_score(rows, "auto", 9.0, 30.0)) == 64

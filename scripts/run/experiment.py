@@ -13,8 +13,8 @@ The path of a run:
     experiment.py         whose record is that? It names its attempt and its program; no clock is asked
     show/summary.py       what the agent is told
 
-The environment takes to train.py: AUTORESEARCH_BUDGET, _SEED, _FILES, _COLUMN, _CACHE (settings), _PROGRESS (where it
-notes how far it is), _TERMINAL (it may show that). launch.py adds _GROUP.
+The environment takes to train.py: AUTORESEARCH_BUDGET, _SEED, _FILES, _COLUMN, _CACHE (settings), _ROWS (of
+evaluation), _PROGRESS (where it notes how far it is), _TERMINAL (it may show that). launch.py adds _GROUP.
 """
 
 import os
@@ -102,7 +102,9 @@ def run_once(sitting, held, role, commit, head, seed, pair=None):
         sitting.note("begin", **attempt)
         launcher = ["-m", "scripts.run.launch", str(ROOT)] if of_group() else []
         command = [sys.executable, *launcher, "train.py", *["--holdout"] * holdout]
-        known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_PROGRESS": f"{attempt['id']} {PROGRESS}"}
+        rows = rows_scored(sitting, budget, project.dataset_of_train(folder / "train.py"))
+        progress = f"{attempt['id']} {PROGRESS}"
+        known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_ROWS": rows, "AUTORESEARCH_PROGRESS": progress}
         end = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
         status, reason, run = outcome(attempt, end, timeout, files.read_json(last))
         if run and commit:
@@ -113,6 +115,15 @@ def run_once(sitting, held, role, commit, head, seed, pair=None):
             ended["test"] = files.read_json(folder / "data" / "holdout.json")
         sitting.note("end", id=attempt["id"], **ended)
     return {**attempt, **ended, "row": None}
+
+
+def rows_scored(sitting, budget, dataset):
+    """How many rows of evaluation a run scores: as the session's first one on this text chose; "auto" for that one."""
+    for attempt in sitting.attempts():
+        run = session.record_of(attempt) if (attempt["status"], attempt["budget"]) == ("valid", budget) else None
+        if run and run["dataset"] == dataset:
+            return str(run["result"].get("eval_rows") or "")  # all, in a session from before
+    return "auto"
 
 
 def notify(text):

@@ -61,13 +61,15 @@ def then(decision, attempt):
 
 def figures(decision):
     """Five figures: val_bpb and throughput by all runs of the program, with what changed; the rest by this run."""
-    training, seen = decision.run["training"], decision.seen
+    training, result, seen = decision.run["training"], decision.run["result"], decision.seen
+    some = result.get("eval_rows") != result.get("eval_rows_of")
+    rows = "{eval_rows} of {eval_rows_of} rows, ± {val_bpb_stderr:.4f} over rows".format(**result) if some else ""
     gain, faster = (f"gain {gain_words(seen)}", f"{100 * seen.faster:+.1f} %") if seen else ("", "")
     shown = (("val_bpb", f"{decision.new.bpb:.6f}", gain),
              ("peak_memory_mb", f"{training['peak_memory_mb']:.1f}", ""),
              ("avg_tok_sec", f"{decision.new.rate:.0f}", faster),
              ("total_steps", training["total_steps"], ""),
-             ("eval_seconds", f"{training['eval_seconds']:.1f}", ""))  # fmt: skip
+             ("eval_seconds", f"{training['eval_seconds']:.1f}", rows))  # fmt: skip
     return [f"{name:14} {value:>13}  {words}".rstrip() for name, value, words in shown]
 
 
