@@ -16,6 +16,7 @@ is met there more often than by chance, so these count for `moved` alone.
 """
 
 import math
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +29,7 @@ LEAK = 0.001  # bits per byte that a leak may be worth
 MOVED = 0.05**2  # mean square, over the variance of the nats
 SURE = 5.0  # t
 PLACES = 64  # that are asked about since the model does strangely well there
-EXCHANGES = 128, 512  # at other places: in any case; and at most, while it may still be a leak and is not sure
+EXCHANGES = 32, 128, 512  # at other places: in any case; in time; and in time while it may be a leak, and is not sure
 FEW = 32  # one of so many does not count for `moved`: rounding flips a choice between experts now and then
 STEADY = 16  # times that a model must score as before, or nothing else is said of it
 MOST = 50.0  # nats that count: a model may hold a token to be impossible
@@ -93,8 +94,9 @@ class LeakChecks:
         self.held = model_state.copies_of(model_state.arrays_of(model))
         self.moves = []  # (cut, how far answers moved) of each exchange, see `_exchange`
 
-    def ask(self, nats):
-        """Ask all questions; raises `Refused`. nats: float32 (n, T) of the targets, as they were scored."""
+    def ask(self, nats, seconds=math.inf):
+        """Ask all questions, in about so many seconds; raises `Refused`. nats: float32 (n, T), as rows were scored."""
+        self.over = time.monotonic() + seconds
         self.nats = np.minimum(nats, MOST)
         self.spread = self.nats.var() + 1e-10
         with evaluation_mode(self.model):
@@ -142,19 +144,22 @@ class LeakChecks:
 
     def _causality(self):
         """Positions before a cut answer the same when all tokens from it on are another one."""
-        least, most = EXCHANGES
+        least, enough, most = EXCHANGES
         some = self.rng.choice(len(self.rows), min(len(self.rows), 1024), replace=False)
         at, positions = strangely_good(self.nats[some], self.rows[some, 1:], PLACES, self.rng)
         for first in range(0, PLACES, self.size):
+            if first and time.monotonic() > self.over:
+                break
             self._exchange(some[at[first : first + self.size]], positions[first : first + self.size] + 1)
-        favour, t, reason = np.empty(0), 0.0, None
-        while len(favour) < least or (len(favour) < most and 0 < t < SURE and not reason):
+        favour, late, unsure, reason = np.empty(0), False, True, None
+        while len(favour) < (least if late else enough) or (unsure and not late and len(favour) < most):
             numbers = self.rng.integers(0, len(self.rows), self.size)
             cuts = cut_points(self.rows.shape[1] - 1, self.size, self.rng)
             favour = np.append(favour, self._exchange(numbers, cuts))
             worth = favour.mean() > LEAK / 2 * self.nats_per_bit  # by half, for what is rare may be met seldom
-            t = t_of(favour) if worth else 0.0
-            reason = self._moved() if len(favour) >= least else None
+            t, late = t_of(favour) if worth else 0.0, time.monotonic() > self.over
+            reason = self._moved() if late or len(favour) >= enough else None
+            unsure = 0 < t < SURE and not reason
         if not reason and t > SURE:
             gain = favour.mean() / self.nats_per_bit
             reason = f"the next token gains {gain:.4f} bits per byte over others (t = {t:.1f})"

@@ -17,11 +17,12 @@ ROWS = 16  # at least; else as many batches of the evaluation's size as it has i
 UNTRAINED = 0.92  # of ln(vocabulary), the nats of who knows nothing; who knows how often each token comes has 0.87
 
 
-def rehearse(model, tokens, tokenizer, batch_size):
+def rehearse(model, tokens, tokenizer, batch_size, seconds=math.inf):
     """Ask a model that is built and not trained yet what the evaluation will ask it; returns seconds that a row takes.
 
     Whether it leaks is asked of weights that are shaken, since an output that begins at zero hides a leak. All arrays
-    are put back bit for bit, and MLX's random numbers. tokens: the training split, uint16. Raises `Refused`.
+    are put back bit for bit, and MLX's random numbers. tokens: the training split, uint16. seconds: for the leak
+    checks. Raises `Refused`.
     """
     if batch_size < 1:
         sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
@@ -32,12 +33,12 @@ def rehearse(model, tokens, tokenizer, batch_size):
             knows_text(model, rows, tokenizer, batch_size)
             model_state.shake(arrays)
             try:
-                return ask(model, rows, tokenizer, batch_size)
+                return ask(model, rows, tokenizer, batch_size, seconds)
             except Refused as refused:
                 if not str(refused).startswith("finite: "):
                     raise
                 model_state.restore(arrays)  # shaken too much for this model: as it was built, then
-                return ask(model, rows, tokenizer, batch_size)
+                return ask(model, rows, tokenizer, batch_size, seconds)
         except (RuntimeError, MemoryError) as error:
             if not OUT_OF_MEMORY.search(str(error) or "memory"):
                 raise
@@ -47,10 +48,10 @@ def rehearse(model, tokens, tokenizer, batch_size):
             ) from error
 
 
-def ask(model, rows, tokenizer, batch_size):
+def ask(model, rows, tokenizer, batch_size, seconds):
     questions, start = LeakChecks(model, rows, tokenizer, batch_size), time.monotonic()
     nats, took = score_rows(model, rows, tokenizer, batch_size), time.monotonic() - start
-    questions.ask(nats)
+    questions.ask(nats, seconds)
     return took / len(rows)
 
 

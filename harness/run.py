@@ -30,6 +30,7 @@ PROCESS_START = time.monotonic() - max(0.0, time.time() - BEGAN)
 HARNESS = project.harness_hash()  # of the files as they are when this process begins
 EVAL_SECONDS, EVAL_SHARE = 60.0, 1 / 3  # of the budget: what scoring the validation rows may take, the less of both
 LEAST_ROWS = 64
+CHECK_SECONDS, CHECK_SHARE = 3.0, 0.05  # of the budget: what leak checks may take, the more of both
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
@@ -75,6 +76,7 @@ class Run:
         self._load()
         self.train_blob = project.blob_hash(project.ROOT / "train.py")
         self._stream = self._start = self._pending = None
+        self._check_seconds = max(CHECK_SECONDS, CHECK_SHARE * self.budget)
         self._row_seconds = 0.0  # that scoring takes
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
         self._ends = []  # of each step: seconds at its end, in a group by rank 0's clock
@@ -125,7 +127,7 @@ class Run:
             tokens = self.cache.tokens("train")
         try:
             with devices.agreement(Refused):
-                seconds = rehearse(model, tokens, self.tokenizer, batch_size)
+                seconds = rehearse(model, tokens, self.tokenizer, batch_size, self._check_seconds)
                 self._row_seconds = max(map(float, devices.all_gather(str(seconds))))
         except Refused as refused:
             reason = f"{refused} (Found in the dress rehearsal, before training.)"
@@ -296,7 +298,7 @@ class Run:
         evaluation = evaluate_bpb(model, rows, self.tokenizer, batch_size)
         scored = time.monotonic()
         with devices.agreement(Refused):
-            questions.ask(evaluation.nats)
+            questions.ask(evaluation.nats, self._check_seconds)
         end = time.monotonic()
         self._training |= {"eval_seconds": end - start, "check_seconds": end - scored}
         return evaluation

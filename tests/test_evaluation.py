@@ -152,7 +152,8 @@ def test_the_standard_error_is_the_spread_of_many_repetitions():
 def test_a_session_scores_as_many_rows_as_its_first_run_has_time_for(session):
     """The first run chooses; another number would not be comparable."""
     body = "import os; chosen = os.environ['AUTORESEARCH_ROWS'].replace('auto', '77')\n"
-    body += "prepare.finish(1.4, result={'val_bpb': 1.4, 'val_bpb_stderr': 0.0, 'eval_rows': int(chosen or 999), 'eval_rows_of': 999})"
+    body += "result = {'val_bpb': 1.4, 'val_bpb_stderr': 0.0, 'eval_rows': int(chosen or 999), 'eval_rows_of': 999}\n"
+    body += "prepare.finish(1.4, result=result)"
     session.make("setup", "TAG=u", check=0)
     session.write_train(body)
     session.make("baseline", check=0)

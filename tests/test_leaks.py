@@ -301,4 +301,4 @@ def test_the_questions_cost_some_hundred_rows(tokenizer):
 
     rows = rows_of(tokenizer)
     leak_checks.LeakChecks(model, rows, tokenizer, 16).ask(np.full((len(rows), 64), math.log(V), np.float32))
-    assert sum(asked) == 2 * (leak_checks.PLACES + leak_checks.EXCHANGES[0]) + 5 * 8
+    assert sum(asked) == 2 * (leak_checks.PLACES + leak_checks.EXCHANGES[1]) + 5 * 8
