@@ -7,6 +7,7 @@ was cut short is completed by the next one, and nothing is written twice.
 """
 
 import json
+import re
 from contextlib import suppress
 from datetime import datetime
 
@@ -122,9 +123,17 @@ def intended(sitting, attempt, args):
         "train_blob": attempt["train_blob"], "description": description,
         "verdict": decision and decision.word, "rule": decision and decision.rule,
         "reference": decision and decision.row and decision.row.commit,
-        "found": one_line(args.found), "question": one_line(args.open), "journal": journal,
+        "expected": expected(attempt["commit"]), "journal": journal,
+        "found": one_line(args.found), "question": one_line(args.open),
         "entry": entry(attempt, args, number, description, decision),
     }  # fmt: skip
+
+
+def expected(commit):
+    """The gain [from, to] that the commit's message expects, as in `Expect: 0.002 to 0.006`; else None."""
+    said = session.git("log", "-1", "--format=%B", commit) if commit else ""
+    found = re.search(r"(?mi)^expect:\s*([-+]?\d*\.?\d+)\s*(?:to|-|…)\s*([-+]?\d*\.?\d+)", said or "")
+    return sorted(map(float, found.groups())) if found else None
 
 
 def entry(attempt, args, number, description, decision):
@@ -141,6 +150,8 @@ def entry(attempt, args, number, description, decision):
     else:
         lines.append(f"- {attempt['status']}: {one_line(attempt['reason'])}")
     made = f", record {attempt['run_id']}" if decision else ""
+    if gain := expected(attempt["commit"]):
+        lines.append("- expected: a gain of {:g} to {:g}".format(*gain))
     lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}{made}")
     for name, text in (("found", one_line(args.found)), ("open", one_line(args.open))):
         if text:
@@ -148,13 +159,18 @@ def entry(attempt, args, number, description, decision):
     return "\n".join(lines) + "\n"
 
 
+def program_of_weights(path):
+    """Which program (blob) the weights in a file are of; None where there is no such file of the harness's."""
+    with suppress(OSError, ValueError, KeyError, TypeError), path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(min(size, 2**24)))["__metadata__"]["train_blob"]
+    return None
+
+
 def keep_weights(attempt):
     """The weights of the newest kept program stay, as data/best.safetensors."""
-    weights, of = project.DATA / "last_run.safetensors", None
-    with suppress(OSError, ValueError, KeyError, TypeError), weights.open("rb") as file:  # none, or not the harness's
-        size = int.from_bytes(file.read(8), "little")
-        of = json.loads(file.read(min(size, 2**24)))["__metadata__"]["train_blob"]
-    if of == attempt["train_blob"]:
+    weights = project.DATA / "last_run.safetensors"
+    if program_of_weights(weights) == attempt["train_blob"]:
         files.move_into_place(weights, project.DATA / "best.safetensors")
 
 
