@@ -13,7 +13,7 @@ def sample(model, tokenizer, prompt, seed):
     model: from token ids int32 (1, T) to logits (1, T, vocabulary). Each call has one shape, so nothing is compiled
     twice: what stands behind the last token is not seen.
     """
-    context, ids = tokenizer.dataset.sequence_length, [tokenizer.bos, *tokenizer.encode(prompt)]
+    context, ids = tokenizer.dataset.sequence_length, [tokenizer.bos, *tokenizer.encoding.encode_ordinary(prompt)]
     ids = ids[: context // 2] if prompt else ids
     row = np.full((1, min(context, len(ids) + TOKENS)), tokenizer.bos, np.int32)
     row[0, : len(ids)] = ids
@@ -27,4 +27,4 @@ def sample(model, tokenizer, prompt, seed):
         row[0, at] = token
     else:
         at = row.shape[1]
-    return tokenizer.decode(row[0, 1:at].tolist())
+    return tokenizer.encoding.decode(row[0, 1:at].tolist())
