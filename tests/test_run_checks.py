@@ -88,7 +88,7 @@ def test_a_step_longer_than_the_budget_is_valid(outcome):
 READS = {  # how a loop gets at text by another way than its stream
     "tokens of validation": lambda run: run.cache.tokens("val")[:10],
     "the rows of the evaluation": lambda run: prepare.evaluation_rows(run.cache, run.dataset),
-    "a cache of its own": lambda run: prepare.TokenCache.load(run.dataset),
+    "a cache of its own": lambda run: prepare.TokenCache.load(run.dataset).tokens("train")[:10],
     "the file itself": lambda run: np.fromfile(run.cache.folder / "val_tokens.npy", np.uint16),
     "the texts": lambda run: next(iter(corpus.documents(run.dataset, "train"))),
     "what the dataset was made from": lambda run: Path(os.environ["AUTORESEARCH_FILES"], "texts.jsonl").read_text(),
