@@ -15,19 +15,21 @@ from harness.files import printable
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def main_worktree():
-    """The folder of the clone that ROOT is a linked git worktree of; ROOT itself where it is none.
+def main_worktree(root):
+    """The folder of the clone that `root` is a linked git worktree of; `root` itself where it is none.
 
     Results belong to the clone: `git worktree remove` takes nothing of them along.
     """
+    if root.match("data/tree.*.part"):  # of a run's own: see `checked_out` in scripts/run/experiment.py
+        return main_worktree(root.parent.parent)
     with suppress(OSError, ValueError):
-        folder = ROOT / (ROOT / ".git").read_text().strip().removeprefix("gitdir: ")
+        folder = root / (root / ".git").read_text().strip().removeprefix("gitdir: ")
         common = (folder / (folder / "commondir").read_text().strip()).resolve()
         return common.parent if common.name == ".git" else common / "autoresearch"
-    return ROOT
+    return root
 
 
-HOME = main_worktree()
+HOME = main_worktree(ROOT)
 DATA = ROOT / "data"  # of this folder: the newest run
 STORE = HOME / "data"  # of the clone: the archive of all runs
 
@@ -81,8 +83,9 @@ def dataset_of_train(path=ROOT / "train.py"):
     """The constant DATASET of train.py, read without running it."""
     try:
         text = Path(path).read_text("utf-8", "replace")
-    except FileNotFoundError:
-        sys.exit("error: train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard")
+    except OSError:
+        mend = "git checkout HEAD -- train.py; where a commit took it away, make discard"
+        sys.exit(f"error: train.py is missing or not to be read: {mend}")
     found = re.search(r"^DATASET\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
     if not found:
         sys.exit('error: train.py has no line of the form DATASET = "name"')

@@ -48,12 +48,18 @@ unset PYTHONHOME PYTHONSAFEPATH PYTHONIOENCODING PYTHONHASHSEED PYTHONWARNINGS P
 [ -n "${PYTHON:-}" ] || unset PYTHONPATH # it may hold the packages of the Python that is given
 export PYTHONUTF8=1
 
-# Ends with what a given Python lacks.
+# Ends with what a given Python lacks, whatever stands in this folder.
 probe='
+import sys; del sys.path[0]
 from importlib.metadata import version
 for name in ("mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken"):
     version(name)
 import mlx.core'
+
+# Prints the files here that hide a module of Python's own library; those of a few common names nobody imports.
+shadows='import os, sys
+names = sys.stdlib_module_names - {"code", "profile", "test", "trace"}
+print(*sorted(file for file in os.listdir() if file[-3:] == ".py" and file[:-3] in names))'
 
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
@@ -67,6 +73,8 @@ need_python() {
     wrong=$("$PYTHON" -c "$probe" 2>&1) ||
       die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): unset PYTHON, and the project builds its own environment"
   fi
+  wrong=$("$PYTHON" -I -c "$shadows")
+  [ -z "$wrong" ] || die "$wrong in this folder would stand in for Python's own: give it another name"
   LAUNCH=(env "PYTHONUNBUFFERED=1" "$PYTHON")
   # by its whole path, or a child in another folder does not find it; a path with a blank can only be told from here
   library=$ROOT/.venv/lib/libopenblas.so

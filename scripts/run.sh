@@ -12,7 +12,8 @@
 . "$(dirname "$0")/lib.sh"
 
 case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
-[ -f train.py ] || die "train.py is missing: git checkout HEAD -- train.py; where a commit took it away, make discard"
+[ -f train.py ] && [ -r train.py ] ||
+  die "train.py is missing or not to be read: git checkout HEAD -- train.py; where a commit took it away, make discard"
 read_git
 refuse_off_branch
 if [ -n "$HEAD" ]; then

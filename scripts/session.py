@@ -81,7 +81,7 @@ class Session:
         if not LINK.is_symlink() or os.readlink(LINK) != target:
             LINK.unlink(missing_ok=True)
             LINK.symlink_to(target)
-        if HOME != ROOT and not (ROOT / "internal").exists():
+        if HOME != ROOT and not os.path.lexists(ROOT / "internal"):
             (ROOT / "internal").symlink_to(HOME / "internal")
 
     def rows(self):
@@ -121,8 +121,9 @@ class Session:
         """Everything noted, in order; a line that was cut short does not count."""
         found = []
         for line in self.log.read_bytes().split(b"\n") if self.log.exists() else ():
-            with suppress(ValueError):
-                found.append(json.loads(line))
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
+                event = json.loads(line)
+                found += [event] * bool(event["event"] and event["time"])
         return found
 
     def attempts(self):

@@ -149,6 +149,13 @@ def test_an_event_that_was_cut_short_does_not_count(sitting, cut):
     assert before <= 2 and len(sitting.events()) == before + 1 and sitting.attempts()[-1]["id"] == "x"
 
 
+def test_a_damaged_line_among_the_events_is_passed_over(session):
+    log = session.path / "data/sessions/t/events.jsonl"
+    log.write_text('[]\n5\n{"event": "begin"}\nnull\n{"eve\n' + log.read_text() + '{"event": "end", "ti')
+    assert "baseline 1.500000" in session.script("results", check=0).stdout
+    assert session.experiment("prepare.finish(1.4)", "keep").returncode == 0 and len(session.rows) == 2
+
+
 @lightly
 @given(st.binary(max_size=200))
 @example(b"[" * 100_000)

@@ -293,9 +293,20 @@ def test_a_train_that_is_gone_comes_back(session, committed):
         session.git("commit", "-q", "-a", "-m", "gone")
     for verb in ("run", "check", "bench", "tune", "baseline"):
         done = session.script(verb, check=1)
-        assert done.stderr.startswith("error: train.py is missing: ") and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: train.py is missing") and done.stderr.count("\n") == 1
     session.script("discard", check=0)
     assert (session.path / "train.py").exists() and session.git("status", "--porcelain") == ""
+
+
+def test_a_train_that_cannot_be_read_is_said_and_so_is_a_file_that_hides_a_module(session):
+    (session.path / "random.py").touch()
+    assert session.script("run", check=1).stderr.startswith("error: random.py in this folder would stand in for")
+    (session.path / "random.py").rename(session.path / "test.py")  # which nobody imports
+    (session.path / "train.py").unlink()
+    (session.path / "train.py").mkdir()
+    for verb in ("run", "check", "bench", "tune"):
+        done = session.script(verb, check=1)
+        assert "train.py" in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

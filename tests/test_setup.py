@@ -1,5 +1,6 @@
 """What setup is given: names that could be taken for another, and folders that serve no session."""
 
+import json
 import shutil
 
 
@@ -39,6 +40,27 @@ def test_a_second_session_in_a_worktree_as_the_readme_has_it(session):
     assert "baseline" in (session.path / "data/sessions/second/results.tsv").read_text()
     session.git("checkout", "-q", "second")
     assert "git checkout autoresearch/second" in refused(session.script("run", check=1, AGAIN="1"))
+
+
+def test_a_clone_whose_git_folder_is_elsewhere_has_all_its_results(checkout, tmp_path):
+    """So has a submodule, and a worktree of either, of which `git worktree remove` takes nothing along."""
+    clone = type(checkout)(tmp_path / "clone", checkout.env)
+    checkout.git("clone", "-q", "--separate-git-dir", str(tmp_path / "git"), ".", str(clone.path))
+    other = type(checkout)(tmp_path / "other", checkout.env)
+    clone.git("worktree", "add", "-q", "--detach", str(other.path))
+    for there, data in ((clone, clone.path / "data"), (other, tmp_path / "git" / "autoresearch" / "data")):
+        there.make("setup", f"TAG={there.path.name}", check=0)
+        there.make("baseline", check=0)
+        there.script("run", check=0, REFERENCE="1")
+        assert len(list(data.glob("run_*.json"))) == 2
+        there.write_train("prepare.finish(1.4)")
+        there.script("run", check=0)
+        text = json.dumps({"__metadata__": {"train_blob": there.git("hash-object", "train.py")}})
+        weights = len(text).to_bytes(8, "little") + text.encode()
+        (there.path / "data/last_run.safetensors").write_bytes(weights)
+        there.script("log-result", check=0, STATUS="keep", DESC="x")
+    clone.git("worktree", "remove", str(other.path))
+    assert (data / "sessions/other/best.safetensors").read_bytes() == weights
 
 
 def test_runs_outside_a_session_keep_their_name(checkout):

@@ -57,7 +57,7 @@ def complete(sitting, attempt):
         if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
             raise Refused(f"git could not write {ref}, as where the disk is full: mend that, and run the same again")
     if attempt["row_status"] == "keep":
-        keep_weights(attempt)
+        keep_weights(sitting, attempt)
     sitting.note("logged", id=attempt["id"])
     return journal
 
@@ -167,11 +167,13 @@ def program_of_weights(path):
     return None
 
 
-def keep_weights(attempt):
-    """The weights of the newest kept program stay, as data/best.safetensors."""
-    weights = project.DATA / "last_run.safetensors"
+def keep_weights(sitting, attempt):
+    """The weights of the newest kept program stay, as data/best.safetensors; of a worktree in its clone, too."""
+    weights, best = (project.DATA / f"{name}.safetensors" for name in ("last_run", "best"))
     if program_of_weights(weights) == attempt["train_blob"]:
-        files.move_into_place(weights, project.DATA / "best.safetensors")
+        files.move_into_place(weights, best)
+        if project.HOME != project.ROOT:
+            files.write_atomically(sitting.folder / best.name, best.read_bytes())
 
 
 def kept(args):
