@@ -41,9 +41,9 @@ EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 2)  # rows; all their logits exist
 
 ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
-WINDOWS = "SL" if CUDA else "L"  # block-local attention, a letter a layer: L one block of all the context, S two halves
+WINDOWS = "SL" if CUDA else "L"  # block-local attention, a letter a layer: L one chunk of all the context, S two halves
 MLP_RATIO = 4  # hidden channels of an MLP, in widths
-GATE_CHANNELS = 32  # leading channels of the stream that a value gate reads; each n-gram gate reads the next as many
+GATE_CHANNELS = 32  # leading channels of the norm that a value gate reads; each n-gram gate reads the next as many
 GATE_MAX = 2.0  # a gate lies between 0 and this, and starts at half of it
 NGRAM_ROWS = 0  # rows of a table of hashed n-grams, 0 for none; they pay where a budget sees its text about once
 NGRAMS = (2, 3)  # tokens of an n-gram; two tables for each of these in every layer with a value embedding
@@ -95,7 +95,7 @@ class GPTConfig:
         return self.n_head * self.head_dim
 
     def window(self, layer):
-        """Positions of an attention block; the last layer's holds all the context."""
+        """Positions of a chunk, within which a query attends; the last layer's holds all the context."""
         short = self.windows[layer % len(self.windows)] == "S" and layer < self.depth - 1
         return math.ceil(self.sequence_length / 2) if short else self.sequence_length
 
@@ -136,8 +136,9 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
     """What stands between two parts of a block: (new stream, its norm, x0 where it was given).
 
     The stream x gains y, the output of the part before. Given the token embedding x0, it becomes a * x + b * x0
-    (per-layer scalars, as in nanochat). The norm gains a share of the previous token's, channel by channel (token
-    shift, arXiv:2305.13048). x, y, x0: (B, T, n_embd); a, b: (1,), float32; shift: (n_embd,), float32.
+    (per-layer scalars, as in nanochat); x0 comes back so that its gradient is added up on the way. The norm gains a
+    share of the previous token's, channel by channel (token shift, arXiv:2305.13048). x, y, x0: (B, T, n_embd); a, b:
+    (1,), float32; shift: (n_embd,), float32.
     """
     x = x + y
     if x0 is not None:
@@ -171,7 +172,7 @@ def relu_squared(x):
     return mx.square(mx.maximum(x, 0))
 
 
-def blocks_of(x, length):
+def chunks_of(x, length):
     """x (B, heads, T, head_dim) cut along T, padded with zeros: (B * n, heads, length, head_dim)."""
     x = x.transpose(0, 2, 1, 3)
     if x.shape[1] % length:
@@ -195,20 +196,20 @@ class Attention(nn.Module):
             self.out_gate = mx.zeros(gate)
         self._heads, self._scale, self._window = config.n_head, config.head_dim**-0.5, config.window(layer)
 
-    def __call__(self, x, tokens):
-        B, T, C = x.shape
-        q, k, v = heads(linear(x, self.qkv).reshape(B, T, 3, self._heads, -1))
+    def __call__(self, h, tokens):
+        B, T, C = h.shape
+        q, k, v = heads(linear(h, self.qkv).reshape(B, T, 3, self._heads, -1))
         if "value_embedding" in self:
             found = [embed(self.value_embedding, tokens), *(table(tokens) for table in self.ngrams)]
-            parts = mx.split(x[..., : len(found) * GATE_CHANNELS], len(found), axis=-1)
+            parts = mx.split(h[..., : len(found) * GATE_CHANNELS], len(found), axis=-1)
             for rows, part, gate in zip(found, parts, self.value_gates, strict=True):
                 v = add_gated(v, linear(part, gate), rows)
-        if T > self._window:  # block-local attention (arXiv:1801.10198): a query sees what precedes it in its block
-            q, k, v = (blocks_of(x, self._window) for x in (q, k, v))
+        if T > self._window:  # block-local attention (arXiv:1801.10198): a query sees what precedes it in its chunk
+            q, k, v = (chunks_of(z, self._window) for z in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
         y = y.transpose(0, 2, 1, 3).reshape(B, -1, self._heads, C // self._heads)[:, :T]
         if "out_gate" in self:
-            y = gated_norm(y, linear(x[..., :GATE_CHANNELS], self.out_gate))
+            y = gated_norm(y, linear(h[..., :GATE_CHANNELS], self.out_gate))
         return linear(y.reshape(B, T, C), self.out)
 
 
@@ -243,7 +244,7 @@ class GPT(nn.Module):
     def hidden(self, tokens):
         """Final normalised states (B, T, n_embd) for token ids (B, T)."""
         x = x0 = norm(embed(self.token_embedding, tokens))
-        y = mx.zeros_like(x)
+        y = mx.zeros_like(x)  # of the part before; the next mix adds it
         lambdas = (mx.split(scalars, len(self.blocks)) for scalars in (self.resid_lambdas, self.x0_lambdas))
         for block, a, b in zip(self.blocks, *lambdas, strict=True):
             x, h, x0 = mix(x, y, x0, a, b, block.attention.shift)
@@ -276,7 +277,8 @@ class NGrams(ngrams.Table):
         mixed, length = mx.zeros((2, *tokens.shape), mx.uint32), tokens.shape[1]
         for back, factors in enumerate(self._factors):
             mixed = mixed ^ (mx.pad(tokens, [(0, 0), (back, 0)])[:, :length].astype(mx.uint32) * mx.array(factors))
-        return ((mixed ^ (mixed >> 15)) * mx.array(2654435769, mx.uint32) >> 7) % self.weight.shape[1]
+        mixed = (mixed ^ (mixed >> 15)) * mx.array(2654435769, mx.uint32)  # Fibonacci hashing: 2^32 / golden ratio
+        return (mixed >> 7) % self.weight.shape[1]
 
 
 @fast(kernels.gated_norm, when=KERNELS)
@@ -311,7 +313,7 @@ def logits_of(hidden, head):
 
 
 def summed_loss(hidden, head, targets):
-    """Cross-entropy in nats, summed over rows. hidden: (N, n_embd); head: (vocab_size, n_embd); targets: (N,)."""
+    """Summed cross-entropy in nats. hidden: (positions, n_embd); head: (vocab_size, n_embd); targets: (positions,)."""
     return mx.fast.cross_entropy(logits_of(hidden, head), targets).sum()
 
 
@@ -324,7 +326,7 @@ def loss_fn(model, tokens):
     """Mean cross-entropy in nats. tokens: (B, T + 1); column t + 1 is the target of column t.
 
     Plain: summed_loss(hidden, model.head, targets) / len(targets). Here logits and their gradient exist for
-    LOGITS_AT_ONCE elements at a time: in bfloat16 those of 65,536 rows and 8,192 tokens would take 2 GB.
+    LOGITS_AT_ONCE elements at a time: in bfloat16 those of 65,536 positions and 8,192 tokens would take 2 GB.
     """
     hidden, targets = model.hidden(tokens[:, :-1]), tokens[:, 1:].reshape(-1)
     hidden = hidden.reshape(len(targets), -1)
@@ -361,14 +363,14 @@ class Muon(StackedOptimizer):
         self.state |= {"momentum": mx.array(0.0), "decay": mx.array(0.0)}
 
     def init_stack(self, n, rows, columns):
-        return {"momentum": mx.zeros((n, rows, columns)), "second_moment": mx.zeros((n, 1, columns))}
+        return {"average": mx.zeros((n, rows, columns)), "second_moment": mx.zeros((n, 1, columns))}
 
     def update_stack(self, gradient, weight, aspect, state):
         """New weights of a stack (n, rows, columns), rows <= columns; aspect (n, 1, 1): see StackedOptimizer."""
         # 1. momentum, looking one step ahead (Nesterov)
-        momentum = self.state["momentum"]
-        state["momentum"] = momentum * state["momentum"] + (1 - momentum) * gradient
-        update = momentum * state["momentum"] + (1 - momentum) * gradient
+        beta = self.state["momentum"]
+        state["average"] = beta * state["average"] + (1 - beta) * gradient
+        update = beta * state["average"] + (1 - beta) * gradient
         # 2. every direction equally far
         update = orthogonalize(update)
         # 3. every column equally far, by its running second moment, at the same norm in all (NorMuon, arXiv:2510.05491)
@@ -402,12 +404,12 @@ class GPTOptimizer(optim.MultiOptimizer):
     """An optimizer for each group of parameters, and the schedules that move all of them."""
 
     def __init__(self, model, n_embd, streams):
-        width, adamw = (n_embd / 768) ** -0.5, partial(optim.AdamW, betas=ADAM_BETAS, eps=1e-10)
+        scale, adamw = (n_embd / 768) ** -0.5, partial(optim.AdamW, betas=ADAM_BETAS, eps=1e-10)
         self.groups = {
             "matrices": Muon(MATRIX_LR, streams),
-            "embeddings": adamw(EMBEDDING_LR * width, weight_decay=EMBEDDING_DECAY),
-            "head": adamw(HEAD_LR * width, weight_decay=HEAD_DECAY),
-            "ngrams": optim.SGD(NGRAM_LR * width),  # for its rate: the rule is adagrad's
+            "embeddings": adamw(EMBEDDING_LR * scale, weight_decay=EMBEDDING_DECAY),
+            "head": adamw(HEAD_LR * scale, weight_decay=HEAD_DECAY),
+            "ngrams": optim.SGD(NGRAM_LR * scale),  # holds the rate; Trainer applies adagrad to the tables
             "x0": adamw(X0_LR, weight_decay=0.0),
             "resid": adamw(RESID_LR, weight_decay=0.0),
         }
@@ -463,6 +465,7 @@ def main():
     rows, micro_batches = cut_step(TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, SEQUENCE_LENGTH)
     batches = run.batches(rows, SEQUENCE_LENGTH)
     config, trainer = build(run.tokenizer.vocab_size, SEQUENCE_LENGTH)
+    # not real batches: what is drawn before the clock counts as training
     example = [mx.random.randint(0, config.vocab_size, (rows, SEQUENCE_LENGTH + 1)) for _ in range(micro_batches)]
     run.warm_up(lambda: mx.eval(trainer.step(example)), trainer.state)
     run.rehearse(trainer.model, EVAL_BATCH_SIZE)

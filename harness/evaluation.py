@@ -76,7 +76,7 @@ def compute_streams():
     """The MLX streams that independent pieces of work are spread over.
 
     One on a GPU. On a CPU one a core: MLX runs element-wise work on a single thread a stream. They
-    work at one time only where it walks graphs breadth first: MLX_BFS_MAX_WIDTH, see train.py.
+    work at one time only where it walks graphs breadth first: MLX_BFS_MAX_WIDTH, see trainer.py.
     """
     if mx.default_device().type == mx.gpu:
         return [mx.default_stream(mx.gpu)]

@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from harness import devices, ngrams
 
 GPU = mx.default_device().type == mx.gpu
-# MLX reads these once, at its first computation. What it sends to CUDA at once is freed at once: with its own limit a
-# step takes twice the memory. On a GPU it walks graphs depth first, so that what is not needed any more is freed
-# early; on a CPU breadth first, so that every stream has work from the beginning.
+# MLX reads these once, at its first computation. On CUDA it frees memory only with a whole command buffer: with buffers
+# of its own size a step takes twice the memory. On a GPU it walks graphs depth first, so that what is not needed any
+# more is freed early; on a CPU breadth first, so that every stream has work from the beginning.
 if GPU and mx.cuda.is_available():
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "80")
 os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1" if GPU else "1000")
@@ -46,8 +46,10 @@ class Trainer:
         return loss
 
     def gradients(self, micro_batches):
-        """[(loss, gradients)] of each stream, whose sums are the means over all micro-batches, and what their tokens
-        looked up in tables: see ngrams.update."""
+        """[(loss, gradients), …], one a stream, of which the sum is the mean; and what was looked up in tables.
+
+        The second is for ngrams.update.
+        """
         parts = math.gcd(len(micro_batches[0]), len(self.streams))
         totals, looked_up, share = [None] * parts, [], mx.array(1 / (parts * len(micro_batches)))
         for tokens in micro_batches:
@@ -64,7 +66,7 @@ class Trainer:
         And the gradient of what each table of n-grams has for these tokens alone.
         """
 
-        def loss(parameters, rows):
+        def loss(parameters, rows):  # the tables answer with these rows, so that a gradient reaches them
             self.model.update(parameters)
             ngrams.give(self.tables, rows)
             return share * self.loss_fn(self.model, tokens)
@@ -84,23 +86,23 @@ class Trainer:
         return loss
 
 
-def mean_in_chunks(loss_and_gradients, hidden, head, targets, rows):
-    """The mean over N rows of a loss of hidden (N, n) and head (vocab, n), computed `rows` rows at a time.
+def mean_in_chunks(loss_and_gradients, hidden, head, targets, at_once):
+    """The mean over N positions of a loss of hidden (N, n) and head (vocab, n), computed for some of them at once.
 
-    loss_and_gradients(hidden, head, targets) returns the summed loss of its rows and its two gradients. They are
+    loss_and_gradients(hidden, head, targets) returns the summed loss of its positions and its two gradients. They are
     taken together with the loss, so the logits of one chunk are freed before those of the next are made.
     """
     n = len(targets)
-    rows = max(1, min(n, rows))
+    at_once = max(1, min(n, at_once))
 
     @mx.custom_function
     def mean(hidden, head):
         narrow, head_gradient = head.astype(hidden.dtype), mx.zeros(head.shape)
         losses, hidden_gradients = [], []
-        for start in range(0, n, rows):
+        for start in range(0, n, at_once):
             # A chunk waits for all results of the one before.
-            h = mx.depends(hidden[start : start + rows], [head_gradient, *losses[-1:], *hidden_gradients[-1:]])
-            loss, gradients = loss_and_gradients(h, narrow, targets[start : start + rows])
+            h = mx.depends(hidden[start : start + at_once], [head_gradient, *losses[-1:], *hidden_gradients[-1:]])
+            loss, gradients = loss_and_gradients(h, narrow, targets[start : start + at_once])
             losses.append(loss)
             hidden_gradients.append(gradients[0])
             head_gradient = head_gradient + gradients[1]

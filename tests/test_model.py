@@ -274,7 +274,7 @@ def test_the_loss_in_chunks_and_its_gradients_are_those_of_a_plain_cross_entropy
 def test_the_logits_never_stand_whole(form):
     n, vocab = 2048, 512
     hidden, weight, targets = mx.random.normal((n, 8)), mx.random.normal((vocab, 8)), mx.random.randint(0, vocab, (n,))
-    loss = partial(train.mean_in_chunks, form, targets=targets, rows=n // 64)
+    loss = partial(train.mean_in_chunks, form, targets=targets, at_once=n // 64)
     mx.eval(hidden, weight, targets)
     limit = mx.set_memory_limit(1)  # nothing is begun before what went before has ended
     try:
