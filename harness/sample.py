@@ -23,8 +23,6 @@ def sample(model, tokenizer, prompt, seed):
         logits = model(mx.array(row))[0, at - 1].astype(mx.float32)
         token = mx.random.categorical(mx.where(never, -mx.inf, logits / TEMPERATURE)).item()
         if token == tokenizer.bos:
-            break
+            return tokenizer.encoding.decode(row[0, 1:at].tolist())
         row[0, at] = token
-    else:
-        at = row.shape[1]
-    return tokenizer.encoding.decode(row[0, 1:at].tolist())
+    return tokenizer.encoding.decode(row[0, 1:].tolist())

@@ -16,8 +16,8 @@ def busy(run):
     """What disturbed a run, in words, or None. run: a record."""
     seen = run.get("machine") or {}
     others, cores, steps = seen.get("other_cores"), seen.get("cores") or 1, seen.get("step_ms")
-    if record.paused(run) > 0.01 * run["budget"]:
-        return f"it stood still for {record.paused(run):.0f} s"
+    if (stood := seen.get("paused_seconds") or 0) > 0.01 * run["budget"]:
+        return f"it stood still for {stood:.0f} s"
     if others is not None and others > max(0.05, OTHERS[run["device"].get("backend", "cpu")](cores)):
         return f"other processes used {others:.1f} of {cores} cores"
     if steps and steps[2] > UNEVEN * steps[1]:

@@ -1,7 +1,7 @@
 """The rule for keeping: a candidate against the newest kept program, by the model of evidence. It changes nothing.
 
 In this order: what is the reference over again is `again`; what another run may settle is `rerun`, of which program the
-model says; the rest is a table. What is paired (same rows, equal steps) stands in notes where it explains something.
+model says; the rest is a table. What is paired (equal steps) stands in a note where it explains something.
 """
 
 import math
@@ -217,9 +217,6 @@ def notes(run, other, equal_steps, row):
     if equal_steps:
         words = f"at equal steps training loss differs by {equal_steps[0]:+.4f} ± {equal_steps[1]:.4f} nats a token"
         yield f"{words}, in the second quarter of the budget"
-    on_rows = record.on_same_rows(run, other)
-    if on_rows and bool(busy(run)) == bool(busy(other)):  # else the load would be told, not the idea
-        yield f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}, seed {other['seed']}"
 
 
 def can_be_a_row(sitting, attempt, rows):
