@@ -84,11 +84,9 @@ def parts(trainer, micro_batches):
 def evaluation(trainer, batches=4):
     """Projected from some batches a stream; the checks of prepare.py come on top of it."""
     dataset, at_once, start = prepare.get_dataset(train.DATASET), train.EVAL_BATCH_SIZE, time.perf_counter()
-    tokenizer, rows = (
-        prepare.Tokenizer.load(dataset),
-        prepare.evaluation_rows(prepare.TokenCache.load(dataset), dataset),
-    )
+    rows = prepare.evaluation_rows(prepare.TokenCache.load(dataset), dataset)
     packing, part = time.perf_counter() - start, rows[: batches * at_once * len(trainer.streams)]
+    tokenizer = prepare.Tokenizer.load(dataset)
     mx.reset_peak_memory()
     taken = median_seconds(lambda: prepare.score_rows(trainer.model, part, tokenizer, at_once))
     return {"eval_seconds": packing + taken * len(rows) / len(part), "eval_peak_mb": mx.get_peak_memory() / 2**20}
@@ -134,7 +132,7 @@ def main():
         print(json.dumps(training(**json.loads(options[0]))[-1]))
         return
     dataset, device, load = prepare.get_dataset(train.DATASET), machine.describe(), psutil.getloadavg()[0]
-    prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
+    prepare.TokenCache.load(dataset)  # or it ends here
     _, before = last_archive("bench", dataset=dataset.name)
     print("train.py on {name} ({backend}, BLAS: {blas}, mlx {mlx}), load {load:.1f}".format(**device, load=load))
     print(f"last column: the change since the bench of {before['timestamp']}" if before else "the first bench here")

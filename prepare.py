@@ -17,11 +17,11 @@ from harness.batches import Batches, evaluation_rows
 from harness.evaluation import Evaluation, compute_streams, evaluate_bpb, score_rows
 from harness.project import dataset_of_train
 from harness.run import PROCESS_START, Run
-from harness.token_cache import TokenCache, Tokenizer, is_prepared, not_prepared, prepare
+from harness.token_cache import TokenCache, Tokenizer, is_prepared, prepare
 
 __all__ = [
     "PROCESS_START", "Batches", "Evaluation", "Run", "TokenCache", "Tokenizer", "compute_streams", "evaluate_bpb",
-    "evaluation_rows", "get_dataset", "is_prepared", "not_prepared", "prepare", "score_rows",
+    "evaluation_rows", "get_dataset", "is_prepared", "prepare", "score_rows",
 ]  # fmt: skip
 
 

@@ -1,12 +1,11 @@
 """From tokens to batches: packing documents into rows, the training stream, the rows that a run is scored on."""
 
 import bisect
-import contextvars
 import itertools
-import queue
 import sys
-import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core
 import numpy as np
@@ -82,46 +81,36 @@ class Batches:
     Column t + 1 holds the target of column t. A thread packs batches ahead; `wait_seconds` is how long the training
     loop had to wait for it.
 
-    ranks: (this one's number, how many). Every rank packs the whole stream and takes its own rows of it, so all
-    together train on the rows that a single device would, and see no document twice in an epoch. `tokens` and
-    `epochs` count those of all ranks.
+    Every rank packs the whole stream and takes its own rows of it, so all together train on the rows that a single
+    device would, and see no document twice in an epoch. `tokens` and `epochs` count those of all ranks.
     """
 
     AHEAD = 8  # batches
 
-    def __init__(self, cache, batch_size, sequence_length, seed, ranks=(0, 1)):
+    def __init__(self, cache, batch_size, sequence_length, seed):
         self.batch_size, self.sequence_length = batch_size, sequence_length
-        self._rank, self._ranks = ranks
         self.wait_seconds, self.tokens = 0.0, 0
         self._documents, self._pieces = 0, cache.pieces("train")
-        self._queue = queue.Queue(self.AHEAD)
-        context = contextvars.copy_context()  # what the harness may open, its thread may
-        threading.Thread(target=context.run, args=(self._fill, cache, seed), daemon=True, name="batches").start()
+        order = training_order(self._pieces, seed)
+        self._rows = packed_rows(cache.tokens("train"), cache.offsets("train"), order, sequence_length + 1)
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead = deque(self._thread.submit(self._pack) for _ in range(self.AHEAD))
 
-    def _fill(self, cache, seed):
-        try:
-            order = training_order(self._pieces, seed)
-            rows = packed_rows(cache.tokens("train"), cache.offsets("train"), order, self.sequence_length + 1)
-            while True:
-                batch, used = zip(*itertools.islice(rows, self._ranks * self.batch_size), strict=True)
-                mine = batch[self._rank * self.batch_size :][: self.batch_size]
-                self._queue.put((np.stack(mine).astype(np.int32), sum(map(len, used))))
-        except BaseException as error:  # handed to the training loop, which would wait forever
-            self._queue.put(error)
+    def _pack(self):
+        batch, used = zip(*itertools.islice(self._rows, devices.SIZE * self.batch_size), strict=True)
+        mine = batch[devices.RANK * self.batch_size :][: self.batch_size]
+        return np.stack(mine).astype(np.int32), sum(map(len, used))
 
     def __iter__(self):
         return self
 
     def __next__(self):
         start = time.monotonic()
-        item = self._queue.get()
+        batch, used = self._ahead.popleft().result()
+        self._ahead.append(self._thread.submit(self._pack))
         self.wait_seconds += time.monotonic() - start
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # for whoever asks again
-            raise RuntimeError("the batch thread failed") from item
-        batch, used = item
         self._documents += used
-        self.tokens += self._ranks * self.batch_size * self.sequence_length
+        self.tokens += devices.SIZE * self.batch_size * self.sequence_length
         return mlx.core.array(batch)
 
     @property

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from harness.downloads import download_all, hub_endpoint, hub_listing, is_parquet
 from harness.files import printable
+from harness.processes import UNFIT
 
 SPLITS = ("train", "val", "test")
 
@@ -36,19 +37,17 @@ class Dataset:
 
 def cache_dir(dataset):
     """Where the dataset's shards, tokenizer and tokens are kept (AUTORESEARCH_CACHE moves it)."""
-    root = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+    root = Path(os.path.expanduser(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"))
+    if str(root)[0] == "~":  # it stays where nobody knows the user
+        sys.exit("error: there is no home folder; set HOME, or AUTORESEARCH_CACHE to a folder")
     return root if dataset.name == "climbmix" else root / dataset.name
 
 
-def not_prepared(dataset):
-    """The line for who needs a cache that is not there, or not right."""
-    command = f"make prepare DATASET={dataset.name}" + (" FILES=dir" if dataset.name == "files" else "")
-    return f"error: dataset '{dataset.name}' is not prepared; run: {command}"
-
-
-def documents(dataset, split):
-    """The texts of one split (`train`, `val` or `test`), in a fixed order: an iterator of str."""
-    return dataset.source.texts(dataset, split)
+def refuse_cache(name, damaged=None):
+    """End who needs a dataset's cache that is not there, or has a damaged file: no experiment is at fault."""
+    fault = f"{damaged} is damaged" if damaged else f"dataset '{name}' is not prepared"
+    print(f"error: {fault}; run: make prepare DATASET={name}{' FILES=dir' * (name == 'files')}", file=sys.stderr)
+    sys.exit(UNFIT)
 
 
 def split_of(text, share):
@@ -84,7 +83,7 @@ def parquet_texts(path, column):
         columns = [field.name for field in file.schema_arrow if str(field.type) in kinds]
         if column not in columns:
             raise ValueError(f"no text in column '{column}', but in {columns}")
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        for batch in file.iter_batches(batch_size=64, columns=[column]):
             yield from batch.column(0).to_pylist()
 
 
@@ -222,7 +221,7 @@ class Folder(Source):
         name = os.environ.get("AUTORESEARCH_FILES")
         if not name:
             sys.exit("error: dataset 'files' needs a folder of text: make prepare DATASET=files FILES=dir")
-        root = Path(name).expanduser().absolute()
+        root = Path(os.path.expanduser(name)).absolute()
         found = (path for path in root.rglob("*") if path.suffix.lower() in READERS and path.is_file())
         found = sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(root).parts))
         return found or sys.exit(f"error: FILES={printable(name)} holds no .parquet, .jsonl or .txt file")

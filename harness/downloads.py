@@ -64,9 +64,9 @@ def hub_get(url, receive, stop):
                 # A signed address that the hub sent us to runs out, too: the next attempt gets a fresh one.
                 raise requests.RequestException(f"status {status} from {urllib3.util.parse_url(response.url).host}")
         except (requests.exceptions.SSLError, ValueError) as error:  # whose certificate, or whose address, is none
-            sys.exit(f"error: {place}: {told(error)}; see HF_ENDPOINT, the proxy's variables, REQUESTS_CA_BUNDLE")
+            sys.exit(f"error: {place}: {printable(error)}; see HF_ENDPOINT, the proxy's variables, REQUESTS_CA_BUNDLE")
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            reason, wait = told(error), min(wait, LONGEST_WAIT)
+            reason, wait = printable(f"{type(error).__name__}: {error}"), min(wait, LONGEST_WAIT)
         if attempt + 1 < ATTEMPTS:
             if wait > 20:
                 print(f"{place}: {reason}; next attempt in {wait:.0f} s", file=sys.stderr, flush=True)
@@ -75,21 +75,17 @@ def hub_get(url, receive, stop):
     sys.exit(f"error: {place}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")
 
 
-def told(error):
-    """The first of an exception's causes, in one line."""
-    while error.__context__:
-        error = error.__context__
-    return printable(f"{type(error).__name__}: {error}")
-
-
 def hub_listing(repo):
     """The addresses of a dataset's parquet files, in the hub's order."""
     url = f"{hub_endpoint()}/api/datasets/{repo}/parquet"
-    configs = hub_get(url, requests.Response.json, threading.Event())
-    files = [file for splits in configs.values() for split in splits.values() for file in split]
-    # The listing names the hub itself even where a mirror answers.
-    files = [file.replace("https://huggingface.co/", f"{hub_endpoint()}/", 1) for file in files]
-    return files or sys.exit(f"error: {url} lists no parquet files")
+    try:
+        configs = hub_get(url, requests.Response.json, threading.Event())
+        files = [file for splits in configs.values() for split in splits.values() for file in split]
+        # The listing names the hub itself even where a mirror answers.
+        files = [file.replace("https://huggingface.co/", f"{hub_endpoint()}/", 1) for file in files]
+    except (AttributeError, TypeError, RecursionError):
+        files = []
+    return files or sys.exit(f"error: {printable(url)} lists no parquet files")
 
 
 def is_parquet(path):

@@ -100,7 +100,7 @@ class Run:
         """The training stream; one a run. See `Batches`."""
         length = sequence_length or self.dataset.sequence_length
         with harness_reads():
-            self._stream = Batches(self.cache, batch_size, length, self.seed, (devices.RANK, devices.SIZE))
+            self._stream = Batches(self.cache, batch_size, length, self.seed)
         return self._stream
 
     def warm_up(self, action, state):

@@ -9,17 +9,17 @@ from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 
 from harness import corpus, files, project, tokenizer
-from harness.corpus import cache_dir, documents, not_prepared
+from harness.corpus import cache_dir, refuse_cache
 from harness.downloads import file_hash
 from harness.tokenizer import Tokenizer
 
-AT_ONCE = 64  # documents that a thread encodes in one call
+AT_ONCE = 2**17  # characters that a thread encodes in one call, about
 
 
 def identity(dataset):
@@ -47,12 +47,12 @@ class TokenCache:
     def read(cls, dataset):
         """The dataset's prepared tokens, or None where they are missing, damaged or of another identity.
 
-        The tokens themselves are not read: see `changed_file`.
+        The tokens themselves are not read.
         """
         folder = cache_dir(dataset) / "tokens"
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
-            fits = cache.meta["sha256"]["tokenizer.json"] == file_hash(folder.parent / "tokenizer.json")
+            fits = cache.meta["sha256"]["tokenizer.json"] == file_hash(folder / "tokenizer.json")
             return cache if fits and cache.meta["identity"] == identity(dataset) else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
@@ -60,42 +60,53 @@ class TokenCache:
     @classmethod
     def load(cls, dataset):
         """The same; where there is None, one line says how to prepare them."""
-        return cls.read(dataset) or sys.exit(not_prepared(dataset))
+        return cls.read(dataset) or refuse_cache(dataset.name)
 
     @property
     def hash(self):
         """SHA-256 over the hashes of all files of the cache and of the tokenizer."""
         return hashlib.sha256(json.dumps(self.meta["sha256"], sort_keys=True).encode()).hexdigest()
 
-    def tokens(self, split):
-        return self._array(split, "tokens")
+    def _array(self, kind, split):
+        name = f"{split}_{kind}.npy"
+        try:
+            found = np.load(self.folder / name, mmap_mode="r")  # refuses a file that was cut short
+            if name == "train_tokens.npy" or self.is_whole(name):  # the one that takes seconds to hash
+                return found
+        except (OSError, ValueError, EOFError):
+            pass
+        refuse_cache(self.meta["identity"]["name"], self.folder / name)
 
-    def offsets(self, split):
-        return np.array(self._array(split, "offsets"))
+    tokens = partialmethod(_array, "tokens")
+    offsets = partialmethod(_array, "offsets")
+    pieces = partialmethod(_array, "pieces")
 
-    def pieces(self, split):
-        return np.array(self._array(split, "pieces"))
+    def is_whole(self, name):
+        """Whether a file is as it was prepared."""
+        return (self.folder / name).exists() and file_hash(self.folder / name) == self.meta["sha256"][name]
 
-    def _array(self, split, kind):
-        return np.load(self.folder / f"{split}_{kind}.npy", mmap_mode="r")
 
-    def changed_file(self):
-        """The first file that is not as it was prepared, or None. Reads all of it."""
-        for name, expected in self.meta["sha256"].items():
-            path = (self.folder.parent if name == "tokenizer.json" else self.folder) / name
-            if not path.exists() or file_hash(path) != expected:
-                return path
-        return None
+def chunks(texts):
+    """Yield lists of texts of `AT_ONCE` characters, about."""
+    some, size = [], 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= AT_ONCE:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def encoded(tokenizer, texts):
     """Yield the token ids of each text, see `Tokenizer.encode_documents`, in order.
 
-    A thread a core encodes ahead. In memory are `AT_ONCE` texts for each of two calls a core, however many there are.
+    A thread a core encodes ahead. In memory are the texts of two calls a core, however many there are.
     """
-    cores, ahead, texts = os.cpu_count() or 1, deque(), iter(texts)
+    cores, ahead = os.cpu_count() or 1, deque()
     with ThreadPoolExecutor(cores) as pool:
-        while some := list(islice(texts, AT_ONCE)):
+        for some in chunks(texts):
             ahead.append(pool.submit(tokenizer.encode_documents, some))
             if len(ahead) >= 2 * cores:
                 yield from ahead.popleft().result()
@@ -142,9 +153,8 @@ def content_hash(tokens):
 def is_prepared(dataset):
     """Whether the cache is whole, and made by today's code from today's definition and source of the dataset."""
     cache = TokenCache.read(dataset)
-    if not cache or cache.meta["code"] != code():
-        return False
-    return dataset.source.fingerprint() in (None, cache.meta["source"])
+    made_now = cache and cache.meta["code"] == code()
+    return bool(made_now) and dataset.source.fingerprint() in (None, cache.meta["source"])
 
 
 def prepare(dataset):
@@ -154,7 +164,8 @@ def prepare(dataset):
         files.make_folder(root)
         with files.one_at_a_time(root):  # who waits finds all ready
             files.remove_leftovers(root)
-            if not is_prepared(dataset) or TokenCache.load(dataset).changed_file():
+            cache = is_prepared(dataset) and TokenCache.load(dataset)
+            if not cache or not all(map(cache.is_whole, cache.meta["sha256"])):
                 prepare_anew(dataset, root)
     except OSError as error:
         sys.exit(f"error: {root}: {files.what_failed(error)}; AUTORESEARCH_CACHE moves the cache elsewhere")
@@ -168,11 +179,11 @@ def prepare_anew(dataset, root):
     new.mkdir()
     try:
         print(f"{dataset.name}: training the tokenizer", flush=True)
-        tokenizer = Tokenizer.train(dataset, documents(dataset, "train"))
+        tokenizer = Tokenizer.train(dataset, dataset.source.texts(dataset, "train"))
         tokenizer.save(new / "tokenizer.json")
         meta = {"identity": identity(dataset), "code": code(), "source": dataset.source.fingerprint()}
         for split in ("val", "test", "train"):  # held-out first: train gives way to them
-            meta[split] = write_split(tokenizer, documents(dataset, split), new, split, held_out)
+            meta[split] = write_split(tokenizer, dataset.source.texts(dataset, split), new, split, held_out)
             print("{}: {documents:,} documents, {tokens:,} tokens for {}".format(dataset.name, split, **meta[split]))
             needed = 1 if split == "train" else dataset.sequence_length + 1  # training rows may repeat a document
             if meta[split]["tokens"] < needed:
@@ -183,10 +194,8 @@ def prepare_anew(dataset, root):
             with (new / name).open("rb") as file:
                 files.to_disk(file.fileno())
         files.write_atomically(new / "meta.json", json.dumps(meta, indent=1))
-        # First the old cache goes, whole: at no time does one stand beside a tokenizer that is not its own.
         if (root / "tokens").exists():
             (root / "tokens").rename(old)
-        (new / "tokenizer.json").replace(root / "tokenizer.json")
         new.rename(root / "tokens")
         files.folder_to_disk(root)
     finally:

@@ -2,14 +2,13 @@
 
 import base64
 import json
-import sys
 from itertools import chain
 
 import numpy as np
 import rustbpe
 import tiktoken
 
-from harness.corpus import cache_dir, not_prepared
+from harness.corpus import cache_dir, refuse_cache
 from harness.files import write_atomically
 
 # GPT-4's split pattern, but digits in groups of one or two: a small vocabulary has no room for
@@ -82,8 +81,8 @@ class Tokenizer:
     def load(cls, dataset):
         """The dataset's prepared tokenizer; where there is none, one line says how to make it."""
         try:
-            saved = json.loads((cache_dir(dataset) / "tokenizer.json").read_text())
+            saved = json.loads((cache_dir(dataset) / "tokens" / "tokenizer.json").read_text())
             ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
             return cls(dataset, ranks, saved["pattern"])
         except (OSError, ValueError, KeyError, TypeError):
-            sys.exit(not_prepared(dataset))
+            refuse_cache(dataset.name)

@@ -9,14 +9,16 @@ import ssl
 import struct
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from harness import downloads
+from harness.processes import UNFIT
 
 
 def parquet(texts, column="text"):
@@ -34,10 +36,10 @@ def texts(first, count):
 
 def refusal(work, *arguments):
     """The one line that `work` ends the program with."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, redirect_stderr(StringIO()) as told:
         result = work(*arguments)
         list(result or ())
-    line = ended.value.code
+    line = told.getvalue().removesuffix("\n") if ended.value.code == UNFIT else ended.value.code
     assert line.startswith("error: ") and "\n" not in line and line.isprintable()
     return line
 

@@ -64,7 +64,7 @@ def test_a_train_py_of_another_shape_is_told(tiny, tmp_path, said):
 
 def test_a_dataset_that_is_not_prepared(tiny, tmp_path):
     (tmp_path / "home").mkdir()
-    done = Checkout(tiny.path, clean_environment(tmp_path / "home")).script("bench", check=1)
+    done = Checkout(tiny.path, clean_environment(tmp_path / "home")).script("bench", check=75)
     assert done.stderr == "error: dataset 'files' is not prepared; run: make prepare DATASET=files FILES=dir\n"
     assert done.stdout == ""
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import data_sources
 from data_sources import DATASETS
 from harness import corpus
-from harness.corpus import SPLITS, documents
+from harness.corpus import SPLITS
 
 ROOT = Path(data_sources.__file__).parent
 CLIMBMIX, TINYSTORIES, FILES, STDLIB = (DATASETS[name] for name in ("climbmix", "tinystories", "files", "stdlib"))
@@ -52,15 +52,15 @@ def test_climbmix_is_ten_shards_and_the_last_two_fetched_several_at_once_and_onl
     hub.barrier = None
     names = [f"shard_{i:05d}.parquet" for i in (*range(10), 6541, 6542)]
     assert sorted(path.name for path in (cache / "shards").iterdir()) == names
-    assert list(documents(CLIMBMIX, "train")) == [t for i in range(10) for t in texts(100 * i, 40)]
-    assert list(documents(CLIMBMIX, "val")) == texts(654200, 40)
-    assert list(documents(CLIMBMIX, "test")) == texts(654100, 40)
+    assert list(CLIMBMIX.source.texts(CLIMBMIX, "train")) == [t for i in range(10) for t in texts(100 * i, 40)]
+    assert list(CLIMBMIX.source.texts(CLIMBMIX, "val")) == texts(654200, 40)
+    assert list(CLIMBMIX.source.texts(CLIMBMIX, "test")) == texts(654100, 40)
     fetch(CLIMBMIX)
     assert len(hub.seen) == 12
     shard = cache / "shards" / names[3]
     shard.write_bytes(shard.read_bytes()[:-10])
     fetch(CLIMBMIX)  # what has no footer is fetched again
-    assert len(hub.seen) == 13 and len(list(documents(CLIMBMIX, "train"))) == 400
+    assert len(hub.seen) == 13 and len(list(CLIMBMIX.source.texts(CLIMBMIX, "train"))) == 400
 
 
 def test_what_is_not_what_the_hub_promised_is_fetched_again(hub, cache):
@@ -93,7 +93,7 @@ def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
     assert leftovers(cache)
     assert all(path.read_bytes() == hub.files[places[path.name]] for path in (cache / "shards").glob("*.parquet"))
     fetch(CLIMBMIX)
-    assert len(list(documents(CLIMBMIX, "train"))) == 50000
+    assert len(list(CLIMBMIX.source.texts(CLIMBMIX, "train"))) == 50000
     assert not leftovers(cache)
 
 
@@ -109,7 +109,7 @@ def test_tinystories_is_resharded_into_twenty_one_and_one(hub, cache):
     assert [path.name for path in shards] == [f"shard_{i:05d}.parquet" for i in range(22)]
     sizes = [pq.read_metadata(path).num_rows for path in shards]
     assert sum(sizes) == 700 and max(sizes) - min(sizes) <= 1
-    train, val, test = (list(documents(TINYSTORIES, split)) for split in SPLITS)
+    train, val, test = (list(TINYSTORIES.source.texts(TINYSTORIES, split)) for split in SPLITS)
     assert len(val) == sizes[20] and len(test) == sizes[21]
     assert Counter(train + val + test) == Counter(stories)  # each once, though the hub had some twice
     assert train != stories[: len(train)]  # shuffled
@@ -121,7 +121,12 @@ def test_tinystories_is_resharded_into_twenty_one_and_one(hub, cache):
     assert [path.read_bytes() for path in shards] == before
 
 
-@pytest.mark.parametrize(("answer", "words"), [(b"{}", "lists no parquet files"), (b"<html>", "see HF_ENDPOINT")])
+LISTINGS = [b"{}", b"[1]", b"null", b'{"a": 1}', b'{"a": {"b": [1]}}', b'{"a": {"b": null}}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [*((answer, "lists no parquet files") for answer in LISTINGS), (b"<html>", "see HF_ENDPOINT")]
+)
 def test_a_listing_that_lists_nothing_is_said(hub, cache, answer, words):
     hub.files[f"/api/datasets/{TINYSTORIES.source.repo}/parquet"] = answer
     assert words in refusal(fetch, TINYSTORIES)
@@ -144,7 +149,7 @@ def write_jsonl(path, items):
 
 
 def all_texts(dataset=FILES):
-    return {split: list(documents(dataset, split)) for split in SPLITS}
+    return {split: list(dataset.source.texts(dataset, split)) for split in SPLITS}
 
 
 def flat(found):
@@ -226,7 +231,7 @@ UNREADABLE = {  # what stands in a file, and what is said of it
 def test_what_cannot_be_read_is_named_in_one_line(folder, name):
     content, why = UNREADABLE[name]
     (folder / name).write_bytes(content)
-    line = refusal(documents, FILES, "train")
+    line = refusal(FILES.source.texts, FILES, "train")
     assert corpus.printable(name) in line and f"cannot be read: {why}" in line and "choose COLUMN" in line
 
 
@@ -234,7 +239,7 @@ def test_what_cannot_be_read_is_named_in_one_line(folder, name):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_a_file_that_cannot_be_read_is_named(folder, name):
     (folder / name).symlink_to("/proc/self/mem")
-    assert f"{name} cannot be read" in refusal(documents, FILES, "train")
+    assert f"{name} cannot be read" in refusal(FILES.source.texts, FILES, "train")
 
 
 def test_a_shard_of_any_size_is_read_a_little_at_a_time(folder):
@@ -259,9 +264,9 @@ def test_a_folder_that_holds_nothing_is_said(folder, monkeypatch):
     (folder / "dir.txt").mkdir()
     for place in (folder, folder / "nowhere"):
         monkeypatch.setenv("AUTORESEARCH_FILES", str(place))
-        assert f"FILES={place} holds no .parquet, .jsonl or .txt file" in refusal(documents, FILES, "train")
+        assert f"FILES={place} holds no .parquet, .jsonl or .txt file" in refusal(FILES.source.texts, FILES, "train")
     monkeypatch.delenv("AUTORESEARCH_FILES")
-    assert "make prepare DATASET=files FILES=dir" in refusal(documents, FILES, "train")
+    assert "make prepare DATASET=files FILES=dir" in refusal(FILES.source.texts, FILES, "train")
 
 
 def test_the_fingerprint_notices_another_content_and_another_folder(folder, monkeypatch):
@@ -321,8 +326,8 @@ def test_stdlib_is_split_by_file_and_always_the_same(cache):
     assert not any("site-packages" in name or name.startswith("/") for name, _ in groups)
     names = {split: set(by_hash([name for name, _ in groups], split)) for split in SPLITS}
     held_out = {split: [text for name, part in groups if name in names[split] for text in part] for split in SPLITS}
-    assert list(documents(STDLIB, "val")) == held_out["val"]
-    assert list(islice(documents(STDLIB, "train"), 5000)) == held_out["train"][:5000]
+    assert list(STDLIB.source.texts(STDLIB, "val")) == held_out["val"]
+    assert list(islice(STDLIB.source.texts(STDLIB, "train"), 5000)) == held_out["train"][:5000]
     assert all(sum(map(len, held_out[split])) > 100_000 for split in ("val", "test"))
 
 

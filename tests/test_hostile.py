@@ -102,7 +102,7 @@ def test_names_of_files_with_text_reach_nobody_as_commands(cache, tmp_path, monk
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and calm(done.stdout + done.stderr), (done.stdout, done.stderr)
     files = data_sources.DATASETS["files"]
-    read = "".join(text for split in corpus.SPLITS for text in corpus.documents(files, split))
+    read = "".join(text for split in corpus.SPLITS for text in files.source.texts(files, split))
     assert "touch owned" in read and not list(tmp_path.rglob("owned"))
 
 
@@ -236,9 +236,9 @@ def test_a_token_cache_with_code_in_it_runs_none(small, tmp_path, monkeypatch):
     monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
     cache = token_cache.TokenCache.load(small)
     np.save(cache.folder / "val_pieces.npy", np.array([Trap()], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="Python objects"):
+    with pytest.raises(SystemExit):
         cache.pieces("val")
-    assert cache.changed_file()
+    assert not all(map(cache.is_whole, cache.meta["sha256"]))
     assert not (tmp_path / "sprung").exists()
 
 

@@ -16,7 +16,7 @@ from conftest import HARNESS, ROOT, SIZES
 from gallery import evaluate
 
 import prepare
-from harness import corpus, project, run, run_checks
+from harness import project, run, run_checks
 from harness import record as records
 
 V = 512
@@ -90,7 +90,7 @@ READS = {  # how a loop gets at text by another way than its stream
     "the rows of the evaluation": lambda run: prepare.evaluation_rows(run.cache, run.dataset),
     "a cache of its own": lambda run: prepare.TokenCache.load(run.dataset).tokens("train")[:10],
     "the file itself": lambda run: np.fromfile(run.cache.folder / "val_tokens.npy", np.uint16),
-    "the texts": lambda run: next(iter(corpus.documents(run.dataset, "train"))),
+    "the texts": lambda run: next(iter(run.dataset.source.texts(run.dataset, "train"))),
     "what the dataset was made from": lambda run: Path(os.environ["AUTORESEARCH_FILES"], "texts.jsonl").read_text(),
     "an evaluation of its own": lambda run: evaluate(uniform, run.tokenizer, 16),
 }

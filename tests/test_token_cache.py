@@ -17,7 +17,6 @@ from hub import hub_of_a_test, parquet, refusal  # noqa: F401
 import prepare
 from data_sources import DATASETS
 from harness import corpus, files, token_cache, tokenizer
-from harness.corpus import documents
 from harness.token_cache import TokenCache
 from harness.tokenizer import Tokenizer
 
@@ -28,6 +27,11 @@ def stored_texts(dataset, split):
     cache, tokenizer = TokenCache.load(dataset), Tokenizer.load(dataset)
     tokens = cache.tokens(split)
     return [tokenizer.encoding.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(cache.offsets(split))]
+
+
+def damaged(cache):
+    """The names of files that are not as they were prepared."""
+    return [name for name in cache.meta["sha256"] if not cache.is_whole(name)]
 
 
 # --- what is stored ----------------------------------------------------------------------------------
@@ -41,9 +45,9 @@ def test_every_text_is_stored_whole_with_a_document_start(small, small_files, mo
         assert tokens.dtype == np.uint16 and offsets[0] == 0 and offsets[-1] == len(tokens)
         assert np.flatnonzero(tokens == tokenizer.bos).tolist() == offsets[:-1].tolist()
         if split != "train":
-            assert stored_texts(small, split) == list(dict.fromkeys(documents(small, split)))  # each once
+            assert stored_texts(small, split) == list(dict.fromkeys(small.source.texts(small, split)))  # each once
             assert np.diff(offsets).max() > small.sequence_length + 1  # long ones stay whole
-    source = tokenizer.encode_documents([*documents(small, "train")])  # pieces may cut a letter in two
+    source = tokenizer.encode_documents([*small.source.texts(small, "train")])  # pieces may cut a letter in two
     assert len(tokens) - (len(offsets) - 1) == sum(len(ids) - 1 for ids in source)
     assert np.diff(offsets).max() == small.sequence_length + 1
 
@@ -97,7 +101,7 @@ def test_copies_in_the_source_never_reach_two_splits(hub, cache):
 
 def test_texts_are_encoded_in_order_and_few_are_in_memory(small, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(token_cache, "AT_ONCE", 2)
+    monkeypatch.setattr(token_cache, "AT_ONCE", 2000)  # characters: two texts
     ours, texts, taken = Tokenizer.load(small), [f"{n} " * 500 for n in range(61)], []
     source = (taken.append(text) or text for text in texts)
     for number, ids in enumerate(token_cache.encoded(ours, source)):
@@ -119,14 +123,14 @@ def test_preparing_again_does_nothing(small, cache, capsys):
 def test_a_cache_that_was_deleted_is_said_and_prepared_the_same(small, small_files, cache, monkeypatch):
     loaded = TokenCache.load(small)
     shutil.rmtree(cache)
-    assert loaded.changed_file()
+    assert damaged(loaded)
     assert "is not prepared; run: make prepare DATASET=files" in refusal(TokenCache.load, small)
     assert "FILES=dir" in refusal(prepare.prepare, small)
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
     prepare.prepare(small)
     assert TokenCache.load(small).hash == loaded.hash
-    assert TokenCache.load(small).changed_file() is None
-    assert sorted(path.name for path in (cache / "files").iterdir()) == ["tokenizer.json", "tokens"]
+    assert not damaged(TokenCache.load(small))
+    assert [path.name for path in (cache / "files").iterdir()] == ["tokens"]
 
 
 @pytest.mark.parametrize("meta", [b"", b"[]", b"{}", b'{"sha256": {}}', b"\xff"])
@@ -139,15 +143,26 @@ def test_a_cache_whose_index_is_damaged_is_not_taken(small, cache, meta):
 def test_a_changed_byte_is_found_and_prepared_anew(small, small_files, cache, monkeypatch):
     tokens, folder = TokenCache.load(small), cache / "files" / "tokens"
     monkeypatch.setenv("AUTORESEARCH_FILES", str(small_files[2]))
-    for path in (cache / "files" / "tokenizer.json", folder / "val_tokens.npy"):
+    for path in (folder / "tokenizer.json", folder / "val_tokens.npy"):
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert tokens.changed_file() == path
+        assert damaged(tokens) == [path.name]
         if path.name == "tokenizer.json":
             assert "is not prepared" in refusal(TokenCache.load, small)
             path.write_bytes(whole)
+    line = f"error: {path} is damaged; run: make prepare DATASET=files FILES=dir"
+    assert refusal(prepare.evaluation_rows, tokens, small) == line
     prepare.prepare(small)
     assert TokenCache.load(small).hash == tokens.hash and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("keep", [0, 60, 1000])
+@pytest.mark.parametrize("kind", ["tokens", "offsets", "pieces"])
+def test_a_file_that_was_cut_short_ends_a_run_in_one_line(small, cache, kind, keep):
+    path = cache / "files" / "tokens" / f"train_{kind}.npy"
+    path.write_bytes(path.read_bytes()[:keep])
+    line = refusal(prepare.Batches, TokenCache.load(small), 2, 64, 1)
+    assert line == f"error: {path} is damaged; run: make prepare DATASET=files FILES=dir"
 
 
 def test_another_folder_column_size_or_code_is_prepared_anew(small, small_files, cache, tmp_path, monkeypatch):
@@ -214,11 +229,16 @@ def test_all_that_is_prepared_is_on_the_disk_before_it_has_its_name(small_files,
     prepare.prepare(dataset)
     assert named == [set()]  # no file of it was not yet there
     root = cache / "files"
-    assert (root / "tokenizer.json").stat().st_ino in dict(synced)
     assert synced[-1][0] == root.stat().st_ino  # and the names themselves
 
 
 # --- bad input -------------------------------------------------------------------------------------
+
+
+def test_who_has_no_home_folder_is_told(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where HOME is unset and nobody knows the user
+    monkeypatch.delenv("AUTORESEARCH_CACHE", raising=False)
+    assert "AUTORESEARCH_CACHE to a folder" in refusal(prepare.prepare, DATASETS["stdlib"])
 
 
 def test_what_is_not_prepared_names_the_command(cache):
@@ -284,7 +304,7 @@ def test_a_dataset_of_the_hub_is_prepared_by_one_command(hub, cache):
     assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
     assert all(headers["Authorization"] == "Bearer secret" for _, headers, _ in hub.seen)
     tokenizer, tokens = Tokenizer.load(dataset), TokenCache.load(dataset)
-    assert (tokenizer.vocab_size, tokens.changed_file()) == (dataset.vocab_size, None)
+    assert tokenizer.vocab_size == dataset.vocab_size and not damaged(tokens)
     assert prepare.evaluation_rows(tokens, dataset).shape[1] == dataset.sequence_length + 1
     again = command("--dataset", "climbmix", HF_HUB_OFFLINE="1")  # the hub is not needed
     assert (again.returncode, again.stdout) == (0, f"climbmix: prepared in {corpus.cache_dir(dataset)}\n")
@@ -317,7 +337,7 @@ def prepare_in_a_child(files, last):
 
 def hash_of_whole():
     found = prepare.TokenCache.read(small)
-    assert found is None or found.changed_file() is None
+    assert found is None or all(map(found.is_whole, found.meta["sha256"]))
     return found and found.hash
 
 assert prepare_in_a_child(first, -1) == 0
@@ -330,7 +350,7 @@ while True:
     assert prepare_in_a_child(second, -1) == 0
     new = hash_of_whole()
     assert new not in (None, old)
-    assert sorted(os.listdir(cache / "files")) == ["tokenizer.json", "tokens"]
+    assert os.listdir(cache / "files") == ["tokens"]
     shutil.rmtree(cache)
     if status == 0:
         break

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import prepare
 from harness import tokenizer as module
-from harness.corpus import documents
 from harness.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -55,7 +54,7 @@ def own_bpe(ranks, pattern, text):
 @settings(max_examples=50, deadline=None)
 @given(any_text | st.sampled_from(["def f(self):\n        return self._x['a'] + 12345\n", "  \n\n  don't DON'T\r\n"]))
 def test_any_text_comes_back_and_the_saved_ranks_mean_what_the_papers_say(small_files, tokenizer, text):
-    saved = json.loads((small_files[1] / "files" / "tokenizer.json").read_text())
+    saved = json.loads((small_files[1] / "files" / "tokens" / "tokenizer.json").read_text())
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
     ids = encode(tokenizer, text)
     assert ids == own_bpe(ranks, saved["pattern"], text)
@@ -91,7 +90,7 @@ def test_digits_go_in_ones_and_twos_and_special_tokens_have_no_bytes(small_files
 def test_it_learns_from_the_training_split_alone_and_always_the_same(small_files, tokenizer, cache, monkeypatch):
     dataset, _, folder = small_files
     monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
-    assert Tokenizer.train(dataset, documents(dataset, "train")).ranks == tokenizer.ranks
+    assert Tokenizer.train(dataset, dataset.source.texts(dataset, "train")).ranks == tokenizer.ranks
 
 
 def test_a_long_document_does_not_dominate(small_files, monkeypatch):
@@ -104,7 +103,7 @@ def test_a_long_document_does_not_dominate(small_files, monkeypatch):
 
 
 def test_what_is_saved_is_what_is_loaded(small, tokenizer, cache):
-    path = cache / "files" / "tokenizer.json"
+    path = cache / "files" / "tokens" / "tokenizer.json"
     path.unlink()
     tokenizer.save(path)
     loaded = Tokenizer.load(small)
@@ -129,7 +128,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_tokenizer_is_said_in_a_line_and_runs_nothing(small, cache, tmp_path, monkeypatch, damage):
     monkeypatch.setenv("TRAP", str(tmp_path / "trapped"))
-    path = cache / "files" / "tokenizer.json"
+    path = cache / "files" / "tokens" / "tokenizer.json"
     path.write_bytes(damage(path.read_bytes()))
     for load in (Tokenizer.load, prepare.TokenCache.load):
         assert "is not prepared; run: make prepare DATASET=files FILES=dir" in refusal(load, small)

@@ -135,20 +135,25 @@ def written(text, constants):
     return text
 
 
+def in_words(constants):
+    return ", ".join(f"{name} = {value}" for name, value in constants.items())
+
+
 def epoch_tokens(dataset):
     """Tokens that an epoch serves: of a document in several pieces, its start and one more (batches.training_order)."""
     cache = prepare.TokenCache.load(dataset)
     return int(np.diff(cache.offsets("train"))[cache.pieces("train") <= 1].sum())
 
 
-def fit(budget, dataset):
+def fit(budget, dataset, epoch):
     """Time sizes, in a table; returns (the choice, all that was timed). Exits where none can be had."""
     others = psutil.cpu_percent(interval=2.0) / 100  # now: what ran a moment ago, `make prepare` say, does not count
     if others > BUSY and not train.CUDA:
+        presets = in_words({name: getattr(train, name) for name in list(CONSTANTS)[:3]})
         sys.exit(f"error: this machine is busy (others use {100 * others:.0f} % of its processor), so steps timed "
-                 "would fit the load: make tune when it is quiet")  # fmt: skip
+                 f"would fit the load. Go on with {presets}, or make tune when it is quiet")  # fmt: skip
     free = mx.device_info().get("free_memory") or psutil.virtual_memory().available  # of a CUDA device, of the machine
-    limit_mb, epoch = MEMORY_SHARE * free / 2**20, epoch_tokens(dataset)
+    limit_mb = MEMORY_SHARE * free / 2**20
     print(f"{dataset.name}, {budget:g} s; training may take {limit_mb:,.0f} MB")
     print("  DEPTH  TOTAL_BATCH_SIZE  DEVICE_BATCH_SIZE        tok/s   peak MB   epochs", flush=True)
 
@@ -173,13 +178,13 @@ def fit(budget, dataset):
 
 def main():
     budget, dataset, path = project.settings()[0], prepare.get_dataset(train.DATASET), ROOT / "train.py"
-    prepare.is_prepared(dataset) or sys.exit(prepare.not_prepared(dataset))
+    epoch = epoch_tokens(dataset)
     name, tuning = bench.last_archive("tune", dataset=dataset.name, budget=budget)
     if "--known" in sys.argv and tuning:
         files.write_atomically(path, written(path.read_text(), tuning["constants"]))
         print(f"tune     as found before, data/{name}: {tuning['why']}")
         return
-    choice, done = fit(budget, dataset)
+    choice, done = fit(budget, dataset, epoch)
     constants = {constant: choice[key] for constant, key in CONSTANTS.items() if key in choice}
     tokens = budget * choice["tok_sec"]
     why = (
@@ -189,8 +194,7 @@ def main():
     text = written(path.read_text(), constants)
     archive = bench.archive("tune", dataset=dataset.name, budget=budget, constants=constants, why=why, timed=done)
     files.write_atomically(path, text)
-    shown = ", ".join(f"{name} = {value}" for name, value in constants.items())
-    print(f"{why}\n{shown} written to train.py; archived in data/{archive}")
+    print(f"{why}\n{in_words(constants)} written to train.py; archived in data/{archive}")
 
 
 if __name__ == "__main__":
