@@ -52,8 +52,8 @@ class TokenCache:
         folder = cache_dir(dataset) / "tokens"
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
-            fits = cache.meta["sha256"]["tokenizer.json"] == file_hash(folder / "tokenizer.json")
-            return cache if fits and cache.meta["identity"] == identity(dataset) else None
+            fits = cache.is_whole("tokenizer.json") and cache.meta["identity"] == identity(dataset)
+            return cache if fits else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
 

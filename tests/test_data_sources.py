@@ -235,13 +235,6 @@ def test_what_cannot_be_read_is_named_in_one_line(folder, name):
     assert corpus.printable(name) in line and f"cannot be read: {why}" in line and "choose COLUMN" in line
 
 
-@pytest.mark.skipif(not os.path.isfile("/proc/self/mem"), reason="needs a file that even root cannot read")
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_file_that_cannot_be_read_is_named(folder, name):
-    (folder / name).symlink_to("/proc/self/mem")
-    assert f"{name} cannot be read" in refusal(FILES.source.texts, FILES, "train")
-
-
 def test_a_shard_of_any_size_is_read_a_little_at_a_time(folder):
     pq.write_table(pa.table({"text": ["x" * 10_000] * 10_000}), folder / "a.parquet", row_group_size=10_000)
     before, most = pa.total_allocated_bytes(), 0

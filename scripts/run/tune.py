@@ -77,17 +77,14 @@ def size_of(depth, vocab_size, sequence_length):
     return parameters, 6 * parameters + 12 * depth * width * sequence_length
 
 
-def fits(size, limit_mb):
-    return "why" not in size and size["train_peak_mb"] <= limit_mb
-
-
 def timed(measure, limit_mb, done, rows, **size):
-    """A size, timed with as many rows at once as fit, at most `rows`. All that was timed joins `done`."""
-    done.append(measure(rows=rows, **size))
-    while not fits(done[-1], limit_mb) and rows > 1:
-        rows //= 2
+    """A size, timed with as many rows at once as fit, at most `rows`, or None. All that was timed joins `done`."""
+    while rows:
         done.append(measure(rows=rows, **size))
-    return done[-1]
+        if "why" not in done[-1] and done[-1]["train_peak_mb"] <= limit_mb:
+            return done[-1]
+        rows //= 2
+    return None
 
 
 def climb(budget, vocab_size, sequence_length, limit_mb, measure):
@@ -97,25 +94,26 @@ def climb(budget, vocab_size, sequence_length, limit_mb, measure):
     that training may take; where not even one row fits, or the step fails, only shallower models are tried.
     measure(depth, total, rows): those and bench.py's figures, or "why" there are none.
     """
-    done, depths = [], DEPTHS
+    done, fitting, depths = [], [], DEPTHS
     sizes = {d: size_of(d, vocab_size, sequence_length) for d in DEPTHS}
     depth, tokens = min(DEPTHS, key=lambda d: abs(d - train.DEPTH)), 2**24
     while depths:
         total = step_size(tokens, sequence_length)
         rows = max(1, min(total, 2**16 if train.CUDA else 2**14) // sequence_length)
         size = timed(measure, limit_mb, done, rows, depth=depth, total=total)
-        if not fits(size, limit_mb):
+        if not size:
             depths = [d for d in depths if d < depth]
             depth = max(depths, default=None)
             continue
+        fitting.append(size)
         rates = {d: size["tok_sec"] * sizes[depth][1] / sizes[d][1] for d in depths}
-        rates |= {other["depth"]: other["tok_sec"] for other in done if "tok_sec" in other and other["depth"] in depths}
+        rates |= {s["depth"]: s["tok_sec"] for s in fitting}
         depth = best_depth({d: (budget * rates[d], sizes[d][0]) for d in depths})
         tokens = budget * rates[depth]
-        chosen = [s for s in done if s["depth"] == depth and fits(s, limit_mb)]
+        chosen = [s for s in fitting if s["depth"] == depth]
         wanted = step_size(tokens, sequence_length)
         if any(s["total"] == wanted for s in chosen) or len(chosen) > 1:
-            return max(chosen or [size], key=lambda s: (s["total"] == wanted, s["tok_sec"])), done
+            return max(chosen, key=lambda s: (s["total"] == wanted, s["tok_sec"])), done
     return None, done
 
 
@@ -171,7 +169,7 @@ def fit(budget, dataset, epoch):
         sys.exit(f"error: {why}; train.py keeps its constants")
     if train.CUDA and is_seen_once(budget * choice["tok_sec"], choice["epochs"]):
         size = timed(measure, limit_mb, done, rows=64, total=2**17, **SEEN_ONCE)  # with tables of n-grams
-        if fits(size, limit_mb) and is_seen_once(budget * size["tok_sec"], size["epochs"]):
+        if size and is_seen_once(budget * size["tok_sec"], size["epochs"]):
             choice = size
     return choice, done
 
