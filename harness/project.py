@@ -49,10 +49,10 @@ def positive(name, text):
     return value
 
 
-def whole(name, text):
-    """`text` as a whole number from 0 to 2^32 - 1, or the program ends with one line."""
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**32):
-        sys.exit(f"error: {name}={printable(text)} is not a whole number (0 to {2**32 - 1})")
+def whole(name, text, least=0):
+    """`text` as a whole number from `least` to 2^32 - 1, or the program ends with one line."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) < 2**32):
+        sys.exit(f"error: {name}={printable(text)} is not a whole number ({least} to {2**32 - 1})")
     return int(text)
 
 

@@ -118,7 +118,7 @@ class Session:
         files.append(self.log, json.dumps({"event": event, "time": time, **content}) + "\n")
 
     def events(self):
-        """Everything noted, in order; a line that was cut short does not count."""
+        """Everything noted, in order; a line that is damaged does not count."""
         found = []
         for line in self.log.read_bytes().split(b"\n") if self.log.exists() else ():
             with suppress(ValueError, TypeError, KeyError, RecursionError):

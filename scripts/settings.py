@@ -24,7 +24,7 @@ def typed():
             if name in ("BUDGET", "TIMEOUT"):
                 text = f"{project.positive(name, text):.12g}"
             elif name in ("NPROC", "DEVICE"):
-                text = str(project.whole(name, text))
+                text = str(project.whole(name, text, least=int(name == "NPROC")))
             found[name] = str(Path(text).absolute()) if name == "FILES" else text
     return found
 

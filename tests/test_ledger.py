@@ -115,10 +115,13 @@ def test_a_table_edited_by_hand_or_cut_short_keeps_what_it_has(ran, damage):
     assert ran.script("results", check=0).stdout.count("warmer") == 1
 
 
-def test_a_line_that_is_no_row_is_named(ran):
+def test_a_line_that_is_no_row_is_named_and_one_that_is_no_event_passed_over(ran):
     with (ran.path / "results.tsv").open("a") as out:
         out.write("abc1234\t1.4")
+    with (ran.path / "data" / "sessions" / "t" / "events.jsonl").open("a") as out:
+        out.write('[]\n5\nnull\n{"id": 1}\n{"event": "end", "ti')
     assert "results.tsv, line 3 is no row" in ran.script("results", check=0).stderr
+    log(ran)
 
 
 @pytest.mark.parametrize("full_at", ["results.tsv", pytest.param("journal", marks=pytest.mark.slow)])

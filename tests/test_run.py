@@ -212,10 +212,14 @@ def test_a_second_run_is_refused_or_waits(session):
         "while not os.path.exists('go'): time.sleep(0.05)\nprepare.finish(1.4)"
     )
     first, _ = started(session)
+    lock_file = Path(session.env["AUTORESEARCH_LOCK"])
+    lock_file.unlink()  # as a cleaner of /tmp does
+    wait_for(lambda: lock_file.exists() and lock_file.read_text(), "it is made anew")
     done = session.script("run", AGAIN="1", check=1)
     assert f"taken by another run: pid {first.pid}, in {session.path}" in done.stderr
     for verb in ("log-result", "verdict", "discard"):
-        assert "not ended" in session.script(verb, STATUS="keep", DESC="x", check=1).stderr
+        said = session.script(verb, STATUS="keep", DESC="x", check=1).stderr
+        assert "not ended" in said or "no result (running)" in said
     env = {**session.env, "WAIT": "1", "AGAIN": "1"}
     waiting = subprocess.Popen(["scripts/run.sh"], cwd=session.path, env=env, stdout=subprocess.PIPE, text=True)
     assert "waiting for another run: pid" in waiting.stdout.readline()
@@ -354,6 +358,8 @@ def test_a_baseline_asks_for_nothing_and_is_made_once(checkout):
     checkout.write_train("prepare.finish(1.9)")
     done = checkout.script("baseline", check=1)
     assert "this session has its baseline: make run" in done.stderr and done.stderr.count("\n") == 1
+    assert "there is a baseline already" in checkout.script("baseline", AGAIN="1", check=1).stderr  # what is worse, say
+    assert len(checkout.rows) == 1
 
 
 @pytest.mark.slow

@@ -268,7 +268,9 @@ def test_what_setup_was_given_holds_for_every_later_command(checkout):
     assert record["budget"] == 900 and "not comparable" not in checkout.script("verdict", check=0).stdout
 
 
-@pytest.mark.parametrize(("verb", "given"), [("run", "BUDGET=3"), ("holdout", "HOSTS=a,b"), ("tune", "BUDGET=ten")])
+@pytest.mark.parametrize(
+    ("verb", "given"), [("run", "BUDGET=3"), ("holdout", "HOSTS=a,b"), ("tune", "BUDGET=ten"), ("run", "NPROC=0")]
+)
 def test_another_setting_than_the_sessions_is_refused(session, verb, given):
     events = session.events
     done = session.script(verb, check=1, **dict([given.split("=")]))

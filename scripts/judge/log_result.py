@@ -109,6 +109,8 @@ def intended(sitting, attempt, args):
             decision = verdict.of_attempt(sitting, attempt, rows)
         if decision.word == "again":
             raise Refused(f"{decision.rule}, and repeats add no row: change train.py, or make discard")
+        if args.new_table and decision.row:
+            raise Refused('there is a baseline already: make log-result STATUS=… DESC="…" logs this run as an idea')
         same = [row for row in rows if row.blob == attempt["train_blob"] and row.status == args.status]
         if same:
             raise Refused(f"row {same[0].number} is this program's, and repeats add no row: make discard")

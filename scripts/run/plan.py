@@ -29,7 +29,7 @@ def refuse_seen(sitting, args):
     last = attempts[-1] if attempts and not attempts[-1].get("logged") else None
     word = "baseline" if args.baseline else "run"
     if args.baseline and args.session and session.kept_rows(rows):
-        raise Refused("this session has its baseline: make run tries the present train.py (a new one: AGAIN=1)")
+        raise Refused("this session has its baseline: make run tries the present train.py")
     if last and (last["train_blob"], last["budget"], last["seed"]) == (blob, budget, seed):
         if last["status"] not in ("running", "interrupted", "paused"):
             raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from harness import processes
 from harness.project import ROOT
+from scripts.run import lock
 
 TICK = 0.5  # seconds between two looks at what runs
 GAP = 5.0  # seconds between two looks: we were stopped meanwhile
@@ -67,6 +68,7 @@ def run(command, folder, log, limit, locks, environment):
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(min(TICK, max(0.01, start + limit + away - last)))
                 show(written, terminal)
+                lock.keep(locks)
                 gap, last = time.monotonic() - last, time.monotonic()
                 away += gap if gap > GAP else 0.0
                 late = child.returncode is None and last > start + limit + away
