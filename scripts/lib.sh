@@ -25,7 +25,7 @@ die() {
   exit 1
 }
 
-trap '[ $? -ne 128 ] || { say "error: git could not go on (see above); mend that, and run the same again"; exit 1; }' EXIT
+trap '[ $? -ne 128 ] || { say "error: git could not go on (see above), as where the disk is full: mend that, and run the same again"; exit 1; }' EXIT
 
 # --- what a person gives -------------------------------------------------------------------------
 
@@ -65,14 +65,12 @@ print(*sorted(file for file in os.listdir() if file[-3:] == ".py" and file[:-3] 
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
 need_python() {
   [ -z "${LAUNCH[*]:-}" ] || return 0
-  local library wrong
+  local library wrong mend="unset PYTHON, and the project builds its own environment"
   if [ -z "${PYTHON:-}" ]; then
     scripts/environment.sh
-    PYTHON=$ROOT/.venv/bin/python
-  else
-    wrong=$("$PYTHON" -c "$probe" 2>&1) ||
-      die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): unset PYTHON, and the project builds its own environment"
+    PYTHON=$ROOT/.venv/bin/python mend="unset LD_LIBRARY_PATH, if that is set, or make clean"
   fi
+  wrong=$("$PYTHON" -c "$probe" 2>&1) || die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): $mend"
   wrong=$("$PYTHON" -I -c "$shadows")
   [ -z "$wrong" ] || die "$wrong in this folder would stand in for Python's own: give it another name"
   LAUNCH=(env "PYTHONUNBUFFERED=1" "$PYTHON")
@@ -150,9 +148,11 @@ refuse_off_branch() {
     die "this is off the session's branch: git checkout $SESSIONS/$session"
 }
 
+move='import pathlib, sys; from harness import files; files.move_into_place(*map(pathlib.Path, sys.argv[1:]))'
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment: git would write into it.
 put_train() {
-  git cat-file blob "$1:train.py" >".train.py.$$.tmp" && mv -f ".train.py.$$.tmp" train.py &&
+  local new=.train.py.$$.tmp
+  git cat-file blob "$1:train.py" >"$new" && "$PYTHON" -c "$move" "$new" train.py &&
     git restore --source="$1" --staged -- train.py
 }
 

@@ -249,6 +249,10 @@ def test_a_given_PYTHON_that_cannot_serve_is_refused_before_a_run(session, tmp_p
     for verb, python, why in (("run", bare, "importlib.metadata.PackageNotFoundError: "), ("setup", "/nowhere", "")):
         done = session.script(verb, check=1, PYTHON=str(python), TAG="u")
         assert f"PYTHON={python} does not serve ({why}" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "libstdc++.so.6").write_text("none at all")
+    if sys.platform == "linux":
+        done = session.script("run", check=1, LD_LIBRARY_PATH=str(tmp_path))
+        assert "does not serve (ImportError: " in done.stderr and done.stderr.count("\n") == 1
     assert session.events == before
     session.script("run", check=0, PYTHON=str(bare), PYTHONPATH=sysconfig.get_path("purelib"))
 
