@@ -4,7 +4,6 @@
 
 need_python
 "$PYTHON" -m ruff check .
-shellcheck=$(dirname "$PYTHON")/shellcheck
-[ -x "$shellcheck" ] || shellcheck=shellcheck # for Linux on arm64 there is no wheel
-"$shellcheck" -x scripts/*.sh tests/*.sh .ci/run
+PATH=$(dirname "$PYTHON"):$PATH # for Linux on arm64 shellcheck has no wheel
+shellcheck -x scripts/*.sh tests/*.sh .ci/run
 echo "shellcheck: clean"

@@ -163,6 +163,8 @@ def test_hosts_that_cannot_serve_are_refused(group_of_two, hosts):
     group_of_two.settings(HOSTS=hosts)
     done = group_of_two.script("run", check=1)
     assert done.stderr.startswith(f"error: HOSTS={hosts} names no machines") and done.stderr.count("\n") == 1
+    group_of_two.settings(HOSTS="127.0.0.1", NPROC="1")
+    assert group_of_two.script("run", check=1).stderr.startswith("error: HOSTS=127.0.0.1 is one machine")
 
 
 ELSEWHERE = """import os, sys

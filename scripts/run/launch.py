@@ -46,6 +46,8 @@ def hostfile():
     for host in group["hosts"]:
         host["ssh"] = HERE if host["ips"][0] == here else host["ssh"]
     group["hosts"] = [host for host in group["hosts"] for _ in range(each)]
+    if len(group["hosts"]) < 2:
+        raise Refused(f"HOSTS={named} is one machine: leave HOSTS out, or give NPROC devices of it")
     return group
 
 
