@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# make holdout [N=3] [WAIT=1]: measure the night's gain anew, on text that nobody selected on.
+# make holdout [N=3] [WAIT=1] [BUDGET=1200] [DATASET=tinystories]: measure the night's gain anew, on text that nobody
+# selected on; with another budget, or on another prepared dataset, what is left of the gain there.
 # Baseline and best kept program run in turn, N pairs with fresh, equal seeds, scored on the validation and on the test
 # split, which no other command reads. N=1 shows a direction, and no interval. Every look at the test split is counted.
 # exit: 0 measured · 1 refused, and why · otherwise as `make run`
@@ -8,4 +9,7 @@
 read_git
 refuse_off_branch
 export_settings
-exec "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}
+[ -z "${DATASET:-}" ] || "$PYTHON" -c 'import sys, prepare
+found = prepare.get_dataset(sys.argv[1])
+prepare.is_prepared(found) or sys.exit(prepare.not_prepared(found))' "$DATASET"
+exec "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" --dataset="${DATASET:-}" ${N:+--runs="$N"}

@@ -37,7 +37,7 @@ done
 export_settings() {
   local exports
   need_python
-  exports=$(helper session --tag="$TAG" ${ANY_DATASET:+--any-dataset}) || exit 1
+  exports=$(helper session --tag="$TAG" --verb="$(basename "$0" .sh)") || exit 1
   eval "$exports"
 }
 

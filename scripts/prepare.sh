@@ -5,5 +5,5 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-ANY_DATASET=1 export_settings
+export_settings
 exec "${LAUNCH[@]}" prepare.py ${DATASET:+--dataset="$DATASET"}

@@ -3,7 +3,7 @@
 They belong to the tag and the clone, in data/sessions/TAG/; results.tsv in the root is a link to the table of the
 session at hand. events.jsonl says in order which run began, how it ended and what was logged; it only grows.
 
-usage: python -m scripts.session --tag TAG [--open | --any-dataset]    (lib.sh; prints what it exports)
+usage: python -m scripts.session --tag TAG [--open | --verb VERB]    (lib.sh; prints what it exports)
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Session:
         """({name: text} of what it was opened with, whether another value is refused); an older one's newest run's."""
         stored = files.read_json(self.folder / "settings.json")
         if stored is None and git("rev-parse", "-q", "--verify", f"refs/experiments/{self.tag}/start"):
-            for attempt in self.attempts()[-1:]:
+            for attempt in [a for a in self.attempts() if a["role"] != "holdout"][-1:]:
                 words = shlex.split(attempt.get("given", ""))
                 return {"BUDGET": f"{attempt['budget']:.12g}"} | dict(word.split("=", 1) for word in words), False
         return stored or {}, stored is not None
@@ -325,16 +325,17 @@ def main(arguments):
     session = Session(arguments.tag)
     if arguments.open:
         return open_session(session)
-    found, given = settings.in_force(*session.stored_settings()), settings.typed()
-    if not arguments.any_dataset:  # a prepared dataset does not need its source, which may change or go
+    verb, given = arguments.verb, settings.typed()
+    found = settings.in_force(*session.stored_settings(), any_budget=verb == "holdout")
+    if verb != "prepare":  # a prepared dataset does not need its source, which may change or go
         found = {name: text for name, text in found.items() if name not in ("FILES", "COLUMN") or name in given}
     exported = {settings.TO_PYTHON.get(name, name): text for name, text in found.items()}
-    exported |= settings.of_one_command(arguments.any_dataset)
+    exported |= settings.of_one_command(any_dataset=verb in ("prepare", "holdout"))
     print("export", *(f"{name}={shlex.quote(text)}" for name, text in exported.items()))
 
 
 if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--open", action="store_true", help="begin a session with the settings that were typed")
-    parser.add_argument("--any-dataset", action="store_true", help="DATASET may be another than train.py's")
+    parser.add_argument("--verb", default="", help="whose settings: with some, BUDGET or DATASET may be another")
     run_command(main, parser.parse_args())

@@ -36,9 +36,16 @@ def complete(given):
     return {"BUDGET": f"{budget:.12g}", "TIMEOUT": f"{timeout:.12g}", "NPROC": "1", "HOSTS": "", **given}
 
 
-def in_force(stored, binding):
-    """The settings of this command. stored: the session's; binding: another value than they have is refused."""
-    given, its = typed(), complete(stored)
+def in_force(stored, binding, any_budget=False):
+    """The settings of this command. stored: the session's; binding: another value than they have is refused.
+
+    any_budget: but for BUDGET, which TIMEOUT then follows.
+    """
+    given = typed()
+    if any_budget and given.get("BUDGET", stored.get("BUDGET")) != stored.get("BUDGET"):
+        own = {name: text for name, text in given.items() if name in ("BUDGET", "TIMEOUT")}
+        stored = {name: text for name, text in stored.items() if name not in ("BUDGET", "TIMEOUT")} | own
+    its = complete(stored)
     for name, text in given.items():
         if binding and text != its.get(name, text):
             had = f"{name}={its[name]}" if its[name] else f"no {name}"

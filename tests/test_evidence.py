@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 
 import numpy as np
 import pytest
@@ -125,16 +124,6 @@ def test_programs_that_compute_the_same_differ_by_nothing():
     assert Evidence([run("a", 1.5)] * 3 + [run("b", 1.5)] * 3).compare("a", "b").gain == 0
 
 
-def test_a_session_of_150_runs_is_answered_at_once():
-    made = [
-        run(f"p{i % 110}", 1.5 + 0.001 * (i % 7), 42 + i // 110, f"s{i // 2}" if i > 120 else None) for i in range(150)
-    ]
-    start = time.process_time()
-    found = Evidence(made, {f"p{i}": "p0" for i in range(110)})
-    found.compare("p5", "p0"), found.shrunk("p5", "p0"), found.next_run("p5", "p0"), found.outlook("p5", "p0", 1.6)
-    assert time.process_time() - start < 1.5  # 0.2 s alone on the machine
-
-
 # --- which run is next -----------------------------------------------------------------------------------
 
 
@@ -208,9 +197,17 @@ def test_a_nights_gain_after_the_curse_is_nearer_to_the_truth(share):
 # --- whole nights: small here; python tests/simulation.py prints the tables of docs/noise.md -------------------
 
 
+def at_most(share, count):
+    """What `count` nights of 100 experiments may keep where many nights keep `share` of 100: two standard errors more.
+
+    The count is nearly a Poisson variable, so its variance is its mean, share * count.
+    """
+    return share + 2 * math.sqrt(share * count) / count
+
+
 def test_changes_that_do_nothing_are_hardly_ever_kept():
     told = nights(0, 2)
-    assert kept(told) <= 2.5 and extra(told) < 30
+    assert kept(told) <= at_most(2.5, 2) and extra(told) < 30
     assert kept(nights(0, 20, plain=True)) > 3
 
 
@@ -221,7 +218,7 @@ def test_gains_are_kept_and_losses_are_not():
 
 
 def test_a_load_makes_no_keep_and_hides_no_gain():
-    assert kept(nights(0, 1, load=True)) <= 3
+    assert kept(nights(0, 1, load=True)) <= at_most(3, 1)
     assert kept(night([4.0] * 40, 1, load=True)[0]) >= 75
 
 
@@ -238,11 +235,11 @@ def test_a_night_of_all_sorts(conditions, gains, least):
 @pytest.mark.slow
 @pytest.mark.parametrize(("conditions", "least"), [({"uneven": 0.2}, 65), ({"always": True, "changing": 0.3}, 75)])
 def test_loads_of_other_kinds(conditions, least):
-    assert kept(nights(0, 3, load=True, **conditions)) <= 3
+    assert kept(nights(0, 3, load=True, **conditions)) <= at_most(3, 3)
     assert kept(nights(4, 2, load=True, **conditions)) >= least
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.0004, 0.04])
 def test_the_prior_on_noise_may_be_wrong_by_a_factor_of_ten(sigma):
-    assert kept(nights(0, 4, sigma=sigma)) <= 3 and kept(nights(4, 2, sigma=sigma)) >= 90
+    assert kept(nights(0, 4, sigma=sigma)) <= at_most(3, 4) and kept(nights(4, 2, sigma=sigma)) >= 90

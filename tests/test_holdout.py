@@ -23,6 +23,49 @@ def test_baseline_against_best_in_turn_with_fresh_seeds(session):
     assert "looked at 2 times in" in session.make("holdout", "N=1", check=0).stdout
 
 
+# What the budget and the text make of a change: at four times the budget it loses, on other text it gains twice.
+MOVED = """
+from harness import project
+gain = 0.1 * {on} * (-1 if project.settings()[0] > 300 else 2 if DATASET == "tinystories" else 1)
+prepare.finish(1.5 - gain)
+"""
+SAMPLE = "import sys\nif '--sample' in sys.argv:\n    sys.exit(print('\\nsample:\\nOnce </pre><b>upon</b> a time'))\n"
+
+
+def test_another_budget_and_another_text_tell_what_is_left_and_move_nothing_else(session):
+    """The report of a night with all that a morning has: ablation, expectations, looks elsewhere, a sample."""
+    session.write_train(SAMPLE + MOVED.format(on=1), commit="better\n\nExpect: 0.05 to 0.2")
+    session.script("run", check=0)
+    session.make("log-result", "STATUS=keep", "DESC=better", check=0)
+    standing = session.make("brief", check=0).stdout.splitlines()
+    assert "this session has BUDGET=300" in session.script("run", BUDGET="1200", check=1).stderr
+
+    done = session.make("holdout", "N=1", "BUDGET=1200", check=0).stdout
+    assert "run 1 of 2: baseline, seed 43 BUDGET=1200\n" in done and "run 2 of 2: best" in done
+    assert "with BUDGET=1200 -100 % of the night's gain is left; the baseline wins" in done
+    assert session.attempt["budget"] == 1200 and session.attempt["role"] == "holdout"
+    refused = session.script("holdout", N="1", DATASET="tinystories", check=1).stderr
+    assert refused == "error: dataset 'tinystories' is not prepared; run: make prepare DATASET=tinystories\n"
+    done = session.make("holdout", "N=1", "DATASET=tinystories", ALSO_PREPARED="tinystories", check=0).stdout
+    assert "with DATASET=tinystories 200 % of the night's gain is left; the best wins" in done
+
+    told = session.make("brief", check=0).stdout.splitlines()
+    looks = [line for line in told if line.startswith("held out") and "with" in line]
+    assert len(looks) == 2 and [x for x in told if x not in looks][:-1] == standing[:-1]  # the rest is as it was
+    session.script("run", REFERENCE="1", check=0)
+    assert (session.attempt["budget"], session.attempt["seed"]) == (300, 43)
+
+    session.make("holdout", "N=1", check=0)
+    session.make("ablate", check=0)
+    session.make("sample", "PROMPT=Once", check=0)
+    assert session.make("report", check=0).stderr == ""
+    page = (session.path / "data" / "report.html").read_text()
+    words = ("held-out text agrees: +0.1000", "held-out gain, BUDGET=1200", "the baseline wins", "the best wins",
+             "worth now, taken back alone", "expected 0.05 to 0.2", "right in 1 of 1",
+             "Once &lt;/pre&gt;&lt;b&gt;upon&lt;/b&gt; a time")  # fmt: skip
+    assert [w for w in words if w not in page] == []
+
+
 def test_the_figure_on_the_test_split_is_in_no_record(session):
     session.experiment("prepare.finish(1.4)", "keep", "better")
     session.make("holdout", "N=1", check=0)

@@ -1,32 +1,52 @@
 """The night's gain, measured anew, on text that nobody selected on.
 
-usage: holdout.py --tag TAG --head COMMIT [--runs N]
+usage: holdout.py --tag TAG --head COMMIT [--runs N] [--dataset NAME]
 
 Baseline and best kept program, N times in turn with equal seeds that neither has had, each in a worktree of its own,
-scored on the validation split and on the test split. Every look at the test split is noted in the session.
+scored on the validation split and on the test split. Every look at the test split is noted in the session. A look with
+another budget than the session's, or on another dataset, tells what is left of the gain there, by its own runs alone.
 """
 
+import re
 import sys
 
+from harness import project
 from scripts import session
 from scripts.judge.evidence import Evidence, Observation, gain_words
 from scripts.judge.observations import busy
 from scripts.run import experiment, plan, supervise
+from scripts.run.variant import commit_with
 from scripts.session import Refused, Session, counted, options, record, run_command, tell
 from scripts.show import summary
 from scripts.show.night import Night
 
 
-def measured_anew(night, looks):
-    """`Comparison` of best and baseline by fresh runs alone; how noisy runs are is known from the whole session.
+def measured_anew(known, looks):
+    """`Comparison` of best and baseline by fresh runs alone.
 
-    looks: of each pair (seed, whether the machine was shared, bits per byte of the baseline, of the best).
+    known: runs that tell how noisy runs are. looks: of each pair (seed, whether the machine was shared, bits per byte
+    of the baseline, of the best).
     """
-    runs = list(night.evidence.runs)
+    runs = list(known)
     for number, (seed, shared, *bpbs) in enumerate(looks):
         slot = f"look {number}" if shared else None
         runs += [Observation(("anew", i), seed, slot, bpb, 1.0) for i, bpb in enumerate(bpbs)]
     return Evidence(runs).compare(("anew", 1), ("anew", 0))
+
+
+def where(night, dataset):
+    """What differs from the session, as it is typed: `BUDGET=1200 DATASET=tinystories`; empty where nothing does."""
+    budget, like = project.settings()[0], night.like or {}
+    found = [f"BUDGET={budget:g}"] if like.get("budget", budget) != budget else []
+    return " ".join([*found, f"DATASET={dataset}"] if like.get("dataset", dataset) != dataset else found)
+
+
+def program_on(dataset, row, tag):
+    """(commit, blob) of a row's program as it trains on a dataset."""
+    text = re.sub(r"(?m)^(DATASET\s*=\s*)[\"']\w+[\"']", rf'\1"{dataset}"', row.text, count=1).strip() + "\n"
+    if text == row.text.strip() + "\n":
+        return row.commit, row.blob
+    return commit_with(text, row.commit, tag, f"on-{dataset}-{row.commit}", f"On {dataset}: {row.description}")
 
 
 def main(args):
@@ -34,32 +54,39 @@ def main(args):
     held = experiment.begin(sitting)
     night = Night(args.tag)
     first, best = night.first, night.best
-    if not (args.head and best):
+    if not (args.head and best and first.text and best.text):
         raise Refused("nothing was kept yet, or not with git: make baseline")
     if first is best:
         raise Refused("the baseline is the best kept program: there is no gain to measure")
-    used, looks = [*plan.seeds_of(sitting, first.blob), *plan.seeds_of(sitting, best.blob)], []
-    for number in range(args.runs or 3):
+    dataset = args.dataset or project.dataset_of_train()
+    there, count = where(night, dataset), args.runs or 3
+    programs = {name: program_on(dataset, row, args.tag) for name, row in (("baseline", first), ("best", best))}
+    blobs = [blob for _, blob in programs.values()]
+    used, looks = [a["seed"] for a in sitting.attempts() if a["train_blob"] in blobs], []
+    for number in range(count):
         seed, bpbs, shared = plan.unused(used), {}, False
         used.append(seed)
-        for row in (first, best) if number % 2 == 0 else (best, first):
-            attempt = experiment.run_once(sitting, held, "holdout", row.commit, args.head, seed)
+        for name in ("baseline", "best")[:: 1 if number % 2 == 0 else -1]:
+            tell(f"run {2 * number + len(bpbs) + 1} of {2 * count}: {name}, seed {seed} {there}".rstrip())
+            attempt = experiment.run_once(sitting, held, "holdout", programs[name][0], args.head, seed)
             if attempt["status"] != "valid":
                 print("\n".join(summary.failure(attempt)[:-1]))
                 stopped = supervise.stopped_by
                 sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
             run = session.record_of(attempt)
-            bpbs[row.commit], shared = (record.bpb(run), attempt["test"]["bpb"]), shared or bool(busy(run))
-        looks.append([(seed, shared, *both) for both in zip(bpbs[first.commit], bpbs[best.commit], strict=True)])
-        validation, test = (a - b for a, b in zip(bpbs[first.commit], bpbs[best.commit], strict=True))
-        tell(f"pair {number + 1}  seed {seed}: gain {validation:+.6f} on validation, {test:+.6f} on test")
-    seen, (fresh, test) = night.gain, (measured_anew(night, column) for column in zip(*looks, strict=True))
-    pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks)}
-    sitting.note("holdout", **pair, night=seen.gain, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
+            bpbs[name], shared = (record.bpb(run), attempt["test"]["bpb"]), shared or bool(busy(run))
+        looks.append([(seed, shared, *both) for both in zip(bpbs["baseline"], bpbs["best"], strict=True)])
+        gain = bpbs["baseline"][0] - bpbs["best"][0]  # that on test is told below, once the look is noted
+        tell(f"pair {number + 1}: gain {gain:+.4f} on validation")
+    known = () if there else night.evidence.runs
+    seen, (fresh, test) = night.gain, (measured_anew(known, column) for column in zip(*looks, strict=True))
+    pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks), "where": there, "night": seen.gain}
+    sitting.note("holdout", **pair, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
     told = [f"baseline {first.commit} against best {best.commit}, bits per byte, with standard errors:",
             f"  as the night saw it, on validation  {gain_words(seen)}",
             f"  fresh runs, on validation           {gain_words(fresh)}",
             f"  fresh runs, on test                 {gain_words(test)}",
+            *([f"with {there} {Night(args.tag).elsewhere[there][1]}"] if there else []),
             f"the test split was looked at {counted(len(night.looks) + 1, 'time')} in this session"]  # fmt: skip
     print("\n".join(told), flush=True)
     experiment.notify("\n".join(told))
@@ -69,4 +96,5 @@ if __name__ == "__main__":
     parser = options(__doc__)
     parser.add_argument("--head", default="", help="the checked-out commit")
     parser.add_argument("--runs", type=int, default=0, help="pairs of runs")
+    parser.add_argument("--dataset", default="", help="on which both are trained and scored")
     run_command(main, parser.parse_args())

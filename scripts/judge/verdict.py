@@ -234,7 +234,7 @@ def reason(verdict):
     """The rule that decided, and what it rests on: gain, error, how sure it is; where it is open, what is asked."""
     words = [verdict.rule]
     if verdict.seen:
-        words.append(f"gain {gain_words(verdict.seen)} sure")
+        words.append(f"gain {gain_words(verdict.seen)}" + " sure" * math.isfinite(verdict.seen.error))
         if verdict.word == "rerun" or verdict.rule == "not proven":
             words.append(f"{percent(verdict.asked)} % is asked for now")
     return "; ".join(words)

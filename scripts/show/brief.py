@@ -46,9 +46,10 @@ def standing(night):
                      f"{gain_words(night.gain)}; after the winner's curse {gain_words(night.left)}")  # fmt: skip
     found.append(noise(night.evidence))
     if night.held_out:
-        found.append(f"held out {night.held_out[0]}, {night.looks[-1]['best']} against the baseline")
+        found.append(f"held out {night.held_out[0]}, {night.look['best']} against the baseline")
     elif night.gain:
         found.append("held out not measured: make holdout does that")
+    found += [f"held out {gain} with {there}: {words}" for there, (gain, words) in night.elsewhere.items()]
     return found
 
 

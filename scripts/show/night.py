@@ -64,6 +64,9 @@ class Night:
         self.experiments = [Experiment(**vars(row), event=noted.get(row.line, {})) for row in rows]
         self.kept = [e for e in self.experiments if e.status == "keep"]
         self.looks = [event for event in events if event["event"] == "holdout"]  # at the test split
+        own = [look for look in self.looks if not look.get("where")]  # with the session's budget, on its text
+        self.look = own[-1] if own else None
+        self.sample = next((event for event in reversed(events) if event["event"] == "sample"), None)
         self.times = [datetime.fromisoformat(event["time"]).astimezone() for event in events if event.get("time")]
         self.seconds = (self.times[-1] - self.times[0]).total_seconds() if self.times else 0.0
         self.ablations = ablations(events)
@@ -90,7 +93,8 @@ class Night:
         """Gains by one model of all runs; a row whose records are gone counts as one run with the row's figures."""
         self.first = self.best = self.evidence = None
         self.gain = self.left = None  # of the best against the baseline; None where nothing is better than the baseline
-        newest = {run["train_blob"]: run for run in self.records.values()}
+        made = [a for a in self.attempts if a["role"] != "holdout" and a.get("run_id") in self.records]
+        newest = {a["train_blob"]: self.records[a["run_id"]] for a in made}
         self.like = next((newest[e.blob] for e in reversed(self.kept) if e.blob in newest), None)
         valid = [e for e in self.experiments if e.status != "crash"]
         if not valid:
@@ -153,7 +157,7 @@ class Night:
         inside = sum(low <= gain <= high for (low, high), gain in said)
         hope = sum((low + high) / 2 - gain for (low, high), gain in said) / len(said)
         way = "hopeful" if hope > 0 else "careful"
-        return f"expected gains: right {inside} times of {len(said)}, on average {abs(hope):.4f} too {way}"
+        return f"expected gains: right in {inside} of {len(said)}, on average {abs(hope):.4f} too {way}"
 
     @property
     def chain(self):
@@ -170,10 +174,23 @@ class Night:
     @property
     def held_out(self):
         """(gain on the test split in words, whether that agrees) of the newest look at it, or None."""
-        if not self.looks:
+        if not self.look:
             return None
-        gain, error = self.looks[-1]["test"]
+        gain, error = self.look["test"]
         return f"{gain:+.4f} ± {error:.4f}", gain > 2 * error
+
+    @property
+    def elsewhere(self):
+        """{`BUDGET=1200`: (gain on test, what that says)} of the newest look with another budget or text, of each."""
+        found = {}
+        for look in self.looks:
+            if there := look.get("where"):
+                gain, error = look["test"]
+                wins = "best" if gain > 2 * error else "baseline" if -gain > 2 * error else ""
+                left = f"{100 * gain / look['night']:.0f} % of the night's gain is left"
+                words = f"{left}; {f'the {wins} wins' if wins else 'not settled which wins'}"
+                found[there] = f"{gain:+.4f} ± {error:.4f}", words
+        return found
 
     @property
     def counts(self):

@@ -53,10 +53,12 @@ def figures(night):
                  ("what the winner's curse leaves", gain_words(night.left), left)]  # fmt: skip
     held = "not measured", "make holdout measures it on text that nothing selected on"
     if night.held_out:
-        look, times = night.looks[-1], counted(len(night.looks), "look")
+        look, times = night.look, counted(len(night.looks), "look")
         pairs = f"{counted(look['pairs'], 'pair')} of fresh runs of {look['best']} and the baseline"
         held = night.held_out[0], f"{pairs}; {times} at the test split, and each is worth a little less"
-    return [*found, ("held-out gain", *held), ("experiments", str(len(night.experiments)), night.counts)]
+    found.append(("held-out gain", *held))
+    found += [(f"held-out gain, {there}", *seen) for there, seen in night.elsewhere.items()]
+    return [*found, ("experiments", str(len(night.experiments)), night.counts)]
 
 
 def noise_words(night):

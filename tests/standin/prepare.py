@@ -4,6 +4,7 @@ For tests of what surrounds a run. tests/test_night.py uses the real one.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,11 @@ def get_dataset(name):
 
 
 def is_prepared(dataset):
-    return dataset.name == "stdlib"
+    return dataset.name in ("stdlib", os.environ.get("ALSO_PREPARED"))
+
+
+def not_prepared(dataset):
+    return f"error: dataset '{dataset.name}' is not prepared; run: make prepare DATASET={dataset.name}"
 
 
 def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **changes):
@@ -32,7 +37,7 @@ def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **ch
         "status": "valid",
         "reason": None,
         "harness": "h" * 64,
-        "dataset": "stdlib",
+        "dataset": project.dataset_of_train(),
         "token_cache": "t" * 64,
         "seed": seed,
         "budget": budget,
