@@ -284,10 +284,12 @@ def say(text):
     print(text, file=sys.stderr)
 
 
-def options(about):
-    """The parser of a helper's options, of which all have --tag. about: the helper's docstring."""
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("--tag", default="none")
+def options(about, **more):
+    """The options of a helper, of which all have --tag. about: its docstring. more: {name: default}, a text if none."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"tag": "none", **more}.items():
+        kind = {"action": "store_true"} if default is False else {"default": default, "type": type(default or "")}
+        parser.add_argument("--" + name.replace("_", "-"), **kind)
     return parser
 
 
@@ -335,7 +337,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--open", action="store_true", help="begin a session with the settings that were typed")
-    parser.add_argument("--verb", default="", help="whose settings: with some, BUDGET or DATASET may be another")
-    run_command(main, parser.parse_args())
+    run_command(main, options(__doc__, open=False, verb="").parse_args())

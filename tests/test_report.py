@@ -225,9 +225,6 @@ def test_the_brief_holds_what_an_agent_needs_in_sixty_lines(whole):
                   "held out not measured", "last run ", "; next: "):  # fmt: skip
         assert words in told
 
-    shorter = "from scripts.show import brief; brief.PLATEAU = 1; print(*brief.lines(brief.Night('t')))"
-    assert "plateau: nothing was kept in " in whole.run(whole.env["PYTHON"], "-c", shorter, check=0).stdout
-
 
 def screen(clone, columns):
     """What `make watch` draws on a terminal so wide, as lines."""

@@ -96,7 +96,4 @@ def table(night):
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--head", default="", help="the checked-out commit")
-    parser.add_argument("--runs", type=int, default=0, help="runs of each program")
-    run_command(main, parser.parse_args())
+    run_command(main, options(__doc__, head="", runs=0).parse_args())

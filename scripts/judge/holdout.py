@@ -93,8 +93,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--head", default="", help="the checked-out commit")
-    parser.add_argument("--runs", type=int, default=0, help="pairs of runs")
-    parser.add_argument("--dataset", default="", help="on which both are trained and scored")
-    run_command(main, parser.parse_args())
+    run_command(main, options(__doc__, head="", runs=0, dataset="").parse_args())

@@ -1,7 +1,8 @@
 """Log the newest run: its row in results.tsv, its entry in today's journal, its commit kept reachable.
 
-usage: log_result.py --tag TAG --status=keep --description=… [--found=… --open=…]    or --kept COMMIT
+usage: log_result.py --tag TAG --status=keep --description=… [--found=… --open=… --new-table]    or --kept COMMIT
 
+--new-table: archive rows that cannot be compared. --kept: only print what was kept before COMMIT (discard.sh).
 No figure is ever typed by hand. What is about to be written is noted first (session.events), so that a call which
 was cut short is completed by the next one, and nothing is written twice.
 """
@@ -199,10 +200,6 @@ def kept(args):
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--new-table", action="store_true", help="archive rows that cannot be compared")
-    parser.add_argument("--kept", metavar="COMMIT", help="only print what was kept before it (discard.sh)")
-    for option in ("status", "description", "found", "open"):
-        parser.add_argument(f"--{option}", default="")
-    args = parser.parse_args()
+    texts = dict.fromkeys(("status", "description", "found", "open"), "")
+    args = options(__doc__, new_table=False, kept=None, **texts).parse_args()
     run_command(kept if args.kept is not None else log, args)

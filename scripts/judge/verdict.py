@@ -1,7 +1,7 @@
 """The rule for keeping: a candidate against the newest kept program, by the model of evidence. It changes nothing.
 
 In this order: what is the reference over again is `again`; what another run may settle is `rerun`, of which program the
-model says; the rest is a table. What is paired (equal steps) stands in a note where it explains something.
+model says; the rest is a table. What equal steps show stands in a note.
 """
 
 import math
@@ -179,7 +179,7 @@ def of_attempt(sitting, attempt, rows):
     verdict.word, verdict.rule, following = rule(facts)
     verdict.next = NEXT[following][2] if following else ""
     verdict.seen, verdict.asked = facts.seen, asked(facts.share)
-    verdict.notes = list(notes(run, other, equal, row))
+    verdict.notes = list(notes(other, equal, row))
     return verdict
 
 
@@ -209,8 +209,8 @@ def refuse_unlike(row, run, old_runs):
             raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
 
 
-def notes(run, other, equal_steps, row):
-    """What explains the figures: pairs that cost no run. other: a run of the reference, like it in load and seed."""
+def notes(other, equal_steps, row):
+    """What explains the figures. other: a run of the reference."""
     if not other:
         yield f"the record of {row.commit} is not in data/: its row was compared, the device was not"
         return

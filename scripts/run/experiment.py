@@ -192,7 +192,7 @@ def main(args):
     refuse_modules(sitting, args)
     runs = plan(sitting, args)
     if not runs:
-        print(f"nothing to do: there are {args.runs} runs already")
+        print(f"nothing to do: {session.counted(args.runs, 'run')} made already")
         return
     if of_group():
         launch.hostfile()  # refused where it cannot be one

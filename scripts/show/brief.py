@@ -10,7 +10,6 @@ from scripts.session import PROGRESS, Session, counted, cut, one_line, options, 
 from scripts.show.night import Night, clock
 
 WIDTH = 125
-PLATEAU = 10  # experiments without a kept change
 KEPT, NEAR, DEAD, OPEN, NOTES = 12, 6, 14, 8, 3  # of each at most: with titles and all that stands alone 54 lines
 
 
@@ -28,9 +27,6 @@ def lines(night):
         if entries:
             found += [title, *(f"  {text}" for text in entries)]
     found += [night.foresight] if night.foresight else []
-    since = len(night.experiments) - (night.kept[-1].number if night.kept else 0)
-    if since >= PLATEAU:
-        found.append(f"plateau: nothing was kept in {since} experiments: try something large, or join near misses")
     found += [f"note: {words}" for words in night.missing[:NOTES]]
     return [cut(line, WIDTH) for line in [*found, *newest_run(night)]]
 

@@ -17,6 +17,7 @@ STYLE = {
     "axes.labelcolor": COLOURS["quiet"], "xtick.color": COLOURS["quiet"], "ytick.color": COLOURS["quiet"],
     "savefig.facecolor": COLOURS["paper"], "axes.facecolor": "none",
 }  # fmt: skip
+LISTED = 8  # of the kept changes, the newest, which stand as text in the picture
 KINDS = {  # status or trust: what it is called, its marker, size in points, inside, edge
     "discard": ("discarded", "o", 6, "dot", "paper"), "crash": ("crashed", "x", 6, "bad", "bad"),
     "safe": ("safe", "o", 9, "good", "paper"), "doubtful": ("doubtful", "o", 8, "paper", "good"),
@@ -48,7 +49,9 @@ def progress(night):
         look = {"color": COLOURS[inside], "markeredgecolor": COLOURS[edge], "markersize": size, "label": name}
         if found:
             axis.plot([e.number for e in found], heights, marker, clip_on=False, zorder=4, **look)
-    put_labels(axis, chain)
+    kept = [f"{e.number:3}  {-e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain[1:][-LISTED:]]
+    look = {"fontsize": 9.5, "zorder": 3, "backgroundcolor": COLOURS["paper"], "transform": axis.transAxes}
+    axis.text(0.015, 0.06, "\n".join(kept), **look)  # below the steps
     figure.legend(loc="upper right", bbox_to_anchor=(0.99, 0.99), ncols=len(KINDS), frameon=False, fontsize=10)
     fell = f"val_bpb {night.first.bpb:.4f} → {night.best.bpb:.4f}" if night.gain else "no gain yet"
     figure.text(0.075, 0.95, f"{night.tag}: {fell}", fontsize=16, fontweight="bold", va="center")
@@ -62,23 +65,7 @@ def bounds(night):
     if not kept:
         return 0.0, 1.0
     span = max(max(kept) - min(kept), 6 * night.evidence.sigma, 0.004)
-    return min(kept) - 0.3 * span, max(kept) + 0.25 * span
-
-
-def put_labels(axis, chain):
-    """Text below and left of the kept points, where nothing can be: each in a line of its own, or not at all."""
-    frame, below = axis.get_window_extent(), float("inf")
-    paper = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1}
-    for e in chain[1:]:
-        words = f"{cut(one_line(e.description), 40)}  {-e.gain.gain:+.4f}"
-        label = axis.text(0, 0, words, fontsize=9.5, ha="right", va="top", zorder=3, bbox=paper)
-        box, (x, y) = label.get_window_extent(), axis.transData.transform((e.number, e.bpb))
-        top = min(y - 5, below)
-        right = max(x - 7, frame.x0 + 9 + box.width)
-        label.set_position(axis.transData.inverted().transform((right, top)))
-        below = top - 1.15 * box.height
-        if below < frame.y0 + 0.08 * frame.height:  # there crashes are marked
-            return label.remove()
+    return min(kept) - 0.5 * span, max(kept) + 0.25 * span
 
 
 def saved(figure, kind):

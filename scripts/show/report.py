@@ -8,7 +8,6 @@ The page is one file that needs nothing else. What is known comes from night.py;
 import base64
 import shlex
 import sys
-from collections import Counter
 
 try:
     from jinja2 import Environment, FileSystemLoader
@@ -84,18 +83,6 @@ def home(night, changes, safe):
     return found
 
 
-def cost(night):
-    """[(what, seconds, share)] of the whole session, the dearest first."""
-    spent = Counter()
-    for a in night.attempts:
-        wall, run = a.get("wall_seconds") or 0.0, night.records.get(a.get("run_id"))
-        training = run["training"]["seconds"] if run else 0.0
-        spent["training"] += training
-        spent["start-up and evaluation" if run else "runs without a result"] += wall - training
-    spent["between runs"] = max(0.0, night.seconds - spent.total())
-    return [(what, s, s / spent.total()) for what, s in spent.most_common() if s >= 1]
-
-
 def page(night, picture):
     """The page as text. picture: an SVG."""
     changes = night.chain[1:]
@@ -104,7 +91,7 @@ def page(night, picture):
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {f.__name__: f for f in (clock, counted, one_line, gain_words)}
     return environment.get_template("report.html.j2").render(
-        night=night, changes=changes, trusted=trusted, meaning=MEANING, figures=figures(night), cost=cost(night),
+        night=night, changes=changes, trusted=trusted, meaning=MEANING, figures=figures(night),
         sentence=sentence(night, changes, trusted["safe"]), home=home(night, changes, trusted["safe"]),
         noise=noise_words(night), picture=base64.b64encode(picture).decode(),
     )  # fmt: skip

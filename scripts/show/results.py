@@ -36,6 +36,4 @@ def table(night):
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--all", action="store_true", help="of every session of this clone")
-    run_command(show, parser.parse_args())
+    run_command(show, options(__doc__, all=False).parse_args())

@@ -34,6 +34,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--prompt", default="")
-    run_command(main, parser.parse_args())
+    run_command(main, options(__doc__, prompt="").parse_args())
