@@ -3,4 +3,4 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-helper show.brief --tag="$TAG"
+helper show.terminal --tag="$TAG"

@@ -4,4 +4,4 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-helper show.results --tag="$TAG" ${ALL:+--all}
+helper show.terminal --tag="$TAG" --view=results ${ALL:+--all}

@@ -4,4 +4,4 @@
 . "$(dirname "$0")/lib.sh"
 
 read_git
-helper show.watch --tag="$TAG"
+helper show.terminal --tag="$TAG" --view=watch

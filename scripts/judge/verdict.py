@@ -179,7 +179,11 @@ def of_attempt(sitting, attempt, rows):
     verdict.word, verdict.rule, following = rule(facts)
     verdict.next = NEXT[following][2] if following else ""
     verdict.seen, verdict.asked = facts.seen, asked(facts.share)
-    verdict.notes = list(notes(other, equal, row))
+    if not other:
+        verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")
+    if equal:
+        words = "at equal steps, in the second quarter of the budget, training loss differs by"
+        verdict.notes.append(f"{words} {equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
     return verdict
 
 
@@ -207,16 +211,6 @@ def refuse_unlike(row, run, old_runs):
     if known and not any(r["run_id"] != run["run_id"] for r in old_runs):
         if unlike := record.differences(run, known[-1]):
             raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
-
-
-def notes(other, equal_steps, row):
-    """What explains the figures. other: a run of the reference."""
-    if not other:
-        yield f"the record of {row.commit} is not in data/: its row was compared, the device was not"
-        return
-    if equal_steps:
-        words = f"at equal steps training loss differs by {equal_steps[0]:+.4f} ± {equal_steps[1]:.4f} nats a token"
-        yield f"{words}, in the second quarter of the budget"
 
 
 def can_be_a_row(sitting, attempt, rows):

@@ -19,8 +19,8 @@ except ImportError as error:
 from harness import files, project
 from scripts.judge.evidence import gain_words
 from scripts.session import Refused, counted, one_line, options, run_command, shown
-from scripts.show.brief import noise
 from scripts.show.night import DOUBTFUL, SAFE, Night, clock
+from scripts.show.terminal import noise
 
 MEANING = {
     "safe": f"at least {100 * SAFE:g} % sure, after the winner's curse",

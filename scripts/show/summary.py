@@ -11,7 +11,7 @@ from scripts.judge import verdict
 from scripts.judge.evidence import Evidence, gain_words
 from scripts.judge.observations import busy, of_session
 from scripts.session import ROOT, Refused, Session, blanked, counted, one_line, options, record, run_command
-from scripts.show.brief import noise
+from scripts.show.terminal import noise
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 IDEA = "next     change train.py"

@@ -41,7 +41,7 @@ VERBS = {  # what is typed; a Python helper is called without its shell script, 
     "baseline": ["-m", "scripts.judge.log_result", "--tag=t", "--status=keep", "--description=baseline", "--new-table"],
     "discard": ["scripts/discard.sh"],
     "setup": ["scripts/setup.sh"],
-    "results": ["-m", "scripts.show.results", "--tag=t"],
+    "results": ["-m", "scripts.show.terminal", "--tag=t", "--view=results"],
     "report": ["-m", "scripts.show.report", "--tag=t"],
     "prepare": ["prepare.py", "--dataset=files"],  # of the texts beside FOLDER
 }  # fmt: skip

@@ -1,19 +1,29 @@
-"""Tell an agent that lost the thread where the session stands, in at most 60 lines.
+"""A session in a terminal: the brief for an agent that lost the thread, the table, and a screen that follows a run.
 
-usage: brief.py --tag TAG
+usage: terminal.py --tag TAG [--view brief | results | watch] [--all]
 """
+
+import os
+import shutil
+import sys
+import time
 
 from harness import files
 from scripts import session
 from scripts.judge.evidence import gain_words
-from scripts.session import PROGRESS, Session, counted, cut, one_line, options, run_command
+from scripts.session import PROGRESS, Session, blanked, counted, cut, one_line, options, run_command, say, tags
 from scripts.show.night import Night, clock
 
 WIDTH = 125
-KEPT, NEAR, DEAD, OPEN, NOTES = 12, 6, 14, 8, 3  # of each at most: with titles and all that stands alone 54 lines
+KEPT, NEAR, DEAD, OPEN, NOTES = 12, 6, 14, 8, 3  # in a brief at most: with titles and what stands alone 54 lines
+COLUMNS = ("", "commit", "val_bpb", "gain", "runs", "GB", "tok/s", "+/-", "status", "description")
+LOOK = "{:>5} {:8}{:>8}  {:26}{:>4} {:>5} {:>8} {:>8}  {:14}{}"
+EVERY = 1.0  # seconds between two looks of `watch`
+ROWS = 12  # of the newest experiments on its screen
 
 
-def lines(night):
+def brief(night):
+    """Where the session stands, as at most 60 lines."""
     if not night.experiments:
         return [f"{night.tag}: no results yet: make baseline", *newest_run(night)]
     found = [f"{night.tag}: {counted(len(night.experiments), 'experiment')} in {clock(night.seconds)}; {night.counts}"]
@@ -82,9 +92,54 @@ def newest_run(night):
     return [f"last run {name}: {last['status']}; next: {due}"]
 
 
+def table(night):
+    """The rows with all runs and the gain of each, and where the session stands."""
+    if not night.experiments:
+        return ["no results yet: make baseline"]
+    found = [LOOK.format(*COLUMNS)]
+    for e in night.experiments:
+        gain, number = gain_words(e.gain) if e.gain else "", f"{e.number}{'*' if e is night.best else ' '}"
+        found.append(LOOK.format(number, e.commit, f"{e.bpb:.6f}", gain, len(e.runs) or "", e.memory, f"{e.rate:.0f}",
+                                 e.changed, f"{e.status} {e.trust}", e.description))  # fmt: skip
+    return [*found, "* the best; a kept gain is safe, doubtful or unproven", *standing(night)]
+
+
+def screen(night):
+    """The running experiment, the last rows, the best, the load."""
+    tried = counted(len(night.experiments), "experiment")
+    found = [f"{night.tag}: {tried}; {night.counts}; load {os.getloadavg()[0]:.1f} of {os.cpu_count()}"]
+    return [*found, *standing(night), "", *newest_run(night), "", *map(entry, night.experiments[: -1 - ROWS : -1])]
+
+
+def watch(tag):
+    """Follow a session. It reads files, and the whole session only when that has changed: a run does not notice it."""
+    sitting, seen, night = Session(tag), None, None
+    while True:
+        now = [path.stat().st_mtime_ns for path in (sitting.log, sitting.table) if path.exists()]
+        if now != seen:
+            seen, night = now, Night(tag)
+        width, height = shutil.get_terminal_size((100, 40))
+        shown = [cut(blanked(line), width) for line in screen(night)][: height - 1]
+        if not sys.stdout.isatty():
+            return print("\n".join(shown))
+        # home, each line with its rest wiped, and all below
+        print("\x1b[H" + "".join(line + "\x1b[K\n" for line in shown) + "\x1b[J", end="", flush=True)
+        time.sleep(EVERY)
+
+
 def show(args):
-    print("\n".join(lines(Night(args.tag))))
+    if args.view == "watch":
+        return watch(args.tag)
+    if args.view == "brief":
+        return print("\n".join(brief(Night(args.tag))))
+    if not args.all:
+        Session(args.tag).link()
+    for tag in tags() if args.all else [args.tag]:
+        night = Night(tag)
+        for problem in night.problems:
+            say(f"note: {problem}")
+        print("\n".join([*([f"\n{tag}"] if args.all else []), *table(night)]))
 
 
 if __name__ == "__main__":
-    run_command(show, options(__doc__).parse_args())
+    run_command(show, options(__doc__, view="brief", all=False).parse_args())
