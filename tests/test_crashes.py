@@ -16,9 +16,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the crash points are
 # loses rows in a power cut; points.py then says which.
 SYNCS = {
     "log-result": (5, 5), "baseline": (6, 7), "run": (4, 4), "discard": (1, 1), "setup": (3, 6),
-    "run REFERENCE=1": (5, 6), "holdout": (13, 15), "report": (2, 2),
+    "run REFERENCE=1": (5, 6), "holdout": (13, 15), "ablate": (7, 8), "report": (2, 2),
 }  # fmt: skip
-EVERY = {"log-result": 4, "discard": 4, "setup": 6, "run": 6, "run REFERENCE=1": 10, "holdout": 40, "report": 12}
+EVERY = {"log-result": 4, "discard": 4, "setup": 6, "run": 6, "run REFERENCE=1": 10, "holdout": 40,
+         "ablate": 40, "report": 12}  # fmt: skip
 
 
 @pytest.fixture
@@ -37,6 +38,10 @@ def state_before(verb, session):
         session.write_train("prepare.finish(1.4)")
     elif verb in ("holdout", "report"):
         session.experiment("prepare.finish(1.4)", "keep")
+    elif verb == "ablate":  # without the second change it is a program of its own
+        for a, b in ((0, 0), (1, 0), (1, 1)):
+            body = f"A = {a}\n# one line\n# between\nB = {b}\nprepare.finish(1.4 - 0.1 * A - 0.1 * B)"
+            session.experiment(body, "keep")
     elif verb == "baseline":
         session.write_train("prepare.finish(1.45)")
         session.settings(BUDGET="30")

@@ -38,6 +38,7 @@ VERBS = {  # what is typed; a Python helper is called without its shell script, 
     "run": RUN,
     "run REFERENCE=1": [*RUN, "--reference"],
     "holdout": ["-m", "scripts.judge.holdout", "--tag=t", "--head=HEAD", "--runs=1"],
+    "ablate": ["-m", "scripts.judge.ablate", "--tag=t", "--head=HEAD"],
     "baseline": ["-m", "scripts.judge.log_result", "--tag=t", "--status=keep", "--description=baseline", "--new-table"],
     "discard": ["scripts/discard.sh"],
     "setup": ["scripts/setup.sh"],
@@ -146,7 +147,8 @@ class Lab:
                 if op["folder"]:
                     pending = [p for p in pending if os.path.dirname(p["path"]) != op["path"]]
             elif op["op"] == "write":
-                dirty.setdefault(op["inode"], op["before"])
+                if op["path"].startswith(f"{self.folder}/"):  # a temporary file's inode may be another file's by now
+                    dirty.setdefault(op["inode"], op["before"])
             elif op["op"] != "git":
                 pending.append(op)
         for op in reversed(pending if form == "lost" else []):
@@ -175,7 +177,7 @@ class Lab:
             for line in path.read_text().splitlines():
                 with suppress(ValueError):
                     events.append(json.loads(line))
-        runs = self.verb in ("holdout", "run", "run REFERENCE=1")
+        runs = self.verb in ("ablate", "holdout", "run", "run REFERENCE=1")
         return {
             "table": table.read_text() if table.exists() else None,
             "tables": sorted(p.read_text() for p in data.glob("sessions/*/results_*.tsv")),
