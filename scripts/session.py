@@ -288,8 +288,9 @@ def options(about, **more):
     """The options of a helper, of which all have --tag. about: its docstring. more: {name: default}, a text if none."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"tag": "none", **more}.items():
-        kind = {"action": "store_true"} if default is False else {"default": default, "type": type(default or "")}
-        parser.add_argument("--" + name.replace("_", "-"), **kind)
+        kind = str if default is None else type(default)
+        words = {"action": "store_true"} if default is False else {"default": default, "type": kind}
+        parser.add_argument("--" + name.replace("_", "-"), **words)
     return parser
 
 

@@ -42,7 +42,7 @@ def test_another_budget_and_another_text_tell_what_is_left_and_move_nothing_else
 
     done = session.make("holdout", "N=1", "BUDGET=1200", check=0).stdout
     assert "run 1 of 2: baseline, seed 43 BUDGET=1200\n" in done and "run 2 of 2: best" in done
-    assert "with BUDGET=1200 -100 % of the night's gain is left; the baseline wins" in done
+    assert "with BUDGET=1200 nothing of the night's gain is left; the baseline wins" in done
     assert session.attempt["budget"] == 1200 and session.attempt["role"] == "holdout"
     refused = session.script("holdout", N="1", DATASET="tinystories", check=1).stderr
     assert refused == "error: dataset 'tinystories' is not prepared; run: make prepare DATASET=tinystories\n"

@@ -13,10 +13,10 @@ from scripts.session import ROOT, Refused, record
 def seeds_of(sitting, blob):
     """The seeds of a program's runs that could be compared with one made now, a seed for each run."""
     budget = project.settings()[0]
-    made = [a for a in sitting.attempts() if a["status"] == "valid" and a["role"] != "holdout"]
-    alike = [a for a in made if a["budget"] == budget]
+    made = {a["run_id"]: a for a in sitting.attempts() if a["status"] == "valid" and a["role"] != "holdout"}
+    alike = [a for a in made.values() if a["budget"] == budget]
     like = session.record_of(alike[-1]) if alike else None
-    return [r["seed"] for r in record.runs_of(blob, like)] if like else []
+    return [r["seed"] for r in record.runs_of(blob, like) if r["run_id"] in made] if like else []
 
 
 def unused(seeds):

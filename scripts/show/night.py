@@ -187,9 +187,9 @@ class Night:
             if there := look.get("where"):
                 gain, error = look["test"]
                 wins = "best" if gain > 2 * error else "baseline" if -gain > 2 * error else ""
-                left = f"{100 * gain / look['night']:.0f} % of the night's gain is left"
-                words = f"{left}; {f'the {wins} wins' if wins else 'not settled which wins'}"
-                found[there] = f"{gain:+.4f} ± {error:.4f}", words
+                left = f"{100 * gain / look['night']:.0f} %" if gain > 0 else "nothing"
+                ends = f"the {wins} wins" if wins else "not settled which wins"
+                found[there] = f"{gain:+.4f} ± {error:.4f}", f"{left} of the night's gain is left; {ends}"
         return found
 
     @property
