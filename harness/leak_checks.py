@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from harness import model_state
-from harness.evaluation import evaluation_mode, nats_of
+from harness.evaluation import compute_streams, evaluation_mode, nats_of
 from harness.run_checks import Refused
 
 LEAK = 0.001  # bits per byte that a leak may be worth
@@ -30,7 +30,8 @@ MOVED = 0.05**2  # mean square, over the variance of the nats
 SURE = 5.0  # t
 PLACES = 64  # that are asked about since the model does strangely well there
 EXCHANGES = 32, 128, 512  # at other places: in any case; in time; and in time while it may be a leak, and is not sure
-FEW = 32  # one of so many does not count for `moved`: rounding flips a choice between experts now and then
+SLOW = 0.5  # seconds a row, from which on half as many are asked: a run must end within its TIMEOUT
+FEW = 32  # one, and one of so many, does not count for `moved`: rounding flips a choice between experts now and then
 STEADY = 16  # times that a model must score as before, or nothing else is said of it
 MOST = 50.0  # nats that count: a model may hold a token to be impossible
 
@@ -91,12 +92,18 @@ class LeakChecks:
         self.size = batch_size if mx.default_device().type == mx.gpu else min(batch_size, 8)
         self.nats_per_bit = math.log(2) * max(tokenizer.token_bytes[rows[:, 1:]].mean(), 1e-3)  # a bit per byte
         self.rng = np.random.default_rng()  # from the system: nobody can train for the draw
-        self.held = model_state.copies_of(model_state.arrays_of(model))
+        self.held, self.made = model_state.copies_of(model_state.arrays_of(model)), time.monotonic()
         self.moves = []  # (cut, how far answers moved) of each exchange, see `_exchange`
 
     def ask(self, nats, seconds=math.inf):
-        """Ask all questions, in about so many seconds; raises `Refused`. nats: float32 (n, T), as rows were scored."""
-        self.over = time.monotonic() + seconds
+        """Ask all questions; raises `Refused`. nats: float32 (n, T), as rows were scored since this was made.
+
+        seconds: after which nothing more is begun but what is asked in any case.
+        """
+        now = time.monotonic()
+        self.over, self.least = now + seconds, EXCHANGES[0]
+        if (now - self.made) / len(self.rows) > SLOW:
+            self.size, self.least = min(self.size, 4), self.least // 2
         self.nats = np.minimum(nats, MOST)
         self.spread = self.nats.var() + 1e-10
         with evaluation_mode(self.model):
@@ -105,11 +112,11 @@ class LeakChecks:
             self._causality()
             self._state()
 
-    def _nats(self, ids, tokens):
-        return np.minimum(nats_of(self.model, ids, tokens, self.vocab_size, self.size), MOST)
+    def _nats(self, ids, tokens, at_once):
+        return np.minimum(nats_of(self.model, ids, tokens, self.vocab_size, at_once), MOST)
 
     def _score(self, rows):
-        return self._nats(rows[:, :-1], rows[:, 1:, None])[..., 0]
+        return self._nats(rows[:, :-1], rows[:, 1:, None], self.size)[..., 0]
 
     def _refuse(self, text):
         """Refuse; but where the same rows do not score the same each time, that is what is said."""
@@ -144,7 +151,7 @@ class LeakChecks:
 
     def _causality(self):
         """Positions before a cut answer the same when all tokens from it on are another one."""
-        least, enough, most = EXCHANGES
+        _, enough, most = EXCHANGES
         some = self.rng.choice(len(self.rows), min(len(self.rows), 1024), replace=False)
         at, positions = strangely_good(self.nats[some], self.rows[some, 1:], PLACES, self.rng)
         for first in range(0, PLACES, self.size):
@@ -152,7 +159,7 @@ class LeakChecks:
                 break
             self._exchange(some[at[first : first + self.size]], positions[first : first + self.size] + 1)
         favour, late, unsure, reason = np.empty(0), False, True, None
-        while len(favour) < (least if late else enough) or (unsure and not late and len(favour) < most):
+        while len(favour) < (self.least if late else enough) or (unsure and not late and len(favour) < most):
             numbers = self.rng.integers(0, len(self.rows), self.size)
             cuts = cut_points(self.rows.shape[1] - 1, self.size, self.rng)
             favour = np.append(favour, self._exchange(numbers, cuts))
@@ -180,7 +187,8 @@ class LeakChecks:
         ids, following = rows[:, :-1], rows[:, 1:]
         after = np.arange(ids.shape[1]) >= cuts[:, None]
         tokens = np.stack(np.broadcast_arrays(following, put), axis=-1)
-        cost = self._nats(np.where(after, put, ids), tokens) - self._nats(ids, tokens)  # (b, T, 2)
+        at_once = max(min(2, self.size), self.size // len(compute_streams()))
+        cost = self._nats(np.where(after, put, ids), tokens, at_once) - self._nats(ids, tokens, at_once)  # (b, T, 2)
         self.moves += zip(cuts, np.where(after, np.nan, (cost**2).mean(axis=-1)), strict=True)
         return cost[each, cuts - 1, 0] - cost[each, cuts - 1, 1]
 
@@ -190,7 +198,7 @@ class LeakChecks:
         length = nearest.shape[1]
         for width in sorted({min(2**i, length) for i in range(length.bit_length() + 1)}):
             values = nearest[:, :width][~np.isnan(nearest[:, :width])]
-            most = len(values) - len(values) // FEW
+            most = len(values) - max(1, len(values) // FEW)
             share = np.partition(values, most - 1)[:most].mean() / self.spread
             if share > MOVED:
                 return f"those before move by {math.sqrt(share):.1%} of their spread"

@@ -288,7 +288,7 @@ def test_an_exchange_leaves_what_is_before_and_puts_another_token_after(tokenize
 
     cuts = np.array([1, 2, 20, 40, 60, 61, 62, 63])
     leak_checks.LeakChecks(model, rows, tokenizer, 8)._exchange(np.arange(8), cuts)
-    for old, new, cut in zip(rows[:8, :-1], asked[0], cuts, strict=True):
+    for old, new, cut in zip(rows[:8, :-1], np.concatenate(asked)[:8], cuts, strict=True):
         assert (new[:cut] == old[:cut]).all() and new[cut] != old[cut] and len({*new[cut:]}) == 1
 
 
@@ -302,3 +302,16 @@ def test_the_questions_cost_some_hundred_rows(tokenizer):
     rows = rows_of(tokenizer)
     leak_checks.LeakChecks(model, rows, tokenizer, 16).ask(np.full((len(rows), 64), math.log(V), np.float32))
     assert sum(asked) == 2 * (leak_checks.PLACES + leak_checks.EXCHANGES[1]) + 5 * 8
+
+
+def test_of_a_slow_model_fewer_are_asked(tokenizer, monkeypatch):
+    asked = []
+
+    def model(ids):
+        asked.append(len(ids))
+        return mx.zeros((*ids.shape, V))
+
+    monkeypatch.setattr(leak_checks, "SLOW", 0.0)
+    rows = rows_of(tokenizer)
+    leak_checks.LeakChecks(model, rows, tokenizer, 16).ask(np.full((len(rows), 64), math.log(V), np.float32), 0.0)
+    assert sum(asked) == 2 * (4 + 16) + 5 * 4
