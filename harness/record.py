@@ -3,9 +3,11 @@
 Everything here works without MLX, so that a question about finished runs costs no start-up.
 """
 
+import base64
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import uuid
@@ -80,6 +82,15 @@ def binned(curve, points=256):
         "memory_mb": np.round(memory),
     }
     return {"steps_per_bin": size, **{name: column.tolist() for name, column in columns.items()}}
+
+
+def packed(values):
+    """A float array as compact text: little-endian float32 in base64."""
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def unpacked(text):
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 
 # --- what a run says -------------------------------------------------------------------------------
@@ -172,7 +183,20 @@ def runs_of(blob, like):
     return [r for r in archived() if r["train_blob"] == blob and not differences(r, like)]
 
 
-# --- pairs: two runs that saw the same text ----------------------------------------------------------
+# --- pairs: two runs that saw the same text ------------------------------------------------------------
+
+
+def on_same_rows(new, old):
+    """(difference of val_bpb, its standard error) from the losses of the same validation rows, or None.
+
+    The error is that of a finite validation set alone. Both runs were scored on the same rows, so what makes a
+    row hard is in both and cancels: it is far smaller than the error of either result by itself.
+    """
+    (a, total), (b, other) = (map(r["result"].get, ("row_bits", "eval_bytes")) for r in (new, old))
+    if not (a and b and total) or total != other:
+        return None
+    change = unpacked(a) - unpacked(b)
+    return change.sum() / total, math.sqrt(len(change)) * change.std() / total
 
 
 def at_equal_steps(new, old):

@@ -327,6 +327,7 @@ class Run:
             "eval_bytes": evaluation and int(evaluation.row_bytes.sum()),
             "eval_rows": evaluation and len(evaluation.row_bits),
             "eval_rows_of": evaluation and self._all_rows,
+            "row_bits": evaluation and record.packed(evaluation.row_bits),
         }
         written = record.write(
             train=self.train_blob,

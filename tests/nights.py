@@ -81,7 +81,8 @@ def a_record(blob, commit, clock, seed, bpb, rate, draw, budget, busy, change):
         },
         "machine": {"load": [0.5, 0.9], "cores": 12, "other_cores": 9.0 if busy else 0.1, "paused_seconds": 0.0,
                     "step_ms": [40.0, 41.0, 44.0], "swapped_mb": 0},
-        "result": {"val_bpb": bpb, "val_bpb_stderr": 0.001, "eval_bytes": 2**21},
+        "result": {"val_bpb": bpb, "val_bpb_stderr": 0.001, "eval_bytes": 2**21,
+                   "row_bits": record.packed(np.full(512, bpb * 4096))},
         "curve": record.binned(curve),
         **change,
     }  # fmt: skip

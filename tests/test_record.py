@@ -192,7 +192,7 @@ RECORD = {
     "model": "depth n_embd dmodel_scale num_params vocab_size sequence_length",
     "training": "seconds total_seconds startup_seconds total_steps total_tokens avg_tok_sec training_peak_mb "
     "peak_memory_mb eval_seconds check_seconds data_wait_seconds epochs",
-    "result": "val_bpb val_bpb_stderr eval_bytes",
+    "result": "val_bpb val_bpb_stderr eval_bytes row_bits",
     "curve": "steps_per_bin seconds loss tok_sec memory_mb",
 }
 SUMMARY = (
@@ -229,6 +229,8 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     rates = curve["tok_sec"]  # the last one is no artefact
     assert rates[-1] < 10 * sorted(rates)[len(rates) // 2]
     assert set(found["machine"]) >= set("cores other_cores step_ms paused_seconds".split())
+    rows = record.unpacked(result["row_bits"])
+    assert rows.sum() / result["eval_bytes"] == pytest.approx(result["val_bpb"], rel=1e-5)
     printed = capsys.readouterr().out.split("---\n")[1].splitlines()
     assert [line.split(": ")[0] for line in printed] == SUMMARY.split()
     assert float(printed[0].split(": ")[1]) == pytest.approx(result["val_bpb"], abs=1e-6)

@@ -1,7 +1,7 @@
 """The rule for keeping: a candidate against the newest kept program, by the model of evidence. It changes nothing.
 
 In this order: what is the reference over again is `again`; what another run may settle is `rerun`, of which program the
-model says; the rest is a table. What equal steps show stands in a note.
+model says; the rest is a table. What is paired (same rows, equal steps) stands in notes.
 """
 
 import math
@@ -184,6 +184,10 @@ def of_attempt(sitting, attempt, rows):
     if equal:
         words = "at equal steps, in the second quarter of the budget, training loss differs by"
         verdict.notes.append(f"{words} {equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
+    on_rows = record.on_same_rows(run, other) if other else None
+    if on_rows and bool(busy(run)) == bool(busy(other)):  # else the load would be told, not the idea
+        words = f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}"
+        verdict.notes.append(f"{words}, seed {other['seed']}")
     return verdict
 
 
