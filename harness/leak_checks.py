@@ -1,4 +1,4 @@
-"""The questions that a model is asked as a black box: may its answer know what it knows?
+"""The questions that a model is asked as a black box: does any answer use what it must not see?
 
 An answer at a position may depend on that position and those before it, in its own row, and on nothing else: not on
 later tokens, other rows, earlier calls. Every question is one exchange that must not matter. Rows are asked again with

@@ -116,7 +116,7 @@ lightly = settings(max_examples=25, deadline=None, suppress_health_check=[Health
 
 
 @pytest.fixture
-def sitting(tmp_path, monkeypatch):
+def this_session(tmp_path, monkeypatch):
     for name in ("STORE", "JOURNAL", "ROOT"):
         monkeypatch.setattr(sessions, name, tmp_path)
     monkeypatch.setattr(sessions, "git", lambda *_, **__: None)
@@ -127,10 +127,10 @@ def sitting(tmp_path, monkeypatch):
 
 @lightly
 @given(st.lists(ROWS | st.text(max_size=40)), st.binary(max_size=80))
-def test_every_row_of_a_table_is_found_among_whatever_else(sitting, lines, junk):
+def test_every_row_of_a_table_is_found_among_whatever_else(this_session, lines, junk):
     rows = [line for text in lines for line in text.replace("\r", "").split("\n") if sessions.ROW.fullmatch(line)]
-    sitting.table.write_bytes("\n".join(lines).replace("\r", "").encode("utf-8", "replace") + b"\n" + junk)
-    found, problems = sitting.rows()
+    this_session.table.write_bytes("\n".join(lines).replace("\r", "").encode("utf-8", "replace") + b"\n" + junk)
+    found, problems = this_session.rows()
     lines = [row.line for row in found]
     assert lines[: len(rows)] == [row.encode("utf-8", "replace").decode() for row in rows]
     assert [row.number for row in found] == list(range(1, len(found) + 1)) and all(map(str.isprintable, problems))
@@ -138,15 +138,15 @@ def test_every_row_of_a_table_is_found_among_whatever_else(sitting, lines, junk)
 
 @lightly
 @given(st.integers(0, 200))
-def test_an_event_that_was_cut_short_does_not_count(sitting, cut):
-    sitting.log.unlink(missing_ok=True)
+def test_an_event_that_was_cut_short_does_not_count(this_session, cut):
+    this_session.log.unlink(missing_ok=True)
     for name in ("ü", "v"):
-        sitting.note("begin", id=name, role="candidate", train_blob="b", launcher=1)
-    whole = sitting.log.read_bytes()
-    sitting.log.write_bytes(whole[: len(whole) - 1 - cut])
-    before = len(sitting.events())
-    sitting.note("begin", id="x", role="candidate", train_blob="b", launcher=1)
-    assert before <= 2 and len(sitting.events()) == before + 1 and sitting.attempts()[-1]["id"] == "x"
+        this_session.note("begin", id=name, role="candidate", train_blob="b", launcher=1)
+    whole = this_session.log.read_bytes()
+    this_session.log.write_bytes(whole[: len(whole) - 1 - cut])
+    before = len(this_session.events())
+    this_session.note("begin", id="x", role="candidate", train_blob="b", launcher=1)
+    assert before <= 2 and len(this_session.events()) == before + 1 and this_session.attempts()[-1]["id"] == "x"
 
 
 def test_a_damaged_line_among_the_events_is_passed_over(session):

@@ -119,8 +119,8 @@ def judged(monkeypatch):
         monkeypatch.setattr(record, "archived", lambda: iter([*old, *new]))
         monkeypatch.setattr(verdict.session, "record_of", lambda attempt: new[-1])
         monkeypatch.setattr(verdict.session, "text_of", lambda blob: texts.get(blob))
-        sitting = Sitting([*old, *new], {r["run_id"]: name for name, ends in pairs for r in ends})
-        return verdict.of_attempt(sitting, {"commit": "abc"}, [])
+        this_session = Sitting([*old, *new], {r["run_id"]: name for name, ends in pairs for r in ends})
+        return verdict.of_attempt(this_session, {"commit": "abc"}, [])
 
     return judge
 

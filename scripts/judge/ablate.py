@@ -29,7 +29,7 @@ def taken_back(night, change):
     return text and text + "\n"
 
 
-def note_programs(night, sitting):
+def note_programs(night, this_session):
     """Make a program without each kept change, note it, and name the changes that are left out."""
     noted, whole = {event["program"] for event in night.ablations}, night.apart
     for change in night.chain_of(whole)[1:]:
@@ -39,14 +39,14 @@ def note_programs(night, sitting):
             tell(f"left out {change.number}: {'nothing of it is left' if text else why}")
             continue
         name, words = f"without-{change.number}-{whole.commit}", f"Without: {change.description}"
-        commit, blob = commit_with(text, whole.commit, sitting.tag, name, words)
+        commit, blob = commit_with(text, whole.commit, this_session.tag, name, words)
         if blob not in noted:
-            sitting.note("ablation", change=change.number, of=whole.program, program=blob, commit=commit)
+            this_session.note("ablation", change=change.number, of=whole.program, program=blob, commit=commit)
 
 
-def is_due(sitting, blob, seed):
+def is_due(this_session, blob, seed):
     """Whether a program lacks an undisturbed run with this seed, or one that was made here; none that failed is due."""
-    for attempt in sitting.attempts():
+    for attempt in this_session.attempts():
         if attempt["train_blob"] == blob and attempt["role"] != "holdout":
             if attempt["role"] == "ablation" and attempt["status"] in ("crash", "invalid"):
                 return False
@@ -57,21 +57,21 @@ def is_due(sitting, blob, seed):
 
 
 def main(args):
-    sitting = Session(args.tag)
-    held, night = experiment.begin(sitting), Night(args.tag)
+    this_session = Session(args.tag)
+    held, night = experiment.begin(this_session), Night(args.tag)
     if not (args.head and night.chain[1:]):
         raise Refused("nothing was kept after the baseline: there is no change to take back")
-    note_programs(night, sitting)
+    note_programs(night, this_session)
     night = Night(args.tag)
     whole = night.apart
-    seeds = plan.seeds_of(sitting, whole.blob)
+    seeds = plan.seeds_of(this_session, whole.blob)
     programs = {whole.blob: whole.commit} | {e["program"]: e["commit"] for e in night.ablations}
     for number in range(args.runs or 1):
         seed = seeds[number] if number < len(seeds) else plan.unused(seeds[:number])
         seeds[number:] = seeds[number:] or [seed]
         for blob, commit in programs.items():
-            if is_due(sitting, blob, seed):
-                attempt = experiment.run_once(sitting, held, "ablation", commit, args.head, seed)
+            if is_due(this_session, blob, seed):
+                attempt = experiment.run_once(this_session, held, "ablation", commit, args.head, seed)
                 tell(f"{commit[:7]}  seed {seed}: {attempt['status']}")
                 if attempt["status"] not in ("valid", "crash", "invalid"):
                     stopped = supervise.stopped_by

@@ -50,8 +50,8 @@ def program_on(dataset, row, tag):
 
 
 def main(args):
-    sitting = Session(args.tag)
-    held = experiment.begin(sitting)
+    this_session = Session(args.tag)
+    held = experiment.begin(this_session)
     night = Night(args.tag)
     first, best = night.first, night.best
     if not (args.head and best and first.text and best.text):
@@ -62,13 +62,13 @@ def main(args):
     there, count = where(night, dataset), args.runs or 3
     programs = {name: program_on(dataset, row, args.tag) for name, row in (("baseline", first), ("best", best))}
     blobs = [blob for _, blob in programs.values()]
-    used, looks = [a["seed"] for a in sitting.attempts() if a["train_blob"] in blobs], []
+    used, looks = [a["seed"] for a in this_session.attempts() if a["train_blob"] in blobs], []
     for number in range(count):
         seed, bpbs, shared = plan.unused(used), {}, False
         used.append(seed)
         for name in ("baseline", "best")[:: 1 if number % 2 == 0 else -1]:
             tell(f"run {2 * number + len(bpbs) + 1} of {2 * count}: {name}, seed {seed} {there}".rstrip())
-            attempt = experiment.run_once(sitting, held, "holdout", programs[name][0], args.head, seed)
+            attempt = experiment.run_once(this_session, held, "holdout", programs[name][0], args.head, seed)
             if attempt["status"] != "valid":
                 print("\n".join(summary.failure(attempt)[:-1]))
                 stopped = supervise.stopped_by
@@ -81,7 +81,7 @@ def main(args):
     known = () if there else night.evidence.runs
     seen, (fresh, test) = night.gain, (measured_anew(known, column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks), "where": there, "night": seen.gain}
-    sitting.note("holdout", **pair, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
+    this_session.note("holdout", **pair, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
     told = [f"baseline {first.commit} against best {best.commit}, bits per byte, with standard errors:",
             f"  as the night saw it, on validation  {gain_words(seen)}",
             f"  fresh runs, on validation           {gain_words(fresh)}",

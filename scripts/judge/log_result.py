@@ -20,15 +20,15 @@ from scripts.session import HEADER, JOURNAL, Refused, Session, counted, one_line
 
 def log(args):
     with session.one_writer():
-        sitting = Session(args.tag)
-        sitting.link()
-        attempt = sitting.candidate()
+        this_session = Session(args.tag)
+        this_session.link()
+        attempt = this_session.candidate()
         if not begun(attempt):
             refuse_untruthful(args.status, attempt)
-            intent = intended(sitting, attempt, args)
-            sitting.note("logging", id=attempt["id"], **intent)
+            intent = intended(this_session, attempt, args)
+            this_session.note("logging", id=attempt["id"], **intent)
             attempt |= intent
-        journal = complete(sitting, attempt)
+        journal = complete(this_session, attempt)
     print(f"row {attempt['row']}: {attempt['line'].expandtabs(1)}")
     print(f"journal: {shown(journal)}")
 
@@ -37,29 +37,29 @@ def begun(attempt):
     return attempt.get("logging") and not attempt.get("logged")
 
 
-def complete_begun(sitting):
+def complete_begun(this_session):
     """What an earlier log-result was killed over is completed, before anything else goes on."""
-    if any(map(begun, sitting.attempts())):
+    if any(map(begun, this_session.attempts())):
         with session.one_writer():
-            for attempt in filter(begun, sitting.attempts()):
-                if sitting.logged().get(attempt["row"], {}).get("id") == attempt["id"]:
-                    complete(sitting, attempt)
+            for attempt in filter(begun, this_session.attempts()):
+                if this_session.logged().get(attempt["row"], {}).get("id") == attempt["id"]:
+                    complete(this_session, attempt)
                     session.say(f"note: row {attempt['row']} had been begun and cut short; it is completed")
 
 
-def complete(sitting, attempt):
+def complete(this_session, attempt):
     """Write what was noted of a run's logging, as far as it is not there yet; returns the journal's path."""
-    add_once(sitting.table, attempt["line"] + "\n", HEADER + "\n")
-    sitting.link()
+    add_once(this_session.table, attempt["line"] + "\n", HEADER + "\n")
+    this_session.link()
     journal = JOURNAL / (attempt.get("journal") or today())
     add_once(journal, attempt["entry"], f"# Research journal, {journal.stem.removeprefix('log_')}\n")
     if attempt["commit"]:
-        ref = f"refs/experiments/{sitting.tag}/{attempt['number']:03d}"
+        ref = f"refs/experiments/{this_session.tag}/{attempt['number']:03d}"
         if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
             raise Refused(f"git could not write {ref}, as where the disk is full: mend that, and run the same again")
     if attempt["row_status"] == "keep":
-        keep_weights(sitting, attempt)
-    sitting.note("logged", id=attempt["id"])
+        keep_weights(this_session, attempt)
+    this_session.note("logged", id=attempt["id"])
     return journal
 
 
@@ -91,23 +91,23 @@ def refuse_untruthful(status, attempt):
         raise Refused(f"the run was {outcome}, so {mend}")
 
 
-def intended(sitting, attempt, args):
+def intended(this_session, attempt, args):
     """What is to be written, as a dict of plain values; refused where it cannot be a row."""
     description = one_line(args.description)
     if args.status not in ("keep", "discard", "crash"):
         raise Refused(f"STATUS={args.status} is none of keep, discard, crash")
     if not description:
         raise Refused('DESC is missing: say in one line what was tried, DESC="…"')
-    rows, decision = sitting.rows()[0], None
+    rows, decision = this_session.rows()[0], None
     if attempt["status"] == "valid":
         try:
-            decision = verdict.of_attempt(sitting, attempt, rows)
+            decision = verdict.of_attempt(this_session, attempt, rows)
         except verdict.Incomparable:
             if not args.new_table:
                 raise
-            sitting.archive_table()
+            this_session.archive_table()
             rows = []
-            decision = verdict.of_attempt(sitting, attempt, rows)
+            decision = verdict.of_attempt(this_session, attempt, rows)
         if decision.word == "again":
             raise Refused(f"{decision.rule}, and repeats add no row: change train.py, or make discard")
         if args.new_table and decision.row:
@@ -120,7 +120,7 @@ def intended(sitting, attempt, args):
     else:
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
-    number, journal = 1 + max([len(rows), *sitting.numbered()]), today()
+    number, journal = 1 + max([len(rows), *this_session.numbered()]), today()
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
         "train_blob": attempt["train_blob"], "description": description,
@@ -170,28 +170,30 @@ def program_of_weights(path):
     return None
 
 
-def keep_weights(sitting, attempt):
+def keep_weights(this_session, attempt):
     """The weights of the newest kept program stay, as data/best.safetensors; of a worktree in its clone, too."""
     weights, best = (project.DATA / f"{name}.safetensors" for name in ("last_run", "best"))
     if program_of_weights(weights) == attempt["train_blob"]:
         files.move_into_place(weights, best)
         if project.HOME != project.ROOT:
-            files.write_atomically(sitting.folder / best.name, best.read_bytes())
+            files.write_atomically(this_session.folder / best.name, best.read_bytes())
 
 
 def kept(args):
     """Print the last kept commit that this one descends from; refused while its run is not logged (discard.sh)."""
-    sitting = Session(args.tag)
-    sitting.link()
-    complete_begun(sitting)
-    rows, newest = sitting.rows()[0], sitting.newest()
+    this_session = Session(args.tag)
+    this_session.link()
+    complete_begun(this_session)
+    rows, newest = this_session.rows()[0], this_session.newest()
     if newest and newest["commit"] == args.kept and not newest.get("logged"):
         if newest["status"] == "running":
             raise Refused("the run has not ended yet")
-        if newest["status"] in ("crash", "invalid", "stale", "timeout") or verdict.can_be_a_row(sitting, newest, rows):
+        if newest["status"] in ("crash", "invalid", "stale", "timeout") or verdict.can_be_a_row(
+            this_session, newest, rows
+        ):
             word = "discard" if newest["status"] == "valid" else "crash"
             raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
-    row = sitting.reference(rows, args.kept)
+    row = this_session.reference(rows, args.kept)
     for other in session.kept_rows(rows)[:1]:
         if other is not row and not (row and other.blob == row.blob):
             session.say(f"note: row {other.number}, kept, is not on this branch: history was rewritten or taken back. "

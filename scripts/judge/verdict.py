@@ -152,13 +152,13 @@ class Verdict:
     notes: list = field(default_factory=list)
 
 
-def of_attempt(sitting, attempt, rows):
-    """The `Verdict` on a run of the session `sitting`. rows: of the table; those below its own do not count."""
+def of_attempt(this_session, attempt, rows):
+    """The `Verdict` on a run of the session `this_session`. rows: of the table; those below its own do not count."""
     run = session.record_of(attempt)
     if run is None:
         raise Refused("the record of the newest run is gone from data/, or was changed: make run AGAIN=1")
-    row = sitting.reference(rows[: attempt["row"] - 1] if attempt.get("row") else rows, attempt["commit"])
-    records, observations = of_session(sitting.attempts(), rows, run)
+    row = this_session.reference(rows[: attempt["row"] - 1] if attempt.get("row") else rows, attempt["commit"])
+    records, observations = of_session(this_session.attempts(), rows, run)
     evidence, new = Evidence(observations), run["train_blob"]
     old = row and (row.blob or f"row {row.number}")
     verdict = Verdict(run, row, evidence, side(evidence, new), row and side(evidence, old))
@@ -217,13 +217,13 @@ def refuse_unlike(row, run, old_runs):
             raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
 
 
-def can_be_a_row(sitting, attempt, rows):
+def can_be_a_row(this_session, attempt, rows):
     """Whether log-result would take a run: one with another budget, say, or a repeat has no place in the table."""
     repeat = any((row.blob, row.status) == (attempt["train_blob"], "discard") for row in rows)
     if attempt["status"] != "valid" or repeat:
         return False
     try:
-        return of_attempt(sitting, attempt, rows).word != "again"
+        return of_attempt(this_session, attempt, rows).word != "again"
     except Refused:
         return False
 

@@ -12,6 +12,7 @@ The path of a run:
     train.py              trains, is evaluated by prepare.Run, and leaves data/last_run.json
     experiment.py         whose record is that? It names its attempt and its program; no clock is asked
     show/summary.py       what the agent is told
+    make log-result       judge/log_result.py: the row, the journal, the commit's ref
 
 The environment takes to train.py: AUTORESEARCH_BUDGET, _SEED, _FILES, _COLUMN, _CACHE (settings), _ROWS (of
 evaluation), _PROGRESS (where it notes how far it is), _TERMINAL (it may show that). launch.py adds _GROUP.
@@ -43,16 +44,16 @@ START, START_OF_GROUP = 5, 20  # seconds that pass at most until `import prepare
 NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to allocate|maximum allowed buffer size)")
 
 
-def begin(sitting):
+def begin(this_session):
     """What comes before any run: take the device, and clear up after commands that were killed. Returns the locks."""
     held = lock.take()
-    sitting.link()
-    log_result.complete_begun(sitting)
+    this_session.link()
+    log_result.complete_begun(this_session)
     for folder in (project.DATA, project.STORE):
         files.make_folder(folder)
         if not os.access(folder, os.W_OK):  # found out now, not when the budget is spent
             raise Refused(f"{session.shown(folder)} is read-only: chmod u+w {session.shown(folder)}")
-    for folder in (ROOT, project.DATA, project.STORE, sitting.folder):
+    for folder in (ROOT, project.DATA, project.STORE, this_session.folder):
         files.remove_leftovers(folder)
     session.git("worktree", "prune")  # their folders may have gone
     supervise.take_charge()
@@ -84,7 +85,7 @@ def of_group():
     return os.environ.get("NPROC") not in (None, "", "1") or bool(os.environ.get("HOSTS"))
 
 
-def run_once(sitting, held, role, commit, head, seed, pair=None):
+def run_once(this_session, held, role, commit, head, seed, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
     held: the locks. role: candidate, reference or holdout; in `test` the last one holds its score of the test split.
@@ -95,14 +96,14 @@ def run_once(sitting, held, role, commit, head, seed, pair=None):
         last, holdout = folder / "data" / "last_run.json", role == "holdout"
         attempt = {
             "id": f"{time.strftime('%Y%m%d_%H%M%S')}-{uuid.uuid4().hex[:6]}",
-            "role": role, "pair": pair, "tag": sitting.tag, "commit": commit or head or None,
+            "role": role, "pair": pair, "tag": this_session.tag, "commit": commit or head or None,
             "train_blob": project.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
             "launcher": os.getpid(), "lock": list(held)[-1],
         }  # fmt: skip
-        sitting.note("begin", **attempt)
+        this_session.note("begin", **attempt)
         launcher = ["-m", "scripts.run.launch", str(ROOT)] if of_group() else []
         command = [sys.executable, *launcher, "train.py", *["--holdout"] * holdout]
-        rows = rows_scored(sitting, budget, project.dataset_of_train(folder / "train.py"))
+        rows = rows_scored(this_session, budget, project.dataset_of_train(folder / "train.py"))
         progress = f"{attempt['id']} {PROGRESS}"
         known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_ROWS": rows, "AUTORESEARCH_PROGRESS": progress}
         end = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
@@ -113,13 +114,13 @@ def run_once(sitting, held, role, commit, head, seed, pair=None):
         ended["run_id"] = run["run_id"] if run else None
         if holdout and status == "valid":
             ended["test"] = files.read_json(folder / "data" / "holdout.json")
-        sitting.note("end", id=attempt["id"], **ended)
+        this_session.note("end", id=attempt["id"], **ended)
     return {**attempt, **ended, "row": None}
 
 
-def rows_scored(sitting, budget, dataset):
+def rows_scored(this_session, budget, dataset):
     """How many rows of evaluation a run scores: as the session's first one on this text chose; "auto" for that one."""
-    for attempt in sitting.attempts():
+    for attempt in this_session.attempts():
         run = session.record_of(attempt) if (attempt["status"], attempt["budget"]) == ("valid", budget) else None
         if run and run["dataset"] == dataset:
             return str(run["result"].get("eval_rows") or "")  # all, in a session from before
@@ -187,22 +188,22 @@ def how_it_died(code, wall):
 
 
 def main(args):
-    sitting = Session(args.tag)
-    held = begin(sitting)
-    refuse_modules(sitting, args)
-    runs = plan(sitting, args)
+    this_session = Session(args.tag)
+    held = begin(this_session)
+    refuse_modules(this_session, args)
+    runs = plan(this_session, args)
     if not runs:
         print(f"nothing to do: {session.counted(args.runs, 'run')} made already")
         return
     if of_group():
         launch.hostfile()  # refused where it cannot be one
     for number, (role, commit, seed, pair) in enumerate(runs, 1):
-        attempt = run_once(sitting, held, role, commit, args.head, seed, pair)
+        attempt = run_once(this_session, held, role, commit, args.head, seed, pair)
         if attempt["status"] != "valid":
             break
         if number < len(runs) or attempt["pair"]:  # behind a pair the summary is of means
             tell(summary.brief(attempt))
-    text = "\n".join(summary.lines(sitting, attempt, args.baseline))
+    text = "\n".join(summary.lines(this_session, attempt, args.baseline))
     tell(text)
     notify(text)
     sys.exit(128 + supervise.stopped_by[0] if supervise.stopped_by else EXIT[attempt["status"]])

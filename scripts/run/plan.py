@@ -10,10 +10,10 @@ from scripts.judge.verdict import can_be_a_row
 from scripts.session import ROOT, Refused, record
 
 
-def seeds_of(sitting, blob):
+def seeds_of(this_session, blob):
     """The seeds of a program's runs that could be compared with one made now, a seed for each run."""
     budget = project.settings()[0]
-    made = {a["run_id"]: a for a in sitting.attempts() if a["status"] == "valid" and a["role"] != "holdout"}
+    made = {a["run_id"]: a for a in this_session.attempts() if a["status"] == "valid" and a["role"] != "holdout"}
     alike = [a for a in made.values() if a["budget"] == budget]
     like = session.record_of(alike[-1]) if alike else None
     return [r["seed"] for r in record.runs_of(blob, like) if r["run_id"] in made] if like else []
@@ -23,10 +23,10 @@ def unused(seeds):
     return next(seed for seed in range(project.SEED, project.SEED + len(seeds) + 1) if seed not in seeds)
 
 
-def refuse_seen(sitting, args):
+def refuse_seen(this_session, args):
     """Refuse a train.py that was run before, and say what came of it; and whatever would push a result aside."""
-    blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), sitting.rows()[0]
-    attempts = [a for a in sitting.attempts() if a["role"] == "candidate"]
+    blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), this_session.rows()[0]
+    attempts = [a for a in this_session.attempts() if a["role"] == "candidate"]
     last = attempts[-1] if attempts and not attempts[-1].get("logged") else None
     word = "baseline" if args.baseline else "run"
     if args.baseline and args.session and session.kept_rows(rows):
@@ -34,7 +34,7 @@ def refuse_seen(sitting, args):
     if last and (last["train_blob"], last["budget"], last["seed"]) == (blob, budget, seed):
         if last["status"] not in ("running", "interrupted", "paused"):
             raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
-    elif last and args.session and last["train_blob"] != blob and can_be_a_row(sitting, last, rows):
+    elif last and args.session and last["train_blob"] != blob and can_be_a_row(this_session, last, rows):
         commit = last["commit"][:7]
         raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
     for row in rows:
@@ -43,12 +43,12 @@ def refuse_seen(sitting, args):
             raise Refused(f"this train.py was run before: {row.line.expandtabs(1)} (make run AGAIN=1 runs it again)")
 
 
-def refuse_modules(sitting, args):
+def refuse_modules(this_session, args):
     """Refuse a train.py that imports a module of this folder which was not like this when the session began.
 
     The commit's train.py alone must run again.
     """
-    base = f"refs/experiments/{sitting.tag}/start" if args.session else args.head
+    base = f"refs/experiments/{this_session.tag}/start" if args.session else args.head
     text = (ROOT / "train.py").read_text("utf-8", "replace")
     imported = sorted(set(re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE))) if args.head else []
     for name in [*imported, *(f"{module}.py" for module in imported)]:
@@ -59,7 +59,7 @@ def refuse_modules(sitting, args):
                               "an experiment is train.py alone, so its code belongs in there")  # fmt: skip
 
 
-def plan(sitting, args):
+def plan(this_session, args):
     """The runs to make: [(role, commit or None, seed, pair), …]."""
     seed, blob = project.settings()[1], project.blob_hash(ROOT / "train.py")
     chosen = seed if os.environ.get("AUTORESEARCH_SEED") else None
@@ -71,20 +71,20 @@ def plan(sitting, args):
         return [(role, commit, seed, None) for seed in seeds]
 
     if args.again:
-        return repeats("candidate", None, seeds_of(sitting, blob))
+        return repeats("candidate", None, seeds_of(this_session, blob))
     if not (args.reference or args.pair):
-        refuse_seen(sitting, args)
+        refuse_seen(this_session, args)
         return [("candidate", None, seed, None)]
-    row = sitting.reference(sitting.rows()[0], args.head)
+    row = this_session.reference(this_session.rows()[0], args.head)
     if row is None or not row.blob or not args.head:
         raise Refused("there is no reference yet, or git does not know it: make baseline makes one")
-    used = seeds_of(sitting, row.blob)
+    used = seeds_of(this_session, row.blob)
     if args.reference:
         return repeats("reference", row.commit, used)
     if row.blob == blob:
         raise Refused("the program at hand is the reference: there is no pair (make run REFERENCE=1 repeats it)")
-    used, made = [*used, *seeds_of(sitting, blob)], []
-    count = len({a["pair"] for a in sitting.attempts() if a.get("pair")})
+    used, made = [*used, *seeds_of(this_session, blob)], []
+    count = len({a["pair"] for a in this_session.attempts() if a.get("pair")})
     for number in range(count, count + (args.runs or 1)):
         seed, pair = unused(used) if chosen is None else chosen, f"{number + 1}-{uuid.uuid4().hex[:6]}"
         ends = [("reference", row.commit, seed, pair), ("candidate", None, seed, pair)]

@@ -56,11 +56,11 @@ class Night:
     """All of a session: `Night("nov24")`."""
 
     def __init__(self, tag):
-        self.tag, sitting = tag, Session(tag)
-        rows, self.problems = sitting.rows()
-        self.attempts, events = sitting.attempts(), sitting.events()
+        self.tag, this_session = tag, Session(tag)
+        rows, self.problems = this_session.rows()
+        self.attempts, events = this_session.attempts(), this_session.events()
         self.records = {r["run_id"]: r for r in record.archived()}
-        noted = {event["line"]: event for event in sitting.logged().values()}
+        noted = {event["line"]: event for event in this_session.logged().values()}
         self.experiments = [Experiment(**vars(row), event=noted.get(row.line, {})) for row in rows]
         self.kept = [e for e in self.experiments if e.status == "keep"]
         self.looks = [event for event in events if event["event"] == "holdout"]  # at the test split

@@ -15,10 +15,10 @@ from scripts.session import Refused, Session, blanked, git, options, run_command
 
 
 def main(args):
-    sitting, weights = Session(args.tag), project.DATA / "best.safetensors"
-    held = experiment.begin(sitting)
+    this_session, weights = Session(args.tag), project.DATA / "best.safetensors"
+    held = experiment.begin(this_session)
     blob = program_of_weights(weights)
-    row = next((row for row in reversed(sitting.rows()[0]) if blob and row.blob == blob), None)
+    row = next((row for row in reversed(this_session.rows()[0]) if blob and row.blob == blob), None)
     if row is None:
         raise Refused("there are no weights of a kept program here: make baseline, or make run and keep what helps")
     with experiment.checked_out(row.commit if git("rev-parse", "HEAD") else None) as folder:
@@ -28,7 +28,7 @@ def main(args):
     if done.returncode:
         raise Refused("train.py could not sample from these weights (see above)")
     text = done.stdout.partition("\nsample:\n")[2].strip()
-    sitting.note("sample", commit=row.commit, bpb=row.bpb, prompt=args.prompt, text=text)
+    this_session.note("sample", commit=row.commit, bpb=row.bpb, prompt=args.prompt, text=text)
     print(f"{row.commit}, val_bpb {row.bpb:.4f}, goes on from {args.prompt!r}:\n")
     print("\n".join(map(blanked, text.split("\n"))))
 

@@ -19,21 +19,21 @@ SHOWN = 8  # last lines of run.log
 GIVE_UP = 'make log-result STATUS=crash DESC="…"; make discard'
 
 
-def lines(sitting, attempt, baseline=False):
-    """The summary of a run (see experiment.py) in the session `sitting`."""
+def lines(this_session, attempt, baseline=False):
+    """The summary of a run (see experiment.py) in the session `this_session`."""
     if attempt["status"] != "valid":
         return failure(attempt, baseline)
-    run, rows, found = session.record_of(attempt), sitting.rows()[0], []
+    run, rows, found = session.record_of(attempt), this_session.rows()[0], []
     disturbed = [f"busy     {words}"] if run and (words := busy(run)) else []
     if attempt["role"] == "reference":  # made for the candidate that waits, if one does
         found = [] if attempt["pair"] else [brief(attempt)]
-        waits = sitting.newest()
+        waits = this_session.newest()
         if not waits or waits["status"] != "valid" or waits.get("logged"):
-            evidence = Evidence(of_session(sitting.attempts(), rows, run)[1])
+            evidence = Evidence(of_session(this_session.attempts(), rows, run)[1])
             return [*found, *disturbed, noise(evidence), IDEA]
         attempt = waits
     try:
-        decision = verdict.of_attempt(sitting, attempt, rows)
+        decision = verdict.of_attempt(this_session, attempt, rows)
     except verdict.Incomparable as refused:
         return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard, or make baseline AGAIN=1"]
     if decision.word == "again":
@@ -113,12 +113,12 @@ def what_was_raised(path):
 
 def show(args):
     """`make verdict`: the summary of the newest run once more."""
-    sitting = Session(args.tag)
-    sitting.link()
-    attempt = sitting.candidate()
+    this_session = Session(args.tag)
+    this_session.link()
+    attempt = this_session.candidate()
     if attempt["status"] == "running":
         raise Refused("the run has not ended yet")
-    told = lines(sitting, attempt)
+    told = lines(this_session, attempt)
     if attempt["status"] != "valid":
         raise Refused(f"the newest run has no result: {told[0]}; {told[-1].removeprefix('next     ')}")
     print("\n".join(told))

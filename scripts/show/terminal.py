@@ -113,9 +113,9 @@ def screen(night):
 
 def watch(tag):
     """Follow a session. It reads files, and the whole session only when that has changed: a run does not notice it."""
-    sitting, seen, night = Session(tag), None, None
+    this_session, seen, night = Session(tag), None, None
     while True:
-        now = [path.stat().st_mtime_ns for path in (sitting.log, sitting.table) if path.exists()]
+        now = [path.stat().st_mtime_ns for path in (this_session.log, this_session.table) if path.exists()]
         if now != seen:
             seen, night = now, Night(tag)
         width, height = shutil.get_terminal_size((100, 40))
