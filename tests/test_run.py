@@ -19,6 +19,7 @@ from harness import record
 from harness.processes import is_alive as alive
 from scripts.run import experiment, lock, supervise
 from scripts.session import Refused
+from scripts.show import summary
 
 HANG = "import time\nwhile True: time.sleep(0.05)"
 
@@ -78,7 +79,7 @@ def test_a_valid_run(session):
         "avg_tok_sec             1100  +10.0 %",
         "total_steps               10",
         "eval_seconds             0.5",
-        "verdict  keep: val_bpb improved, throughput fell by at most 15 %",
+        "verdict  keep: val_bpb improved, and throughput did not fall by more than 15 %",
     ):
         assert f"\n{line}" in done.stdout, done.stdout
     assert re.search(r"(?m)^val_bpb             1\.400000  gain \+0\.1000 ± 0\.\d{4}, >99\.9 %$", done.stdout)
@@ -404,3 +405,17 @@ def test_without_git_it_runs_and_is_logged(checkout):
     (checkout.path / ".git").rename(checkout.path / "git-is-gone")
     checkout.make("baseline", check=0)
     assert checkout.rows[0][0] == "0000000"
+
+
+@pytest.mark.parametrize(("pair", "role", "more"), [("1-x", "reference", " PAIR=1"), (None, "reference", " REFERENCE=1"),
+                                                    (None, "candidate", "")])  # fmt: skip
+def test_what_stood_still_is_run_again_as_it_was(pair, role, more):
+    attempt = {"status": "paused", "pair": pair, "role": role, "commit": None, "reason": "the machine slept"}
+    assert summary.failure(attempt)[-1] == f"next     make run{more}"
+
+
+def test_a_seed_that_was_had_is_not_run_again_by_mistake(session):
+    session.experiment("prepare.finish(1.4)")
+    session.make("run", "AGAIN=1", check=0)  # with the next seed
+    refused = session.script("run")
+    assert refused.returncode == 1 and "was just run" in refused.stderr and refused.stderr.count("\n") == 1

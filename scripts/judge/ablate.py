@@ -71,7 +71,8 @@ def main(args):
         seeds[number:] = seeds[number:] or [seed]
         for blob, commit in programs.items():
             if is_due(this_session, blob, seed):
-                attempt = experiment.run_once(this_session, held, "ablation", commit, args.head, seed)
+                pair = f"ablation {seed}"  # made in turn, as the two of a pair are
+                attempt = experiment.run_once(this_session, held, "ablation", commit, args.head, seed, pair)
                 tell(f"{commit[:7]}  seed {seed}: {attempt['status']}")
                 if attempt["status"] not in ("valid", "crash", "invalid"):
                     stopped = supervise.stopped_by
@@ -89,7 +90,7 @@ def table(night):
         now = gain_words(e.worth) if e.worth else "no result without it" if e.number in tried else "left out"
         found.append(look.format(e.number, gain_words(e.gain), now, e.changed, e.description))
     for e in night.idle:
-        found.append(f"{e.number} carries nothing, it seems. The next experiment is the best without it:")
+        found.append(f"{e.number} carries nothing, it seems. To try the best without it:")
         found.append(f"    git checkout {tried[e.number]['commit'][:7]} -- train.py && "
                      f"git commit -q -m 'without {e.number}' && make run")  # fmt: skip
     return found

@@ -92,7 +92,7 @@ def rule(facts):
 def table(better, worse, harmless, gain, faster, fewer_lines):
     """What is left to decide: (verdict, why). harmless: a loss that matters is ruled out."""
     if better and faster >= -SLOWER:
-        return "keep", "val_bpb improved, throughput fell by at most 15 %"
+        return "keep", "val_bpb improved, and throughput did not fall by more than 15 %"
     if better and gain < CLEAR:
         return "discard", f"val_bpb improved by less than {CLEAR}, throughput fell by more than 15 %"
     if better:
@@ -182,11 +182,11 @@ def of_attempt(this_session, attempt, rows):
     if not other:
         verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")
     if equal:
-        words = "at equal steps, in the second quarter of the budget, training loss differs by"
-        verdict.notes.append(f"{words} {equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
+        words = "at equal steps, in the second quarter of the budget, training loss is better by"
+        verdict.notes.append(f"{words} {-equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
     on_rows = record.on_same_rows(run, other) if other else None
     if on_rows and bool(busy(run)) == bool(busy(other)):  # else the load would be told, not the idea
-        words = f"on the same rows val_bpb differs by {on_rows[0]:+.6f} ± {on_rows[1]:.6f}"
+        words = f"on the same rows val_bpb is better by {-on_rows[0]:+.6f} ± {on_rows[1]:.6f}"
         verdict.notes.append(f"{words}, seed {other['seed']}")
     return verdict
 

@@ -31,8 +31,9 @@ def refuse_seen(this_session, args):
     word = "baseline" if args.baseline else "run"
     if args.baseline and args.session and session.kept_rows(rows):
         raise Refused("this session has its baseline: make run tries the present train.py")
-    if last and (last["train_blob"], last["budget"], last["seed"]) == (blob, budget, seed):
-        if last["status"] not in ("running", "interrupted", "paused"):
+    made = [a for a in attempts if (a["train_blob"], a["budget"], a["seed"]) == (blob, budget, seed)]
+    if last and last["train_blob"] == blob and made:
+        if last["status"] not in ("running", "interrupted", "paused") or made[-1]["status"] == "valid":
             raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
     elif last and args.session and last["train_blob"] != blob and can_be_a_row(this_session, last, rows):
         commit = last["commit"][:7]

@@ -5,6 +5,7 @@ Table, page, brief and screen say what is said here, so that they agree. It read
 """
 
 import difflib
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -146,7 +147,7 @@ class Night:
     @property
     def idle(self):
         """Kept changes that carry nothing, as far as it was measured."""
-        return [e for e in self.kept if e.worth and e.worth.sure < DOUBTFUL]
+        return [e for e in self.kept if e.worth and math.isfinite(e.worth.error) and e.worth.sure < DOUBTFUL]
 
     @property
     def foresight(self):
@@ -193,6 +194,11 @@ class Night:
         return found
 
     @property
+    def tried(self):
+        """How many experiments were made, in words; the baseline is none."""
+        return counted(max(0, len(self.experiments) - 1), "experiment")
+
+    @property
     def counts(self):
         """What became of the experiments, in words."""
         count = Counter(e.status for e in self.experiments)
@@ -201,7 +207,7 @@ class Night:
     @property
     def circumstances(self):
         """How much was done, when and where, in words."""
-        found = [f"{counted(len(self.experiments), 'experiment')} in {clock(self.seconds)}"]
+        found = [f"{self.tried} in {clock(self.seconds)}"]
         if self.times:
             found.append(f"from {self.times[0]:%d %b %H:%M}")
         if self.like:

@@ -33,7 +33,7 @@ def sentence(night, changes, safe):
     """Whether it got better, and whether that is to be believed."""
     gain = night.gain
     if not gain:
-        return f"Nothing better than the baseline yet, in {counted(len(night.experiments), 'experiment')}."
+        return f"Nothing better than the baseline yet, in {night.tried}."
     believed = "It got better" if gain.sure > SAFE else "It seems better" if gain.sure > DOUBTFUL else "Not proven"
     words = f"{believed}: val_bpb fell by {gain.gain:.4f}; safe: {len(safe)} of {counted(len(changes), 'kept change')}"
     if night.held_out:
@@ -57,7 +57,7 @@ def figures(night):
         held = night.held_out[0], f"{pairs}; {times} at the test split, and each is worth a little less"
     found.append(("held-out gain", *held))
     found += [(f"held-out gain, {there}", *seen) for there, seen in night.elsewhere.items()]
-    return [*found, ("experiments", str(len(night.experiments)), night.counts)]
+    return [*found, ("ideas", night.tried, night.counts)]
 
 
 def noise_words(night):

@@ -88,7 +88,8 @@ def failure(attempt, baseline=False):
     status = attempt["status"]
     found = [f"{status} (exit {EXIT[status]}) {(attempt['commit'] or '0' * 7)[:7]}: {one_line(attempt['reason'])}"]
     if status in ("interrupted", "paused"):
-        return [*found, f"next     {'make baseline' if baseline else 'make run'}"]
+        more = " PAIR=1" if attempt["pair"] else " REFERENCE=1" if attempt["role"] == "reference" else ""
+        return [*found, f"next     {'make baseline' if baseline else 'make run' + more}"]
     if status != "invalid":
         found += [f"  | {line[:160]}" for line in printed(ROOT / "run.log")[-SHOWN:]]
     then = "make baseline: ideas are compared with it" if baseline else f"make run; or: {GIVE_UP}"

@@ -26,7 +26,7 @@ def brief(night):
     """Where the session stands, as at most 60 lines."""
     if not night.experiments:
         return [f"{night.tag}: no results yet: make baseline", *newest_run(night)]
-    found = [f"{night.tag}: {counted(len(night.experiments), 'experiment')} in {clock(night.seconds)}; {night.counts}"]
+    found = [f"{night.tag}: {night.tried} in {clock(night.seconds)}; {night.counts}"]
     found += standing(night)
     for title, entries in {
         "kept, the oldest first:": [entry(e) for e in night.chain[1:][-KEPT:]],
@@ -68,7 +68,7 @@ def noise(evidence):
 def entry(e):
     """An experiment in a line."""
     gain = f"{gain_words(e.gain)}  " if e.gain else ""
-    return f"{e.number:3}  {gain}{e.trust or e.status}  {one_line(e.description)}"
+    return f"{e.number:3}  {gain}{e.trust or e.status}: {one_line(e.description)}"
 
 
 def newest_run(night):
@@ -106,8 +106,7 @@ def table(night):
 
 def screen(night):
     """The running experiment, the last rows, the best, the load."""
-    tried = counted(len(night.experiments), "experiment")
-    found = [f"{night.tag}: {tried}; {night.counts}; load {os.getloadavg()[0]:.1f} of {os.cpu_count()}"]
+    found = [f"{night.tag}: {night.tried}; {night.counts}; load {os.getloadavg()[0]:.1f} of {os.cpu_count()}"]
     return [*found, *standing(night), "", *newest_run(night), "", *map(entry, night.experiments[: -1 - ROWS : -1])]
 
 
