@@ -407,8 +407,10 @@ def test_without_git_it_runs_and_is_logged(checkout):
     assert checkout.rows[0][0] == "0000000"
 
 
-@pytest.mark.parametrize(("pair", "role", "more"), [("1-x", "reference", " PAIR=1"), (None, "reference", " REFERENCE=1"),
-                                                    (None, "candidate", "")])  # fmt: skip
+AGAIN = [("1-x", "reference", " PAIR=1"), (None, "reference", " REFERENCE=1"), (None, "candidate", "")]
+
+
+@pytest.mark.parametrize(("pair", "role", "more"), AGAIN)
 def test_what_stood_still_is_run_again_as_it_was(pair, role, more):
     attempt = {"status": "paused", "pair": pair, "role": role, "commit": None, "reason": "the machine slept"}
     assert summary.failure(attempt)[-1] == f"next     make run{more}"
