@@ -49,7 +49,7 @@ def progress(night):
         look = {"color": COLOURS[inside], "markeredgecolor": COLOURS[edge], "markersize": size, "label": name}
         if found:
             axis.plot([e.number for e in found], heights, marker, clip_on=False, zorder=4, **look)
-    kept = [f"{e.number:3}  {-e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain[1:][-LISTED:]]
+    kept = [f"{e.number:3}  {e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain[1:][-LISTED:]]
     look = {"fontsize": 9.5, "zorder": 3, "backgroundcolor": COLOURS["paper"], "transform": axis.transAxes}
     axis.text(0.015, 0.06, "\n".join(kept), **look)  # below the steps
     figure.legend(loc="upper right", bbox_to_anchor=(0.99, 0.99), ncols=len(KINDS), frameon=False, fontsize=10)
