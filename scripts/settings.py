@@ -60,7 +60,7 @@ def in_force(stored, binding, any_budget=False):
 def of_one_command(any_dataset):
     """{name: text} to export of what belongs to this command alone: SEED; N and DATASET are only checked."""
     seed, runs, name = (os.environ.get(name) for name in ("SEED", "N", "DATASET"))
-    if runs and not (runs.isascii() and runs.isdigit() and 0 < int(runs[:9])):
+    if runs and not (runs.isascii() and runs.isdigit() and len(runs) < 10 and int(runs)):
         sys.exit(f"error: N={printable(runs)} is not a number of runs")
     if not any_dataset and (here := project.dataset_of_train()) != (name or here):
         sys.exit(f"error: train.py trains on '{here}', not on '{printable(name)}': "

@@ -56,7 +56,7 @@ def complete(this_session, attempt):
     if attempt["commit"]:
         ref = f"refs/experiments/{this_session.tag}/{attempt['number']:03d}"
         if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
-            raise Refused(f"git could not write {ref}, as where the disk is full: mend that, and run the same again")
+            raise Refused(f"git could not write .git/{ref}: a full disk, or a read-only folder? Mend that, and again")
     if attempt["row_status"] == "keep":
         keep_weights(this_session, attempt)
     this_session.note("logged", id=attempt["id"])

@@ -39,7 +39,7 @@ def refuse_seen(this_session, args):
         commit = last["commit"][:7]
         raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
     for row in rows:
-        tried = [a for a in attempts if a["train_blob"] == blob and a["status"] == "valid"]
+        tried = [a for a in attempts if a["train_blob"] == blob]
         if row.blob == blob and (not tried or (budget, seed) in [(a["budget"], a["seed"]) for a in tried]):
             raise Refused(f"this train.py was run before: {row.line.expandtabs(1)} (make run AGAIN=1 runs it again)")
 

@@ -15,5 +15,5 @@ def commit_with(text, base, tag, name, message):
     tree = git("mktree", text="\n".join(lines) + "\n")
     commit = tree and git("commit-tree", tree, "-p", base, "-m", message)
     if not commit or git("update-ref", ref, commit) is None:
-        raise Refused(f"git could not write {ref}, as where the disk is full: mend that, and run the same again")
+        raise Refused(f"git could not write .git/{ref}: a full disk, or a read-only folder? Mend that, and again")
     return commit, blob
