@@ -69,6 +69,7 @@ sed -n '/^uv==/,/[^\\]$/p' "$lock" >.venv/uv.lock
 index=${PIP_INDEX_URL:-$(.venv/bin/python -I -m pip config get global.index-url 2>/dev/null || true)}
 [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
 [ -z "${PIP_CERT:-}" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$PIP_CERT}"
+export UV_SYSTEM_CERTS="${UV_SYSTEM_CERTS:-true}" # as pip does: a company may have an authority of its own
 .venv/bin/uv pip sync -q --require-hashes --only-binary :all: --python .venv/bin/python "$lock" ||
   die "uv could not install $lock (see above); run the same command again"
 
