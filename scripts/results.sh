@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make results [ALL=1]: show the session's table with runs, spread and gain, the best marked, and where it stands.
+# make results [ALL=1]: show the session's table with each row's runs and gain, the best marked, and where it stands.
 # ALL=1 shows the tables of every session of this clone.
 . "$(dirname "$0")/lib.sh"
 

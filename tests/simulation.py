@@ -50,7 +50,7 @@ class Machine:
 
     def unused(self, programs):
         """The first seed that none of these programs had."""
-        return unused([run for run in self.observed() if run.program in programs], 0)
+        return unused([run.seed for run in self.observed() if run.program in programs], 0)
 
     def run(self, program, truth, seed=None, pair=None):
         """A run of a program whose val_bpb truly is `truth`, with the next seed that it did not have."""

@@ -6,14 +6,13 @@ A change is taken back by git's three-way merge of train.py. What is left is a p
 seeds of the best, in turn. What was run before is not run again: a command that was killed goes on where it was.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
 from scripts import session
-from scripts.judge.evidence import gain_words
+from scripts.judge.evidence import gain_words, unused
 from scripts.judge.observations import busy
-from scripts.run import experiment, plan, supervise
+from scripts.run import experiment, plan
 from scripts.run.variant import commit_with
 from scripts.session import Refused, Session, options, run_command, tell
 from scripts.show.night import Night
@@ -67,7 +66,7 @@ def main(args):
     seeds = plan.seeds_of(this_session, whole.blob)
     programs = {whole.blob: whole.commit} | {e["program"]: e["commit"] for e in night.ablations}
     for number in range(args.runs or 1):
-        seed = seeds[number] if number < len(seeds) else plan.unused(seeds[:number])
+        seed = seeds[number] if number < len(seeds) else unused(seeds[:number])
         seeds[number:] = seeds[number:] or [seed]
         for blob, commit in programs.items():
             if is_due(this_session, blob, seed):
@@ -75,8 +74,7 @@ def main(args):
                 attempt = experiment.run_once(this_session, held, "ablation", commit, args.head, seed, pair)
                 tell(f"{commit[:7]}  seed {seed}: {attempt['status']}")
                 if attempt["status"] not in ("valid", "crash", "invalid"):
-                    stopped = supervise.stopped_by
-                    sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
+                    experiment.exit_as(attempt)
     print("\n".join(table(Night(args.tag))))
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from harness.project import SEED
 from scripts.judge.mixed_model import MixedModel
 from scripts.judge.shrinkage import Shrinkage
 
@@ -153,15 +154,12 @@ class Evidence:
         for kind, count in counts.items():
             programs = {"new": [new], "old": [old], "pair": [new, old]}[kind]
             for number in range(count):
-                seed = unused([run for run in [*self.runs, *made] if run.program in programs], first)
+                seed = unused([run.seed for run in [*self.runs, *made] if run.program in programs], first)
                 slot = ("planned", number) if kind == "pair" else self.runs[-1].slot
                 made += [Observation(program, seed, slot, 0.0, 1.0) for program in programs]
         return made
 
 
-def unused(runs, seed):
-    """The seed that another of these runs takes: the first from `seed` on that none of them had."""
-    used = {run.seed for run in runs}
-    while seed in used:
-        seed += 1
-    return seed
+def unused(seeds, first=SEED):
+    """The seed that another run takes beside runs with these seeds: the first one that none of them had."""
+    return next(seed for seed in range(first, first + len(seeds) + 1) if seed not in seeds)

@@ -8,13 +8,12 @@ another budget than the session's, or on another dataset, tells what is left of 
 """
 
 import re
-import sys
 
 from harness import project
 from scripts import session
-from scripts.judge.evidence import Evidence, Observation, gain_words
+from scripts.judge.evidence import Evidence, Observation, gain_words, unused
 from scripts.judge.observations import busy
-from scripts.run import experiment, plan, supervise
+from scripts.run import experiment
 from scripts.run.variant import commit_with
 from scripts.session import Refused, Session, counted, options, record, run_command, tell
 from scripts.show import summary
@@ -64,15 +63,14 @@ def main(args):
     blobs = [blob for _, blob in programs.values()]
     used, looks = [a["seed"] for a in this_session.attempts() if a["train_blob"] in blobs], []
     for number in range(count):
-        seed, bpbs, shared = plan.unused(used), {}, False
+        seed, bpbs, shared = unused(used), {}, False
         used.append(seed)
         for name in ("baseline", "best")[:: 1 if number % 2 == 0 else -1]:
             tell(f"run {2 * number + len(bpbs) + 1} of {2 * count}: {name}, seed {seed} {there}".rstrip())
             attempt = experiment.run_once(this_session, held, "holdout", programs[name][0], args.head, seed)
             if attempt["status"] != "valid":
                 print("\n".join(summary.failure(attempt)[:-1]))
-                stopped = supervise.stopped_by
-                sys.exit(128 + stopped[0] if stopped else experiment.EXIT[attempt["status"]])
+                experiment.exit_as(attempt)
             run = session.record_of(attempt)
             bpbs[name], shared = (record.bpb(run), attempt["test"]["bpb"]), shared or bool(busy(run))
         looks.append([(seed, shared, *both) for both in zip(bpbs["baseline"], bpbs["best"], strict=True)])

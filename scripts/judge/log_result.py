@@ -120,15 +120,15 @@ def intended(this_session, attempt, args):
     else:
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
-    number, journal = 1 + max([len(rows), *this_session.numbered()]), today()
+    number, journal, gain = 1 + max([len(rows), *this_session.numbered()]), today(), expected(attempt["commit"])
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
         "train_blob": attempt["train_blob"], "description": description,
         "verdict": decision and decision.word, "rule": decision and decision.rule,
         "reference": decision and decision.row and decision.row.commit,
-        "expected": expected(attempt["commit"]), "journal": journal,
+        "expected": gain, "journal": journal,
         "found": one_line(args.found), "question": one_line(args.open),
-        "entry": entry(attempt, args, number, description, decision),
+        "entry": entry(attempt, args, number, description, decision, gain),
     }  # fmt: skip
 
 
@@ -139,8 +139,8 @@ def expected(commit):
     return sorted(map(float, found.groups())) if found else None
 
 
-def entry(attempt, args, number, description, decision):
-    """The journal's text on an experiment: its figures, its verdict, what was found."""
+def entry(attempt, args, number, description, decision, gain):
+    """The journal's text on an experiment: its figures, its verdict, what was found. gain: see `expected`."""
     lines = [f"\n## {number}. {args.status}: {description}\n"]
     if decision:
         training, new, old = decision.run["training"], decision.new, decision.old
@@ -153,7 +153,7 @@ def entry(attempt, args, number, description, decision):
     else:
         lines.append(f"- {attempt['status']}: {one_line(attempt['reason'])}")
     made = f", record {attempt['run_id']}" if decision else ""
-    if gain := expected(attempt["commit"]):
+    if gain:
         lines.append("- expected: a gain of {:g} to {:g}".format(*gain))
     lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}{made}")
     for name, text in (("found", one_line(args.found)), ("open", one_line(args.open))):

@@ -127,6 +127,11 @@ def rows_scored(this_session, budget, dataset):
     return "auto"
 
 
+def exit_as(attempt):
+    """End this command with the exit code of a run."""
+    sys.exit(128 + supervise.stopped_by[0] if supervise.stopped_by else EXIT[attempt["status"]])
+
+
 def notify(text):
     """Give `text` to a command of the user's, ON_RESULT, which can neither hold up the run nor fail it."""
     if not os.environ.get("ON_RESULT"):
@@ -206,7 +211,7 @@ def main(args):
     text = "\n".join(summary.lines(this_session, attempt, args.baseline))
     tell(text)
     notify(text)
-    sys.exit(128 + supervise.stopped_by[0] if supervise.stopped_by else EXIT[attempt["status"]])
+    exit_as(attempt)
 
 
 if __name__ == "__main__":

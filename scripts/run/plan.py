@@ -6,6 +6,7 @@ import uuid
 
 from harness import project
 from scripts import session
+from scripts.judge.evidence import unused
 from scripts.judge.verdict import can_be_a_row
 from scripts.session import ROOT, Refused, record
 
@@ -17,10 +18,6 @@ def seeds_of(this_session, blob):
     alike = [a for a in made.values() if a["budget"] == budget]
     like = session.record_of(alike[-1]) if alike else None
     return [r["seed"] for r in record.runs_of(blob, like) if r["run_id"] in made] if like else []
-
-
-def unused(seeds):
-    return next(seed for seed in range(project.SEED, project.SEED + len(seeds) + 1) if seed not in seeds)
 
 
 def refuse_seen(this_session, args):
