@@ -14,6 +14,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ and os.environ.get("LD_PRELOAD", "/")[:1] != "/":
+    del os.environ["LD_PRELOAD"]  # in a checkout whose path has a blank: it is loaded, and children elsewhere lack it
+
 mx.set_default_device(mx.cpu)  # the tests of the Python core give the same everywhere
 
 import data_sources  # noqa: E402
