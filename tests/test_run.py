@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import sampled
 
-from harness import record
 from harness.processes import is_alive as alive
-from scripts.run import experiment, lock, supervise
+from scripts.run import lock
 from scripts.session import Refused
 from scripts.show import summary
 
@@ -163,14 +162,6 @@ def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(sess
     wait_for(lambda: not any(map(alive, pids)), "children gone")
 
 
-def test_a_watcher_that_was_stopped_alone_accuses_nobody():
-    run = {"status": "valid", "train_blob": "b", "attempt": "a", "run_id": 2, "training": {"total_seconds": 3.0}}
-    run["seal"] = record.seal(run)
-    for away, status in ((0.0, "invalid"), (25.0, "valid")):
-        end = supervise.Ended(code=0, late=False, wall=28.0, away=away)
-        assert experiment.outcome({"id": "a", "train_blob": "b"}, end, 600, run)[0] == status
-
-
 def test_ctrl_c_on_a_terminal(session):
     """A person's Ctrl-C goes to everything in the foreground: make and experiment.sh, and the run ends."""
     session.write_train("import os\nprint('shown:', os.environ['AUTORESEARCH_TERMINAL'], flush=True)" + FAMILY)
@@ -213,9 +204,6 @@ def test_a_second_run_is_refused_or_waits(session):
         "while not os.path.exists('go'): time.sleep(0.05)\nprepare.finish(1.4)"
     )
     first, _ = started(session)
-    lock_file = Path(session.env["AUTORESEARCH_LOCK"])
-    lock_file.unlink()  # as a cleaner of /tmp does
-    wait_for(lambda: lock_file.exists() and lock_file.read_text(), "it is made anew")
     done = session.script("run", AGAIN="1", check=1)
     assert f"taken by another run: pid {first.pid}, in {session.path}" in done.stderr
     for verb in ("log-result", "verdict", "discard"):

@@ -8,7 +8,7 @@ The path of a run:
     scripts/run.sh        is it committed, is nothing else changed; then this with the environment's Python
     experiment.py         takes the device (lock.py), says which runs are made (plan.py), and makes them
     supervise.py          starts train.py, watches it to its end, and leaves nothing of it behind
-    launch.py, rank.py    with NPROC or HOSTS alone: through mlx.launch, a train.py on each device
+    launch.py             with NPROC or HOSTS alone: through mlx.launch, a train.py on each device
     train.py              trains, is evaluated by prepare.Run, and leaves data/last_run.json
     experiment.py         whose record is that? It names its attempt and its program; no clock is asked
     show/summary.py       what the agent is told
@@ -24,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -106,11 +105,12 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
         rows = rows_scored(this_session, budget, project.dataset_of_train(folder / "train.py"))
         progress = f"{attempt['id']} {PROGRESS}"
         known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_ROWS": rows, "AUTORESEARCH_PROGRESS": progress}
-        end = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
-        status, reason, run = outcome(attempt, end, timeout, files.read_json(last))
+        code, late, wall = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
+        late = f"it ran past TIMEOUT={timeout:g} s and was killed" if late else None
+        status, reason, run = outcome(attempt, code, late, wall, files.read_json(last))
         if run and commit:
             files.write_atomically(project.DATA / "last_run.json", last.read_text())
-        ended = {"status": status, "reason": reason, "exit_code": end.code, "wall_seconds": round(end.wall, 1)}
+        ended = {"status": status, "reason": reason, "exit_code": code, "wall_seconds": round(wall, 1)}
         ended["run_id"] = run["run_id"] if run else None
         if holdout and status == "valid":
             ended["test"] = files.read_json(folder / "data" / "holdout.json")
@@ -134,39 +134,40 @@ def exit_as(attempt):
 
 def notify(text):
     """Give `text` to a command of the user's, ON_RESULT, which can neither hold up the run nor fail it."""
-    if not os.environ.get("ON_RESULT"):
-        return
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    with suppress(OSError), tempfile.TemporaryFile() as note:
-        note.write(text.encode("utf-8", "replace") + b"\n")
-        note.seek(0)
-        subprocess.Popen(["/bin/sh", "-c", os.environ["ON_RESULT"]], stdin=note, **quiet)
+    if command := os.environ.get("ON_RESULT"):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        told = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, **quiet)
+        with suppress(OSError), told.stdin as pipe:
+            pipe.write(text.encode("utf-8", "replace") + b"\n")
 
 
 # --- how it ended, and the words for it -------------------------------------------------------------
 
 
-def outcome(attempt, end, timeout, found):
-    """(status, why, record or None) of a run that has ended. found: what data/last_run.json holds now."""
+def outcome(attempt, code, late, wall, found):
+    """(status, why, record or None) of a run that has ended. late: why it was killed, or None.
+
+    found: what data/last_run.json holds now.
+    """
     if supervise.stopped_by:
         return "interrupted", f"stopped by {signal.Signals(supervise.stopped_by[0]).name}", None
-    if end.late:
-        return "timeout", f"it ran past TIMEOUT={timeout:g} s and was killed", None
+    if late:
+        return "timeout", late, None
     foreign = why_foreign(attempt, found)
     if not foreign and found["status"] != "valid":
         return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found
-    if end.code and shutil.disk_usage(ROOT).free < ROOM:
-        return "paused", f"the disk is full, and train.py ended with exit {end.code}: free some space", None
-    if end.code == processes.UNFIT:
+    if code and shutil.disk_usage(ROOT).free < ROOM:
+        return "paused", f"the disk is full, and train.py ended with exit {code}: free some space", None
+    if code == processes.UNFIT:
         return "paused", summary.what_was_raised(ROOT / "run.log").removeprefix("error: "), None
-    if end.code:
-        return "crash", how_it_died(end.code, end.wall), None
+    if code:
+        return "crash", how_it_died(code, wall), None
     if foreign:
         return "stale", f"train.py ended without a record of its own: {foreign}", None
-    unknown = end.wall - end.away - found["training"]["total_seconds"]
-    if unknown > (START_OF_GROUP if of_group() else START) + 0.02 * end.wall:
+    unknown = wall - found["training"]["total_seconds"]
+    if unknown > (START_OF_GROUP if of_group() else START) + 0.02 * wall:
         return "invalid", (
-            f"{unknown:.0f} s of {end.wall:.0f} passed that the run does not account for. Look for work above "
+            f"{unknown:.0f} s of {wall:.0f} passed that the run does not account for. Look for work above "
             "`import prepare`, for work after run.finish(); or its clock stood still."), found  # fmt: skip
     return "valid", None, found
 
@@ -215,12 +216,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = options(__doc__)
-    parser.add_argument("--head", default="", help="the checked-out commit")
-    parser.add_argument("--session", action="store_true", help="a session is open")
-    parser.add_argument("--again", action="store_true", help="the program at hand once more, with a seed of its own")
-    parser.add_argument("--reference", action="store_true", help="the last kept program, in a folder of its own")
-    parser.add_argument("--pair", action="store_true", help="reference and candidate in turn")
-    parser.add_argument("--runs", type=int, default=0, help="until there are so many; of pairs, so many more")
-    parser.add_argument("--baseline", action="store_true", help="leave out what to type next")
-    run_command(main, parser.parse_args())
+    flags = dict.fromkeys(("session", "again", "reference", "pair", "baseline"), False)
+    run_command(main, options(__doc__, head="", runs=0, **flags).parse_args())

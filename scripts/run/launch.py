@@ -4,13 +4,15 @@ usage: launch.py FOLDER PROGRAM [OPTION …]     NPROC and HOSTS stand in the en
 
 Rank 0 is of this machine, and alone writes results. HOSTS are names for ssh, or a hostfile as mlx.launch reads it. On
 each stands the same checkout in the same FOLDER; the program itself goes there with each run. mlx.launch makes the
-commands, addresses and environment of all ranks; each of them is scripts/run/rank.py, which runs the program.
+commands, addresses and environment of all ranks; each of them is this file again, which then runs the program.
 """
 
 import base64
 import json
 import os
 import re
+import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +22,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from harness.processes import LOST, UNFIT
-from scripts.run.rank import HERE
+from harness import files
+from harness.processes import LOST, PATIENCE, UNFIT
+from scripts.run import lock
 from scripts.session import Refused, run_command
 
+HERE = "127.0.0.1"  # mlx.launch's word for this machine
 FIRST_PORT, BLOCK = 32323, 64  # each device of this machine has a block of ports, so that no two launches share one
 MLX_LAUNCH = "from mlx._distributed_utils.launch import main; main()"  # what its script `mlx.launch` does
 ENDED = re.compile(rb"(?:\x1b\[33m)?\[WARN\] Node with rank (\d+) (?:exited with code (-?\d+)|was killed)")
@@ -81,7 +85,7 @@ def follow(launcher, hosts):
     return max(code, 1)
 
 
-def main(folder, program, *words):
+def launch(folder, program, *words):
     group, each = hostfile(), os.environ.get("NPROC") or "1"
     devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.isdecimal()]
     hosts = [host["ssh"] for host in group["hosts"]]
@@ -96,11 +100,40 @@ def main(folder, program, *words):
         options = [f"--env={name}={value}" for name, value in os.environ.items() if CARRIED.match(name)]
         options += [f"--env=PYTHONPATH={folder}", f"--starting-port={port}", f"--nccl-port={port}"]
         options += [f"--hostfile={temporary}/hosts.json", "-n", each]
-        rank = [sys.executable, "-m", "scripts.run.rank", program, *words]
+        rank = [sys.executable, "-m", "scripts.run.launch", program, *words]
         with subprocess.Popen([sys.executable, "-c", MLX_LAUNCH, *options, "--", *rank], stdin=subprocess.PIPE,
                               stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": temporary}) as launcher:  # fmt: skip
             return follow(launcher, hosts)
 
 
+def rank_of_group(words):
+    """One rank of a group: run a program on one device, as mlx.launch has started this, here or by ssh."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # see free_mlx_launch
+    rank, group = int(os.environ["MLX_RANK"]), json.loads(os.environ["AUTORESEARCH_GROUP"])
+    local = [other for other, host in enumerate(group["hosts"]) if host == group["hosts"][rank]]
+    index, held = local.index(rank), None
+    if group["hosts"][rank] == HERE:
+        if index < len(group["devices"]):
+            os.environ["CUDA_VISIBLE_DEVICES"] = group["devices"][index]
+        lock.take_cores([index], len(local))
+    else:
+        os.chdir(group["folder"])
+        held = run_command(lock.take, False) if index == 0 or lock.gpus()[0] > 1 else None
+        words[0] = f"data/group/program{index}.py"
+        files.write_atomically(Path(words[0]), base64.b64decode(group["program"]))
+    signal.alarm(int(group["limit"]) + 1)  # where nobody can end it any more
+    if rank:
+        os.dup2(nothing, 1)  # what the others print rank 0 prints as well; errors of all are shown
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except BaseException:
+        if rank:  # rank 0 ends for the same reason, perhaps, and writes its record first
+            time.sleep(PATIENCE)
+        raise
+    del held  # until here
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main, *sys.argv[1:]))
+    rank_of_group(sys.argv[1:]) if "MLX_RANK" in os.environ else sys.exit(run_command(launch, *sys.argv[1:]))

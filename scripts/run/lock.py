@@ -59,31 +59,37 @@ def open_lock(path):
     return lock
 
 
-def keep(locks):
-    """Make a lock file anew that was deleted: a second run would make one of its own, and begin."""
-    for path, lock in locks.items():
-        if not os.fstat(lock).st_nlink:
-            with suppress(Refused):
-                locks[path] = open_lock(path) or lock
-
-
 def holder(path):
     """Who holds a lock, in words, as far as its file tells."""
     note = files.read_json(path) or {}
     return one_line(f": pid {note.get('pid')}, in {note.get('folder')}")[:300]
 
 
-def try_all(needed, devices, wanted):
-    """({path: descriptor} of all `needed` locks and `wanted` devices, None), or (None, the first that is taken)."""
-    held = {}
-    for path in [*needed, *devices]:
-        if len(held) < len(needed) + wanted and (lock := open_lock(path)) is not None:
-            held[path] = lock
-    if len(held) == len(needed) + wanted and held.keys() >= set(needed):
-        return held, None
-    for lock in held.values():
-        os.close(lock)
-    return None, next(path for path in [*needed, *devices] if path not in held)
+def take_of(paths, wanted, what):
+    """{path: descriptor} of `wanted` of these locks, or of none; where they are taken, wait or be refused."""
+    told = False
+    while True:
+        held = {}
+        for path in paths:
+            if len(held) < wanted and (lock := open_lock(path)) is not None:
+                held[path] = lock
+        if len(held) == wanted:
+            return held
+        for lock in held.values():
+            os.close(lock)
+        by = holder(next(path for path in paths if path not in held))
+        if not os.environ.get("WAIT"):
+            raise Refused(f"{what} is taken by another run{by}; WAIT=1 waits for it")
+        told = told or tell(f"waiting for another run{by}") or True
+        time.sleep(PAUSE)
+
+
+def take_cores(parts, total):
+    """Keep to some of `total` equal parts of this machine's cores."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        ours = {core for n in parts for core in cores[n * len(cores) // total : (n + 1) * len(cores) // total]}
+        os.sched_setaffinity(0, ours or {cores[parts[0] % len(cores)]})
 
 
 def take(folder=True):
@@ -99,20 +105,13 @@ def take(folder=True):
         which = f"DEVICE={chosen}" if chosen else f"NPROC={wanted}"
         raise Refused(f"{which} is not here; there is {', '.join(map(str, usable)) or 'none'}")
     os.makedirs(ROOT / "data", exist_ok=True)
-    needed, told = [str(ROOT / "data" / ".run")] if several and folder else [], False
-    while not (found := try_all(needed, places, wanted))[0]:
-        what = "this folder" if found[1] in needed else f"device {places[found[1]]}" if chosen else "this machine"
-        if not os.environ.get("WAIT"):
-            raise Refused(f"{what} is taken by another run{holder(found[1])}; WAIT=1 waits for it")
-        told = told or tell(f"waiting for another run{holder(found[1])}") or True
-        time.sleep(PAUSE)
+    held = take_of([str(ROOT / "data" / ".run")], 1, "this folder") if several and folder else {}
+    devices = take_of(places, wanted, f"device {chosen}" if chosen else "this machine")
     if several:
-        ours = [places[path] for path in found[0] if path in places]
+        ours = [places[path] for path in devices]
         os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, ours))}
-        cores = sorted(os.sched_getaffinity(0))
-        parts = {core for d in ours for core in cores[d * len(cores) // total : (d + 1) * len(cores) // total]}
-        os.sched_setaffinity(0, parts or cores)
-    return found[0]
+        take_cores(ours, total)
+    return held | devices
 
 
 def main(command):

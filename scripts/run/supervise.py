@@ -10,27 +10,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 
 from harness import processes
 from harness.project import ROOT
-from scripts.run import lock
 
 TICK = 0.5  # seconds between two looks at what runs
-GAP = 5.0  # seconds between two looks: we were stopped meanwhile
 # Should we be killed without a chance to clean up, a process that waits for just that does it.
 GUARD = "import sys; from harness import processes; sys.stdin.read(1) or processes.end_tree(int(sys.argv[1]))"
 stopped_by = []  # signals that came
-
-
-@dataclass
-class Ended:
-    """How it ended. late: it ran past its limit. away: seconds in which we were stopped ourselves, of `wall` in all."""
-
-    code: int
-    late: bool
-    wall: float
-    away: float
 
 
 def take_charge():
@@ -52,33 +39,32 @@ def keep_awake(pid):
 
 
 def run(command, folder, log, limit, locks, environment):
-    """Run a command in `folder`, its output in the file `log` and on our terminal; returns how it `Ended`."""
-    terminal, start, away = sys.stdout.isatty(), time.monotonic(), 0.0
+    """Run a command in `folder`, its output in the file `log` and on our terminal.
+
+    Returns (its exit code, whether it ran past `limit`, the seconds that it took).
+    """
+    terminal, start, late = sys.stdout.isatty(), time.monotonic(), False
     with open(log, "wb") as out, open(log, "rb") as written:
         child = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=list(locks.values()),
-            env={**environment, **({"AUTORESEARCH_TERMINAL": "1"} if terminal else {})},
+            env=environment | ({"AUTORESEARCH_TERMINAL": "1"} if terminal else {}),
         )  # fmt: skip
         keep_awake(child.pid)
         guard = [sys.executable, "-c", GUARD, str(child.pid)]
         with subprocess.Popen(guard, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True) as waits:
-            last, late = start, False
             while child.poll() is None and not (late or stopped_by):
                 with suppress(subprocess.TimeoutExpired):
-                    child.wait(min(TICK, max(0.01, start + limit + away - last)))
+                    child.wait(min(TICK, max(0.01, start + limit - time.monotonic())))
                 show(written, terminal)
-                lock.keep(locks)
-                gap, last = time.monotonic() - last, time.monotonic()
-                away += gap if gap > GAP else 0.0
-                late = child.returncode is None and last > start + limit + away
+                late = child.returncode is None and time.monotonic() > start + limit
             processes.end_tree(child.pid, child.poll)  # also what train.py left behind
             child.wait()
             waits.stdin.write(b"x")  # it need not
         wall = time.monotonic() - start
         processes.kill(processes.descendants(os.getpid()))  # whatever lost its parent
         show(written, terminal)
-    return Ended(child.returncode, late, wall, away)
+    return child.returncode, late, wall
 
 
 def show(written, terminal):
