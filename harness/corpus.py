@@ -16,11 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.downloads import download_all, hub_endpoint, hub_listing, is_parquet
+from harness.downloads import download_all
 from harness.files import printable
 from harness.processes import UNFIT
 
 SPLITS = ("train", "val", "test")
+PASSAGE = 8000  # characters of a .txt file that make a document, about a row of 2048 tokens
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,8 @@ class Dataset:
 
 
 def cache_dir(dataset):
-    """Where the dataset's shards, tokenizer and tokens are kept (AUTORESEARCH_CACHE moves it)."""
-    root = Path(os.path.expanduser(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"))
-    if str(root)[0] == "~":  # it stays where nobody knows the user
-        sys.exit("error: there is no home folder; set HOME, or AUTORESEARCH_CACHE to a folder")
+    """Where the dataset's files, tokenizer and tokens are kept (AUTORESEARCH_CACHE moves it)."""
+    root = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
     return root if dataset.name == "climbmix" else root / dataset.name
 
 
@@ -56,31 +55,25 @@ def split_of(text, share):
     return "val" if place < share else "test" if place < 2 * share else "train"
 
 
-def passages(text, limit, separators=("\n\n",)):
+def passages(text, limit):
     """Cut `text` at blank lines into passages of about `limit` characters; only blanks are dropped.
 
     Packing crops a document that is longer than a row, so long files are cut beforehand, where a reader would cut
-    them. A passage that is still too long is cut at the next of `separators`; the empty one is between any two letters.
+    them.
     """
-    separator, *finer = separators
-    if not separator:
-        return [text[first : first + limit] for first in range(0, len(text), limit)]
     found = [""]
-    for block in text.split(separator):
+    for block in text.split("\n\n"):
         if found[-1] and len(found[-1]) + len(block) > limit:
             found.append("")
-        found[-1] += block + separator
-    found[-1] = found[-1].removesuffix(separator)
-    if finer:
-        found = [piece for long in found for piece in (passages(long, limit, finer) if len(long) > limit else [long])]
+        found[-1] += block + "\n\n"
+    found[-1] = found[-1].removesuffix("\n\n")
     return [piece for piece in found if piece.strip()]
 
 
 def parquet_texts(path, column):
     """Yield the rows of a column that holds text."""
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-        kinds = ("string", "large_string", "string_view")
-        columns = [field.name for field in file.schema_arrow if str(field.type) in kinds]
+        columns = [field.name for field in file.schema_arrow if str(field.type) in ("string", "large_string")]
         if column not in columns:
             raise ValueError(f"no text in column '{column}', but in {columns}")
         for batch in file.iter_batches(batch_size=64, columns=[column]):
@@ -99,35 +92,43 @@ def json_texts(path, field):
                 yield text.encode("utf-8", "replace").decode()  # JSON can hold half of a surrogate pair
 
 
-def text_passages(path, limit, at_once=2**24):
-    """Yield the passages of a text file, read `at_once` characters at a time."""
+def text_passages(path, _):
+    """Yield a text file in passages, each up to the end of a line where that is not far."""
     with path.open(encoding="utf-8-sig") as file:
-        rest = ""
-        while block := file.read(at_once):
-            *found, rest = passages(rest + block, limit, ("\n\n", "\n", " ", "")) or [""]
-            yield from found
-        yield rest
+        while passage := file.read(PASSAGE) + file.readline(PASSAGE // 8):
+            yield passage
 
 
 READERS = {".parquet": parquet_texts, ".jsonl": json_texts, ".txt": text_passages}
 
 
-def texts_of(path, how):
-    """Yield the texts of a file, a few at a time in memory. how: the column, or the characters of a passage."""
+def texts_of(path, column):
+    """Yield the texts of a file, a few at a time in memory. column: that of parquet, or the field of JSON lines."""
     try:
-        yield from filter(None, READERS[path.suffix.lower()](path, how))
+        yield from filter(None, READERS[path.suffix.lower()](path, column))
     except (OSError, ValueError, pa.ArrowException) as error:
         sys.exit(f"error: {printable(path)} cannot be read: {printable(error)}; mend it, take it out, or choose COLUMN")
 
 
 class Source:
-    """Where text comes from: also `texts(dataset, split)`, which yields the documents of a split in a fixed order."""
+    """Where text comes from: files, of which each document's own hash decides its split."""
 
     def fetch(self, dataset):
         """Make the files of the dataset complete on disk."""
 
     def fingerprint(self):
         """A value that changes when a person's own text does; None where it is always the same, or not known."""
+
+    def texts(self, dataset, split):
+        """Yield the documents of a split in a fixed order."""
+        paths, column = self.files(dataset), os.environ.get("AUTORESEARCH_COLUMN") or "text"
+        # Held out is half as much again as evaluation can use, at about four bytes a token; less of a small corpus.
+        size = sum(path.stat().st_size for path in paths)
+        share = min(dataset.eval_fraction, 1.5 * 4 * dataset.eval_tokens / max(size, 1))
+        for path in paths:
+            for text in texts_of(path, column):
+                if text.strip() and split_of(text, share) == split:
+                    yield text
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,6 @@ class HubShards(Source):
     train: int  # the first so many shards
     val: int  # the number of the shard
     test: int
-    column: str = "text"
 
     def paths(self, dataset):
         """{split: [path of each of its shards, …]}."""
@@ -175,40 +175,30 @@ class HubShards(Source):
         return {split: [folder / f"shard_{i:05d}.parquet" for i in some] for split, some in numbers.items()}
 
     def fetch(self, dataset):
-        url = f"{hub_endpoint()}/datasets/{self.repo}/resolve/main"
-        download_all([(f"{url}/{path.name}", path) for path in chain(*self.paths(dataset).values())])
+        download_all(self.repo, [*chain(*self.paths(dataset).values())])
 
     def texts(self, dataset, split):
         for path in self.paths(dataset)[split]:
-            yield from texts_of(path, self.column)
+            yield from texts_of(path, "text")
 
 
 @dataclass(frozen=True)
-class ShuffledShards(HubShards):
-    """What the hub lists of a dataset, each text once, shuffled with a fixed seed into shards of our own."""
+class HubFile(Source):
+    """One parquet file of a dataset on the hub."""
+
+    repo: str
+    name: str
+
+    def files(self, dataset):
+        return [cache_dir(dataset) / "shards" / self.name]
 
     def fetch(self, dataset):
-        targets = [*chain(*self.paths(dataset).values())]
-        if all(is_parquet(path) for path in targets):
-            return
-        urls, folder = hub_listing(self.repo), targets[0].parent
-        sources = [folder / f"source_{i:05d}.parquet" for i in range(len(urls))]
-        download_all(list(zip(urls, sources, strict=True)))
-        # Each text once: copies would otherwise be in two splits.
-        texts = list(dict.fromkeys(chain(*(texts_of(path, self.column) for path in sources))))
-        random.Random(0).shuffle(texts)
-        for i, path in enumerate(targets):
-            part = texts[i * len(texts) // len(targets) : (i + 1) * len(texts) // len(targets)]
-            pq.write_table(pa.table({self.column: pa.array(part, pa.string())}), path, row_group_size=4096)
-        for path in sources:
-            path.unlink()
+        download_all(self.repo, self.files(dataset))
 
 
 @dataclass(frozen=True)
 class Folder(Source):
-    """A person's own folder (FILES=dir) of UTF-8 text. A document's own hash decides its split."""
-
-    passage: int = 8000  # characters of a .txt file, about a row of 2048 tokens
+    """A person's own folder (FILES=dir) of UTF-8 text."""
 
     def fingerprint(self):
         if not os.environ.get("AUTORESEARCH_FILES"):
@@ -216,7 +206,7 @@ class Folder(Source):
         listing = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
         return hashlib.sha256(json.dumps([os.environ.get("AUTORESEARCH_COLUMN"), *listing]).encode()).hexdigest()
 
-    def files(self):
+    def files(self, _=None):
         """The files that are read, sorted. Hidden files and folders are not, nor links to folders."""
         name = os.environ.get("AUTORESEARCH_FILES")
         if not name:
@@ -225,13 +215,3 @@ class Folder(Source):
         found = (path for path in root.rglob("*") if path.suffix.lower() in READERS and path.is_file())
         found = sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(root).parts))
         return found or sys.exit(f"error: FILES={printable(name)} holds no .parquet, .jsonl or .txt file")
-
-    def texts(self, dataset, split):
-        paths, column = self.files(), os.environ.get("AUTORESEARCH_COLUMN") or "text"
-        # Held out is half as much again as evaluation can use, at about four bytes a token; less of a small corpus.
-        size = sum(path.stat().st_size for path in paths)
-        share = min(dataset.eval_fraction, 1.5 * 4 * dataset.eval_tokens / max(size, 1))
-        for path in paths:
-            for text in texts_of(path, self.passage if path.suffix.lower() == ".txt" else column):
-                if text.strip() and split_of(text, share) == split:
-                    yield text

@@ -10,21 +10,26 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partialmethod
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from harness import corpus, files, project, tokenizer
 from harness.corpus import cache_dir, refuse_cache
-from harness.downloads import file_hash
 from harness.tokenizer import Tokenizer
 
-AT_ONCE = 2**17  # characters that a thread encodes in one call, about
+AT_ONCE = 100  # texts that a thread encodes in one call
 
 
 def identity(dataset):
     """What decides the tokens, apart from the text and the code: a run uses no tokens of another identity."""
     return {**asdict(dataset), "split_pattern": tokenizer.SPLIT_PATTERN, "special_tokens": [*tokenizer.SPECIAL_TOKENS]}
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code():
@@ -86,27 +91,14 @@ class TokenCache:
         return (self.folder / name).exists() and file_hash(self.folder / name) == self.meta["sha256"][name]
 
 
-def chunks(texts):
-    """Yield lists of texts of `AT_ONCE` characters, about."""
-    some, size = [], 0
-    for text in texts:
-        some.append(text)
-        size += len(text)
-        if size >= AT_ONCE:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
-
-
 def encoded(tokenizer, texts):
     """Yield the token ids of each text, see `Tokenizer.encode_documents`, in order.
 
     A thread a core encodes ahead. In memory are the texts of two calls a core, however many there are.
     """
-    cores, ahead = os.cpu_count() or 1, deque()
+    texts, cores, ahead = iter(texts), os.cpu_count() or 1, deque()
     with ThreadPoolExecutor(cores) as pool:
-        for some in chunks(texts):
+        while some := list(islice(texts, AT_ONCE)):
             ahead.append(pool.submit(tokenizer.encode_documents, some))
             if len(ahead) >= 2 * cores:
                 yield from ahead.popleft().result()
@@ -173,9 +165,12 @@ def prepare(dataset):
 
 
 def prepare_anew(dataset, root):
-    """Fetch, write tokens and tokenizer into a temporary folder, and put them in place of those in `root`."""
+    """Fetch, write tokens and tokenizer into a temporary folder, and put it in place of the one in `root`.
+
+    What a power cut takes of it, the hashes tell the next `prepare`.
+    """
     dataset.source.fetch(dataset)
-    new, old, held_out = root / f"tokens.{os.getpid()}.part", root / f"old.{os.getpid()}.part", set()
+    new, held_out = root / f"tokens.{os.getpid()}.part", set()
     new.mkdir()
     try:
         print(f"{dataset.name}: training the tokenizer", flush=True)
@@ -190,14 +185,9 @@ def prepare_anew(dataset, root):
                 mend = "add documents, or put long ones into .txt files, which are cut into passages"
                 sys.exit(f"error: dataset '{dataset.name}' has too little text: {split} needs {needed} tokens; {mend}")
         meta["sha256"] = {path.name: file_hash(path) for path in sorted(new.iterdir())}
-        for name in meta["sha256"]:
-            with (new / name).open("rb") as file:
-                files.to_disk(file.fileno())
-        files.write_atomically(new / "meta.json", json.dumps(meta, indent=1))
-        if (root / "tokens").exists():
-            (root / "tokens").rename(old)
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        shutil.rmtree(root / "tokens", ignore_errors=True)
         new.rename(root / "tokens")
         files.folder_to_disk(root)
     finally:
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)

@@ -30,15 +30,14 @@ class Tokenizer:
     (int32, (vocab_size,): UTF-8 length of each token, 0 for special ones).
     """
 
-    def __init__(self, dataset, ranks, pattern=SPLIT_PATTERN):
-        special = {text: len(ranks) + i for i, text in enumerate(SPECIAL_TOKENS)}
-        self.dataset, self.ranks, self.pattern = dataset, ranks, pattern
-        self.encoding = tiktoken.Encoding(dataset.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    def __init__(self, dataset, tokens):
+        """tokens: the bytes of each that is no special one, by their ids."""
+        self.dataset, self.tokens, self.bos = dataset, tokens, len(tokens)
+        ranks = {token: i for i, token in enumerate(tokens)}
+        special = {token: i for i, token in enumerate(SPECIAL_TOKENS, self.bos)}
+        self.encoding = tiktoken.Encoding("BPE", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = len(ranks) + len(special)
-        self.bos = special[SPECIAL_TOKENS[0]]
-        self.token_bytes = np.zeros(self.vocab_size, np.int32)
-        for token, rank in ranks.items():
-            self.token_bytes[rank] = len(token)
+        self.token_bytes = np.array([*map(len, tokens), *[0] * len(special)], np.int32)
 
     @classmethod
     def train(cls, dataset, texts):
@@ -54,7 +53,7 @@ class Tokenizer:
 
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(limited(), dataset.vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
-        return cls(dataset, {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+        return cls(dataset, [bytes(token) for token, _ in trainer.get_mergeable_ranks()])
 
     def encode_documents(self, texts):
         """The token ids of each of `texts`, uint16 (n,), with the document start in front.
@@ -74,15 +73,13 @@ class Tokenizer:
 
     def save(self, path):
         """Write the tokenizer as JSON: data only, loading it runs nothing."""
-        tokens = [base64.b64encode(token).decode() for token in sorted(self.ranks, key=self.ranks.get)]
-        write_atomically(path, json.dumps({"pattern": self.pattern, "tokens": tokens}))
+        write_atomically(path, json.dumps([base64.b64encode(token).decode() for token in self.tokens]))
 
     @classmethod
     def load(cls, dataset):
         """The dataset's prepared tokenizer; where there is none, one line says how to make it."""
         try:
             saved = json.loads((cache_dir(dataset) / "tokens" / "tokenizer.json").read_text())
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
-            return cls(dataset, ranks, saved["pattern"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return cls(dataset, [base64.b64decode(token) for token in saved])
+        except (OSError, ValueError, TypeError):
             refuse_cache(dataset.name)

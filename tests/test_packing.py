@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from harness import batches, token_cache
 from harness.batches import Batches, packed_rows
-from harness.downloads import file_hash
-from harness.token_cache import TokenCache
+from harness.token_cache import TokenCache, file_hash
 from harness.tokenizer import Tokenizer
 
 START = 9999  # the document start of the made-up documents here

@@ -16,7 +16,7 @@ from hub import hub_of_a_test, parquet, refusal  # noqa: F401
 
 import prepare
 from data_sources import DATASETS
-from harness import corpus, files, token_cache, tokenizer
+from harness import corpus, token_cache, tokenizer
 from harness.token_cache import TokenCache
 from harness.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def test_every_text_is_stored_whole_with_a_document_start(small, small_files, mo
 
 def bytewise(dataset):
     """A tokenizer of the 256 bytes: a letter is a token."""
-    return Tokenizer(dataset, {bytes([byte]): byte for byte in range(256)})
+    return Tokenizer(dataset, [bytes([byte]) for byte in range(256)])
 
 
 def split_texts(tokenizer, folder, split, texts, held_out):
@@ -101,8 +101,8 @@ def test_copies_in_the_source_never_reach_two_splits(hub, cache):
 
 def test_texts_are_encoded_in_order_and_few_are_in_memory(small, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(token_cache, "AT_ONCE", 2000)  # characters: two texts
-    ours, texts, taken = Tokenizer.load(small), [f"{n} " * 500 for n in range(61)], []
+    monkeypatch.setattr(token_cache, "AT_ONCE", 2)
+    ours, texts, taken = Tokenizer.load(small), [f"{n} " * 50 for n in range(61)], []
     source = (taken.append(text) or text for text in texts)
     for number, ids in enumerate(token_cache.encoded(ours, source)):
         assert ours.encoding.decode(ids[1:].tolist()) == texts[number]
@@ -133,7 +133,7 @@ def test_a_cache_that_was_deleted_is_said_and_prepared_the_same(small, small_fil
     assert [path.name for path in (cache / "files").iterdir()] == ["tokens"]
 
 
-@pytest.mark.parametrize("meta", [b"", b"[]", b"{}", b'{"sha256": {}}', b"\xff"])
+@pytest.mark.parametrize("meta", [b"", b"[]", b'{"sha256": {}}'])
 def test_a_cache_whose_index_is_damaged_is_not_taken(small, cache, meta):
     (cache / "files" / "tokens" / "meta.json").write_bytes(meta)
     assert "is not prepared; run: make prepare DATASET=files" in refusal(TokenCache.load, small)
@@ -156,8 +156,7 @@ def test_a_changed_byte_is_found_and_prepared_anew(small, small_files, cache, mo
     assert TokenCache.load(small).hash == tokens.hash and path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("keep", [0, 60, 1000])
-@pytest.mark.parametrize("kind", ["tokens", "offsets", "pieces"])
+@pytest.mark.parametrize(("kind", "keep"), [("tokens", 0), ("offsets", 60), ("pieces", 1000)])
 def test_a_file_that_was_cut_short_ends_a_run_in_one_line(small, cache, kind, keep):
     path = cache / "files" / "tokens" / f"train_{kind}.npy"
     path.write_bytes(path.read_bytes()[:keep])
@@ -193,7 +192,7 @@ def test_another_folder_column_size_or_code_is_prepared_anew(small, small_files,
 
 EDITS = {
     tokenizer: (r"\p{N}{1,2}", r"\p{N}{1,3}"),
-    corpus: ("found[-1] += block + separator", "found[-1] += block + separator + separator"),
+    corpus: ("PASSAGE = 8000", "PASSAGE = 9000"),
     token_cache: ("len(document) > size + 1", "len(document) > size"),
 }
 
@@ -211,34 +210,7 @@ def test_an_edit_of_what_decides_a_token_asks_for_new_tokens(tmp_path, monkeypat
             assert token_cache.code() == today
 
 
-def test_all_that_is_prepared_is_on_the_disk_before_it_has_its_name(small_files, cache, monkeypatch):
-    dataset, _, folder = small_files
-    synced, named, rename = [], [], Path.rename
-
-    def note(descriptor):
-        status = os.fstat(descriptor)
-        synced.append((status.st_ino, status.st_size))
-
-    def note_name(path, target):
-        named.append({file.name for file in path.iterdir() if (file.stat().st_ino, file.stat().st_size) not in synced})
-        return rename(path, target)
-
-    monkeypatch.setattr(files, "to_disk", note)
-    monkeypatch.setattr(Path, "rename", note_name)
-    monkeypatch.setenv("AUTORESEARCH_FILES", str(folder))
-    prepare.prepare(dataset)
-    assert named == [set()]  # no file of it was not yet there
-    root = cache / "files"
-    assert synced[-1][0] == root.stat().st_ino  # and the names themselves
-
-
 # --- bad input -------------------------------------------------------------------------------------
-
-
-def test_who_has_no_home_folder_is_told(monkeypatch):
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where HOME is unset and nobody knows the user
-    monkeypatch.delenv("AUTORESEARCH_CACHE", raising=False)
-    assert "AUTORESEARCH_CACHE to a folder" in refusal(prepare.prepare, DATASETS["stdlib"])
 
 
 def test_what_is_not_prepared_names_the_command(cache):
@@ -308,64 +280,3 @@ def test_a_dataset_of_the_hub_is_prepared_by_one_command(hub, cache):
     assert prepare.evaluation_rows(tokens, dataset).shape[1] == dataset.sequence_length + 1
     again = command("--dataset", "climbmix", HF_HUB_OFFLINE="1")  # the hub is not needed
     assert (again.returncode, again.stdout) == (0, f"climbmix: prepared in {corpus.cache_dir(dataset)}\n")
-
-
-# A process that forks: child n prepares and is killed before its n-th change of the cache's names, until one comes
-# through. A cache of another folder stands there before.
-KILLED = """
-import dataclasses, os, pathlib, shutil, signal, sys
-import data_sources, prepare
-
-cache, first, second = map(pathlib.Path, sys.argv[1:])
-small = dataclasses.replace(data_sources.DATASETS["files"], vocab_size=270, sequence_length=8, eval_tokens=80)
-
-def prepare_in_a_child(files, last):
-    pid = os.fork()
-    if pid:
-        return os.waitpid(pid, 0)[1]
-    left = [last]
-    def touch(event, arguments):
-        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(touch)
-    os.environ["AUTORESEARCH_FILES"] = str(files)
-    sys.stdout = open(os.devnull, "w")
-    prepare.prepare(small)
-    os._exit(0)
-
-def hash_of_whole():
-    found = prepare.TokenCache.read(small)
-    assert found is None or all(map(found.is_whole, found.meta["sha256"]))
-    return found and found.hash
-
-assert prepare_in_a_child(first, -1) == 0
-old, deaths, seen = hash_of_whole(), 0, []
-shutil.copytree(cache, cache.with_name("old"))
-while True:
-    deaths += 1
-    status = prepare_in_a_child(second, deaths)
-    seen.append(hash_of_whole())
-    assert prepare_in_a_child(second, -1) == 0
-    new = hash_of_whole()
-    assert new not in (None, old)
-    assert os.listdir(cache / "files") == ["tokens"]
-    shutil.rmtree(cache)
-    if status == 0:
-        break
-    shutil.copytree(cache.with_name("old"), cache)
-assert [x for i, x in enumerate(seen) if not i or x != seen[i - 1]] == [old, None, new]
-print(deaths)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_is_prepared_whole_or_not_at_all(cache, tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.jsonl").write_text("".join(f'{{"text": "{name} text {i}"}}\n' for i in range(200)))
-    command = [sys.executable, "-c", KILLED, cache, tmp_path / "first", tmp_path / "second"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 15
