@@ -15,6 +15,7 @@ from scripts.show.terminal import noise
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 IDEA = "next     change train.py"
+LOGGED = "it is logged, as row {row}: change train.py"
 SHOWN = 8  # last lines of run.log
 GIVE_UP = 'make log-result STATUS=crash DESC="…"; make discard'
 
@@ -52,7 +53,7 @@ def lines(this_session, attempt, baseline=False):
 def then(decision, attempt):
     """What to type after a verdict."""
     if attempt.get("logged"):
-        return f"it is logged, as row {attempt['row']}: change train.py"
+        return LOGGED.format(**attempt)
     if decision.next:
         return decision.next
     status = decision.word if decision.word in ("keep", "discard") else "keep|discard"
@@ -87,6 +88,8 @@ def failure(attempt, baseline=False):
     """baseline: there is nothing to log yet, and make baseline is typed again."""
     status = attempt["status"]
     found = [f"{status} (exit {EXIT[status]}) {(attempt['commit'] or '0' * 7)[:7]}: {one_line(attempt['reason'])}"]
+    if attempt.get("logged"):
+        return [*found, f"next     {LOGGED.format(**attempt)}"]
     if status in ("interrupted", "paused"):
         more = " PAIR=1" if attempt["pair"] else " REFERENCE=1" if attempt["role"] == "reference" else ""
         return [*found, f"next     {'make baseline' if baseline else 'make run' + more}"]
