@@ -3,8 +3,7 @@
 . "$(dirname "$0")/lib.sh"
 
 need_python
-# the tests set these themselves
-unset AUTORESEARCH_BUDGET AUTORESEARCH_SEED AUTORESEARCH_FILES AUTORESEARCH_COLUMN AUTORESEARCH_CACHE AUTORESEARCH_LOCK
 [ -n "${ALL:-}" ] || set -- -m "not slow" "$@"
-unset ALL
+# the tests set these themselves
+unset ALL AUTORESEARCH_BUDGET AUTORESEARCH_SEED AUTORESEARCH_FILES AUTORESEARCH_COLUMN AUTORESEARCH_CACHE AUTORESEARCH_LOCK
 exec "${LAUNCH[@]}" -m pytest -n auto --dist worksteal "$@"

@@ -125,7 +125,7 @@ def random_model(seed):
     ), draw.choice([1, 2, 3, 7, 8, 16, 16, 32])
 
 
-@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 40))])
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 40))])
 def test_no_random_honest_configuration_is_refused(tokenizer, seed):
     model, batch_size = random_model(seed)
     evaluate(model, tokenizer, batch_size)
@@ -140,7 +140,7 @@ def test_the_mode_of_a_module_is_put_back(tokenizer):
     assert not model.training
 
 
-@pytest.mark.parametrize("name", ["bfloat16, an FFT, 8 layers", "bfloat16, gated chunks, 8 layers"])
+@pytest.mark.parametrize("name", sampled(["bfloat16, gated chunks, 8 layers", "bfloat16, an FFT, 8 layers"]))
 def test_rounding_stays_far_from_what_is_refused(tokenizer, monkeypatch, name):
     """How near the noise of eight layers in bfloat16 comes to the limits."""
     shares = []

@@ -40,7 +40,7 @@ def test_it_is_refused_in_half_precision_too(tokenizer, name, dtype):
     refused("causality", Network(V, noisy, dtype=dtype), tokenizer)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 40])
+@pytest.mark.parametrize("batch_size", sampled([1, 3, 8, 40]))
 def test_it_is_refused_whatever_the_batch_size(tokenizer, batch_size):
     refused("causality", Network(V, [gallery.NoMask]), tokenizer, batch_size)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import HARNESS, ROOT, SIZES, new_checkout, set_constants
+from conftest import HARNESS, ROOT, small_laboratory
 
 import data_sources
 from harness import corpus, project
@@ -47,16 +47,10 @@ def names_in(module):
 
 
 @pytest.fixture(scope="module")
-def lab(small_files, tmp_path_factory):
+def lab(tmp_path_factory):
     """A folder in which a real run of a small train.py has left its record."""
-    folder = tmp_path_factory.mktemp("prose")
-    checkout = new_checkout(folder / "clone", folder / "home", HARNESS)
-    with (checkout.path / "data_sources.py").open("a") as out:
-        out.write(SIZES)
-    small = {"DATASET": '"files"', "DEPTH": 1, "TOTAL_BATCH_SIZE": 512, "DEVICE_BATCH_SIZE": 4}
-    (checkout.path / "train.py").write_text(set_constants((ROOT / "train.py").read_text(), **small))
-    where = {"AUTORESEARCH_CACHE": str(small_files[1]), "AUTORESEARCH_BUDGET": "0.5"}
-    checkout.run(checkout.env["PYTHON"], "train.py", check=0, **where)
+    checkout = small_laboratory(tmp_path_factory.mktemp("prose"), DEVICE_BATCH_SIZE=4)
+    checkout.run(checkout.env["PYTHON"], "train.py", check=0, AUTORESEARCH_BUDGET="0.5")
     return checkout
 
 

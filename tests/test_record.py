@@ -209,6 +209,7 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     monkeypatch.setattr(run_checks, "_opened", [])
     monkeypatch.setattr(run_checks, "SLACK", 1000)  # beside other tests one step may take many seconds
     monkeypatch.setattr(train, "DATASET", "files")
+    monkeypatch.setattr(train, "DEPTH", 1)
     monkeypatch.setattr(train, "SEQUENCE_LENGTH", 64)
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 2 * 4 * 64)
     monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 4)

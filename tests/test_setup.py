@@ -51,8 +51,7 @@ def test_a_clone_whose_git_folder_is_elsewhere_has_all_its_results(checkout, tmp
     for there, data in ((clone, clone.path / "data"), (other, tmp_path / "git" / "autoresearch" / "data")):
         there.make("setup", f"TAG={there.path.name}", check=0)
         there.make("baseline", check=0)
-        there.script("run", check=0, REFERENCE="1")
-        assert len(list(data.glob("run_*.json"))) == 2
+        assert len(list(data.glob("run_*.json"))) == 1
         there.write_train("prepare.finish(1.4)")
         there.script("run", check=0)
         text = json.dumps({"__metadata__": {"train_blob": there.git("hash-object", "train.py")}})

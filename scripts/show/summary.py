@@ -15,7 +15,6 @@ from scripts.show.terminal import noise
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
 IDEA = "next     change train.py"
-LOGGED = "it is logged, as row {row}: change train.py"
 SHOWN = 8  # last lines of run.log
 GIVE_UP = 'make log-result STATUS=crash DESC="…"; make discard'
 
@@ -53,7 +52,7 @@ def lines(this_session, attempt, baseline=False):
 def then(decision, attempt):
     """What to type after a verdict."""
     if attempt.get("logged"):
-        return LOGGED.format(**attempt)
+        return f"it is logged, as row {attempt['row']}: change train.py"
     if decision.next:
         return decision.next
     status = decision.word if decision.word in ("keep", "discard") else "keep|discard"
@@ -89,14 +88,14 @@ def failure(attempt, baseline=False):
     status = attempt["status"]
     found = [f"{status} (exit {EXIT[status]}) {(attempt['commit'] or '0' * 7)[:7]}: {one_line(attempt['reason'])}"]
     if attempt.get("logged"):
-        return [*found, f"next     {LOGGED.format(**attempt)}"]
+        return [*found, f"next     {then(None, attempt)}"]
     if status in ("interrupted", "paused"):
         more = " PAIR=1" if attempt["pair"] else " REFERENCE=1" if attempt["role"] == "reference" else ""
         return [*found, f"next     {'make baseline' if baseline else 'make run' + more}"]
     if status != "invalid":
         found += [f"  | {line[:160]}" for line in printed(ROOT / "run.log")[-SHOWN:]]
-    then = "make baseline: ideas are compared with it" if baseline else f"make run; or: {GIVE_UP}"
-    return [*found, "log      tail -n 50 run.log", f"next     mend it and commit, then {then}"]
+    run = "make baseline: ideas are compared with it" if baseline else f"make run; or: {GIVE_UP}"
+    return [*found, "log      tail -n 50 run.log", f"next     mend it and commit, then {run}"]
 
 
 def printed(path):

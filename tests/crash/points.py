@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -26,8 +25,6 @@ import time
 from contextlib import suppress
 from hashlib import sha1
 from pathlib import Path
-
-import numpy  # noqa: F401  # once for all: what a verb imports is not what is tried here
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("killed", "lost", "empty")
@@ -93,47 +90,16 @@ class Lab:
             env |= {"CRASH_LOG": str(self.log), "CRASH_AT": str(at), "CRASH_FORM": form, "PYTHONPATH": str(HERE)}
         else:
             env["PATH"] = os.environ["PATH"]
-        said = self.work / "said"
-        if at is None and not self.words[0].endswith(".sh"):  # its shell script does that first
+        script = self.words[0].endswith(".sh")
+        if at is None and not script:  # its shell script does that first
             subprocess.run(["bash", "-c", ". scripts/lib.sh; read_git"], cwd=self.folder, env=env, capture_output=True)
-        child = os.fork()
-        if not child:
-            try:
-                os.setsid()
-                out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os.dup2(out, 1), os.dup2(out, 2), os.dup2(os.open(self.work / "lock", os.O_RDONLY), 9)
-                os.chdir(self.folder)
-                if self.words[0].endswith(".sh"):
-                    os.execve(self.words[0], self.words, env)
-                os.environ.clear()
-                os.environ.update(env)
-                if at is not None:
-                    runpy.run_path(str(HERE / "sitecustomize.py"))["install"]()
-                sys.path.insert(0, str(self.folder))
-                for name in [n for n in sys.modules if n.partition(".")[0] in ("harness", "scripts")]:
-                    del sys.modules[name]
-                module = self.words[1] if self.words[0] == "-m" else self.words[0].removesuffix(".py")
-                sys.argv, code = self.words[self.words[0] == "-m" :], 0
-                try:
-                    runpy.run_module(module, run_name="__main__", alter_sys=True)
-                except SystemExit as ended:
-                    code = ended.code or 0
-                    if isinstance(code, str):
-                        print(code, file=sys.stderr)
-                        code = 1
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
-                    code = 1
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-            finally:
-                os._exit(70)
-        _, status = os.waitpid(child, 0)
-        end_descendants()
-        return os.waitstatus_to_exitcode(status), said.read_text(errors="replace")
+        words = self.words if script else [env["PYTHON"], *self.words]
+        with open(self.work / "said", "w+", errors="replace") as said:
+            done = subprocess.run(words, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=said,
+                                  stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+            end_descendants()
+            said.seek(0)
+            return done.returncode, said.read()
 
     def operations(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
