@@ -3,7 +3,7 @@
 They belong to the tag and the clone, in data/sessions/TAG/; results.tsv in the root is a link to the table of the
 session at hand. events.jsonl says in order which run began, how it ended and what was logged; it only grows.
 
-usage: python -m scripts.session --tag TAG [--open | --verb VERB]    (lib.sh; prints what it exports)
+usage: python -m scripts.session --tag TAG --verb VERB    (lib.sh; prints what it exports)
 """
 
 import argparse
@@ -313,21 +313,8 @@ def run_command(function, *arguments):
         sys.exit(130)
 
 
-def open_session(session):
-    """Write the settings and the empty table of a session that begins."""
-    if session.tag.lower() in ("none", "detached") or session.attempts():
-        raise Refused(f"TAG={session.tag} is the name of runs outside a session: choose another one")
-    with one_writer():
-        files.write_atomically(session.folder / "settings.json", json.dumps(settings.in_force({}, False)) + "\n")
-        if not session.table.exists():
-            files.write_atomically(session.table, HEADER + "\n")
-        session.link()
-
-
 def main(arguments):
     session = Session(arguments.tag)
-    if arguments.open:
-        return open_session(session)
     verb, given = arguments.verb, settings.typed()
     found = settings.in_force(*session.stored_settings(), any_budget=verb == "holdout")
     if verb != "prepare":  # a prepared dataset does not need its source, which may change or go
@@ -338,4 +325,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    run_command(main, options(__doc__, open=False, verb="").parse_args())
+    run_command(main, options(__doc__, verb="").parse_args())

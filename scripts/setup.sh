@@ -18,48 +18,29 @@ if ! [[ "$tag" =~ ^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$ ]] || ! git check-ref-format
 fi
 # A session in which nothing was done yet is begun anew: this command was cut short, or is typed twice.
 begun=$(git rev-parse -q --verify "refs/experiments/$tag/start^{commit}") || begun=''
-mine='' only="$begun refs/experiments/$tag/start "
+only="$begun refs/experiments/$tag/start "
 case $(git for-each-ref --format='%(objectname) %(refname)' "refs/experiments/$tag/" "$branch" | tr '\n' ' ') in
-  "$only" | "$only$begun $branch ") mine=$tag ;;
+  '' | "$only" | "$only$begun $branch ") ;;
+  *) die "TAG=$tag is taken: choose another one, or go on with that session: git checkout $SESSIONS/$tag" ;;
 esac
-# Compared without case: many file systems hold t and T to be one name.
-taken=$(git for-each-ref --format='%(refname)' "refs/heads/$SESSIONS" 'refs/experiments/*/start' |
-  sed -e "s,^refs/heads/$SESSIONS/,," -e 's,^refs/experiments/\(.*\)/start$,\1,' | grep -ixF -e "$tag" | sed -n 1p) || taken=''
-[ "$taken" = "$mine" ] ||
-  die "TAG=$tag is taken: choose another one, or go on with it: git checkout $SESSIONS/$taken"
 git var GIT_COMMITTER_IDENT >/dev/null 2>&1 || # found out now, not at the first experiment
   die "git knows no author for commits: git config user.name agent && git config user.email agent@localhost"
 dirty=$(git status --porcelain --untracked-files=no | sed 's/^...//' | tr '\n' ' ')
-[ "$mine$dirty" != "${tag}train.py " ] || [ "$(git hash-object train.py)" != "$(git rev-parse "$begun:train.py")" ] ||
-  dirty='' # that much was done
+[ "${begun:+begun} $dirty" != "begun train.py " ] ||
+  [ "$(git hash-object train.py)" != "$(git rev-parse "$begun:train.py")" ] || dirty='' # that much was done
 [ -z "$dirty" ] || die "the tree is dirty ($dirty): commit that or put it back, then make setup again"
-
-need_python
-dataset_of() { "$PYTHON" -c 'import sys; from harness import project; print(project.dataset_of_train(*sys.argv[1:]))' "$@"; }
-name=${DATASET:-$(dataset_of)}
-# an unknown name ends here, with the known ones
-prepared=$("$PYTHON" -c '
-import sys, prepare
-print(prepare.is_prepared(prepare.get_dataset(sys.argv[1])))' "$name") || exit 1
 
 # What the agent commits outlives a power cut; by default git leaves new commits and refs to the system.
 git config --get core.fsync >/dev/null || git config core.fsync committed || say "note: core.fsync could not be set"
-start=$HEAD before=$(git cat-file blob HEAD:train.py | dataset_of /dev/stdin) || exit 1
-if [ "$name" != "$before" ]; then
-  tab=$'\t'
-  blob=$(git cat-file blob HEAD:train.py | sed "s/^\(DATASET *= *\)[\"'][A-Za-z0-9_]*[\"']/\1\"$name\"/" |
-    git hash-object -w --stdin)
-  tree=$(git ls-tree HEAD | sed "s/^\([0-9]* blob \)[0-9a-f]*\(${tab}train\.py\)\$/\1$blob\2/" | git mktree)
-  start=$(git commit-tree "$tree" -p HEAD -m "Session $tag: train on $name")
-fi
+opened=$(helper run.setup --tag="$tag" --head="$HEAD" --dataset="${DATASET:-}") || exit 1
+read -r name prepared start <<<"$opened"
 # In this order: a branch that is there is a session with a start, and HEAD comes last.
-helper session --tag="$tag" --open || exit 1
 { git update-ref "refs/experiments/$tag/start" "$start" && git update-ref "$branch" "$start" &&
   put_train "$start" && git symbolic-ref HEAD "$branch"; } ||
   die "the session is not open yet (see above): mend that, and run the same again"
 
-case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=1 ;; esac
-grep -q '^DEPTH = ' train.py || tune='' # another train.py may have nothing to fit
+tune=1
+[ "${TUNE:-}" != 0 ] && grep -q '^DEPTH = ' train.py || tune='' # another train.py may have nothing to fit
 if [ -n "$tune" ] && [ "$prepared" = True ]; then
   if ! scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
     echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"

@@ -48,7 +48,7 @@ def test_setup_that_fails_half_way_is_completed_by_the_same_command(checkout):
     hook.write_text("#!/bin/sh\nexit 1\n")
     hook.chmod(0o755)
     done = checkout.script("setup", TAG="t", DATASET="tinystories", check=1)
-    assert "not open yet (see above): mend that, and run the same again" in done.stderr
+    assert done.stderr.startswith("error: git could not write .git/refs/experiments/t/start") and "again" in done.stderr
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
     hook.unlink()
     for _ in range(2):  # typed twice, too

@@ -7,14 +7,12 @@ scored on the validation split and on the test split. Every look at the test spl
 another budget than the session's, or on another dataset, tells what is left of the gain there, by its own runs alone.
 """
 
-import re
-
 from harness import project
 from scripts import session
 from scripts.judge.evidence import Evidence, Observation, gain_words, unused
 from scripts.judge.observations import busy
 from scripts.run import experiment
-from scripts.run.variant import commit_with
+from scripts.run.variant import commit_with, on_dataset
 from scripts.session import Refused, Session, counted, options, record, run_command, tell
 from scripts.show import summary
 from scripts.show.night import Night
@@ -42,7 +40,7 @@ def where(night, dataset):
 
 def program_on(dataset, row, tag):
     """(commit, blob) of a row's program as it trains on a dataset."""
-    text = re.sub(r"(?m)^(DATASET\s*=\s*)[\"']\w+[\"']", rf'\1"{dataset}"', row.text, count=1).strip() + "\n"
+    text = on_dataset(row.text, dataset).strip() + "\n"
     if text == row.text.strip() + "\n":
         return row.commit, row.blob
     return commit_with(text, row.commit, tag, f"on-{dataset}-{row.commit}", f"On {dataset}: {row.description}")

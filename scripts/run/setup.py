@@ -1,0 +1,31 @@
+"""Open a session, for scripts/setup.sh: its settings, its table, and the commit that it starts from.
+
+usage: setup.py --tag TAG --head COMMIT [--dataset NAME]    prints the dataset, whether it is prepared, and that commit
+"""
+
+import json
+
+import prepare
+from harness import files, project
+from scripts import settings
+from scripts.run.variant import commit_with, on_dataset
+from scripts.session import HEADER, Refused, Session, one_writer, options, run_command
+
+
+def main(args):
+    dataset = prepare.get_dataset(args.dataset or project.dataset_of_train())  # an unknown name ends here
+    session = Session(args.tag)
+    if session.tag.lower() in ("none", "detached") or session.attempts():
+        raise Refused(f"TAG={session.tag} is the name of other runs: choose another one")
+    with one_writer():
+        files.write_atomically(session.folder / "settings.json", json.dumps(settings.in_force({}, False)) + "\n")
+        if not session.table.exists():
+            files.write_atomically(session.table, HEADER + "\n")
+        session.link()
+    text = on_dataset((project.ROOT / "train.py").read_bytes().decode("utf-8", "replace"), dataset.name)
+    start, _ = commit_with(text, args.head, args.tag, "start", f"Session {args.tag}: train on {dataset.name}")
+    print(dataset.name, prepare.is_prepared(dataset), start)
+
+
+if __name__ == "__main__":
+    run_command(main, options(__doc__, head="", dataset="").parse_args())
