@@ -1,8 +1,6 @@
 # shellcheck shell=bash
 # What the helpers share; sourced first by each. bash 3.2 and the userland of macOS are all it needs.
 set -euo pipefail
-# shellcheck disable=SC2046  # a list of names
-unset -f $(compgen -A function) # exported by the caller's shell, they would stand in for commands
 unset CDPATH # or `cd` prints, and may go elsewhere
 # set by a hook, or for another repository; git finds ours by itself
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_PREFIX
@@ -29,10 +27,6 @@ trap '[ $? -ne 128 ] || { say "error: git could not go on (see above), as where 
 
 # --- what a person gives -------------------------------------------------------------------------
 
-for name in AGAIN REFERENCE PAIR WAIT ALL; do # `AGAIN=0` is a no
-  case ${!name:-} in 0 | no | No | NO | false | off) unset "$name" ;; esac
-done
-
 # Exports what holds for this command: the session's settings (scripts/settings.py) and a SEED that was typed.
 export_settings() {
   local exports
@@ -51,16 +45,9 @@ export PYTHONUTF8=1 OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 
 # Ends with what a given Python lacks, whatever stands in this folder.
 probe='
-import sys; del sys.path[0]
 from importlib.metadata import version
-for name in ("mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken"):
-    version(name)
+*map(version, ("mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken")),
 import mlx.core'
-
-# Prints the files here that hide a module of Python's own library; those of a few common names nobody imports.
-shadows='import os, sys
-names = sys.stdlib_module_names - {"code", "profile", "test", "trace"}
-print(*sorted(file for file in os.listdir() if file[-3:] == ".py" and file[:-3] in names))'
 
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
@@ -71,9 +58,7 @@ need_python() {
     scripts/environment.sh
     PYTHON=$ROOT/.venv/bin/python mend="unset LD_LIBRARY_PATH, if that is set, or make clean"
   fi
-  wrong=$("$PYTHON" -c "$probe" 2>&1) || die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): $mend"
-  wrong=$("$PYTHON" -I -c "$shadows")
-  [ -z "$wrong" ] || die "$wrong in this folder would stand in for Python's own: give it another name"
+  wrong=$("$PYTHON" -P -c "$probe" 2>&1) || die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): $mend"
   LAUNCH=(env "PYTHONUNBUFFERED=1" "$PYTHON")
   # by its whole path, or a child in another folder does not find it; a path with a blank can only be told from here
   library=$ROOT/.venv/lib/libopenblas.so

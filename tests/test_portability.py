@@ -179,10 +179,6 @@ def test_texts_and_switches_come_from_the_command_line_alone(session):
     assert json.loads((session.path / "data/last_run.json").read_text())["seed"] == 5
 
 
-def test_a_switch_that_says_no_means_no(session):
-    assert "was run before" in session.make("run", "AGAIN=0").stderr
-
-
 def test_values_reach_the_scripts_as_they_were_typed(session):
     odd = "-3% $x $$ $(touch made) `touch made` #1 'a' \"b\" \\ ü;&|"
     session.write_train("prepare.finish(1.4)")
