@@ -46,7 +46,7 @@ export PYTHONUTF8=1 OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 # Ends with what a given Python lacks, whatever stands in this folder.
 probe='
 from importlib.metadata import version
-*map(version, ("mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken")),
+*map(version, ("jinja2", "matplotlib", "mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken")),
 import mlx.core'
 
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a

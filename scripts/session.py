@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from urllib.parse import quote, unquote
@@ -29,7 +29,6 @@ ROW = re.compile(r"([0-9a-f]{7})\t(\d+\.\d{6})\t(\d+\.\d)\t(\d+)\t(keep|discard|
 LINK = ROOT / "results.tsv"
 PROGRESS = project.DATA / ".progress.json"  # of the run that goes on, written by record.tell_step
 JOURNAL = HOME / "internal" / "log"
-HISTORY = 5000  # changes of train.py that a branch is looked through for
 LOCK = os.environ.get("AUTORESEARCH_LOCK") or "/tmp/autoresearch.lock"
 
 
@@ -39,7 +38,7 @@ class Refused(Exception):
 
 @dataclass
 class Row:
-    """A line of results.tsv. `number` counts from 1; `blob` is the program's, empty where nothing tells it."""
+    """A line of results.tsv, with what was noted when it was logged. Rows count from 1."""
 
     number: int
     line: str
@@ -49,7 +48,8 @@ class Row:
     rate: int
     status: str
     description: str
-    blob: str = ""
+    event: dict  # empty for a row by hand
+    blob: str  # of its program; empty where nothing tells it
 
 
 class Session:
@@ -60,13 +60,12 @@ class Session:
         self.table, self.log = self.folder / "results.tsv", self.folder / "events.jsonl"
 
     def stored_settings(self):
-        """({name: text} of what it was opened with, whether another value is refused); an older one's newest run's."""
+        """{name: text} of what it was opened with; empty outside a session."""
         stored = files.read_json(self.folder / "settings.json")
         if stored is None and git("rev-parse", "-q", "--verify", f"refs/experiments/{self.tag}/start"):
-            for attempt in [a for a in self.attempts() if a["role"] != "holdout"][-1:]:
-                words = shlex.split(attempt.get("given", ""))
-                return {"BUDGET": f"{attempt['budget']:.12g}"} | dict(word.split("=", 1) for word in words), False
-        return stored or {}, stored is not None
+            raise Refused(f"'{self.tag}' has no settings, for an earlier form of this tool opened it: make report "
+                          "shows it, make setup TAG=name opens one that goes on")  # fmt: skip
+        return stored or {}
 
     # --- the table ---
 
@@ -86,20 +85,17 @@ class Session:
 
     def rows(self):
         """(the rows of the table, what is wrong with it): a line that is no row does not count."""
-        rows, problems, logged = [], [], self.logged()
+        rows, problems, noted = [], [], {event["line"]: event for event in self.logged().values()}
         text = self.table.read_bytes().decode("utf-8", "replace") if self.table.exists() else ""
         for number, line in enumerate(text.split("\n"), 1):
             line = line.removesuffix("\r")
             if match := ROW.fullmatch(line):
-                commit, bpb, memory, rate, status, description = match.groups()
-                event = logged.get(len(rows) + 1) or {}
-                blob = event.get("train_blob", "") if (event.get("commit") or "0" * 7).startswith(commit) else ""
-                rows.append(Row(len(rows) + 1, line, commit, float(bpb), memory, int(rate), status, description, blob))
+                commit, bpb, memory, rate, *words = match.groups()
+                event = noted.get(line, {})
+                blob = event.get("train_blob") or git("rev-parse", "-q", "--verify", f"{commit}:train.py") or ""
+                rows.append(Row(len(rows) + 1, line, commit, float(bpb), memory, int(rate), *words, event, blob))
             elif line.strip() and line != HEADER:
                 problems.append(f"results.tsv, line {number} is no row and was passed over: {one_line(line)[:60]!r}")
-        unknown = [row for row in rows if not row.blob]  # written by hand, or by an earlier version
-        for row, blob in zip(unknown, blobs_of([row.commit for row in unknown]), strict=False):
-            row.blob = blob
         return rows, problems
 
     def archive_table(self):
@@ -188,15 +184,10 @@ def kept_rows(rows):
 
 def programs_of(head):
     """{program (blob): the newest commit that has it} of the commit `head` and all that it stands on."""
-    commits = (git("rev-list", f"--max-count={HISTORY}", head, "--", "train.py") or "").splitlines()
-    return {blob: commit for blob, commit in reversed([*zip(blobs_of(commits), commits, strict=False)])}
-
-
-def blobs_of(commits):
-    """The blob of train.py in each of the commits, empty where git has none."""
+    commits = (git("rev-list", head, "--", "train.py") or "").splitlines()
     names = "".join(f"{commit}:train.py\n" for commit in commits)
-    found = (git("cat-file", "--batch-check=%(objectname)", text=names) or "").splitlines() if commits else []
-    return [blob if re.fullmatch("[0-9a-f]{40}", blob) else "" for blob in found]
+    blobs = (git("cat-file", "--batch-check=%(objectname)", text=names) or "").splitlines()
+    return dict(reversed([*zip(blobs, commits, strict=False)]))
 
 
 def tags():
@@ -213,28 +204,20 @@ def alive(attempt):
 
 def record_of(attempt):
     """The record of a valid run, or None where it is gone or was changed."""
-    for run in (files.read_json(project.DATA / "last_run.json") or {}, *record.archived()):
-        if run.get("run_id") == attempt["run_id"] and record.seal_fits(run):
-            return run
-    return None
+    return next((run for run in record.archived() if run["run_id"] == attempt["run_id"]), None)
 
 
-@contextmanager
 def one_writer():
     """One writer at a time in the archive."""
     files.make_folder(STORE)
-    with files.one_at_a_time(STORE):
-        yield
+    return files.one_at_a_time(STORE)
 
 
 # --- programs as text ------------------------------------------------------------------------------
 
 
 def text_of(blob):
-    """The text of a train.py that git knows, or that stands here; None where neither."""
-    here = ROOT / "train.py"
-    if here.exists() and project.blob_hash(here) == blob:
-        return here.read_text("utf-8", "replace")
+    """The text of a train.py that git knows, else None."""
     return git("cat-file", "blob", blob) if blob else None
 
 
@@ -316,7 +299,7 @@ def run_command(function, *arguments):
 def main(arguments):
     session = Session(arguments.tag)
     verb, given = arguments.verb, settings.typed()
-    found = settings.in_force(*session.stored_settings(), any_budget=verb == "holdout")
+    found = settings.in_force(session.stored_settings(), any_budget=verb == "holdout")
     if verb != "prepare":  # a prepared dataset does not need its source, which may change or go
         found = {name: text for name, text in found.items() if name not in ("FILES", "COLUMN") or name in given}
     exported = {settings.TO_PYTHON.get(name, name): text for name, text in found.items()}

@@ -36,22 +36,20 @@ def complete(given):
     return {"BUDGET": f"{budget:.12g}", "TIMEOUT": f"{timeout:.12g}", "NPROC": "1", "HOSTS": "", **given}
 
 
-def in_force(stored, binding, any_budget=False):
-    """The settings of this command. stored: the session's; binding: another value than they have is refused.
+def in_force(stored, any_budget=False):
+    """The settings of this command. stored: the session's, or none; another value than they have is refused.
 
-    any_budget: but for BUDGET, which TIMEOUT then follows.
+    any_budget: but for BUDGET and TIMEOUT, which is long enough for both budgets unless it is given.
     """
-    given = typed()
-    if any_budget and given.get("BUDGET", stored.get("BUDGET")) != stored.get("BUDGET"):
-        own = {name: text for name, text in given.items() if name in ("BUDGET", "TIMEOUT")}
-        stored = {name: text for name, text in stored.items() if name not in ("BUDGET", "TIMEOUT")} | own
-    its = complete(stored)
+    given, its = typed(), complete(stored)
+    free = ("BUDGET", "TIMEOUT") if any_budget else ()
     for name, text in given.items():
-        if binding and text != its.get(name, text):
-            had = f"{name}={its[name]}" if its[name] else f"no {name}"
-            sys.exit(f"error: this session has {had}, not {name}={printable(text)}: leave it out, or open a session "
-                     f"with it: make setup TAG=name {name}={printable(text)}")  # fmt: skip
+        if stored and name not in free and text != its.get(name, text):
+            sys.exit(f"error: this session has {name}={its[name]}, not {name}={printable(text)}: leave it out, or open "
+                     f"a session with it: make setup TAG=name {name}={printable(text)}")  # fmt: skip
     found = complete({**stored, **given})
+    if any_budget and "TIMEOUT" not in given:
+        found["TIMEOUT"] = max(found["TIMEOUT"], complete(given)["TIMEOUT"], key=float)
     if float(found["TIMEOUT"]) <= float(found["BUDGET"]):
         sys.exit("error: TIMEOUT={TIMEOUT} kills a run before BUDGET={BUDGET} is over: leave it out".format(**found))
     return found
@@ -60,8 +58,8 @@ def in_force(stored, binding, any_budget=False):
 def of_one_command(any_dataset):
     """{name: text} to export of what belongs to this command alone: SEED; N and DATASET are only checked."""
     seed, runs, name = (os.environ.get(name) for name in ("SEED", "N", "DATASET"))
-    if runs and not (runs.isascii() and runs.isdigit() and len(runs) < 10 and int(runs)):
-        sys.exit(f"error: N={printable(runs)} is not a number of runs")
+    if runs:
+        project.whole("N", runs, least=1)
     if not any_dataset and (here := project.dataset_of_train()) != (name or here):
         sys.exit(f"error: train.py trains on '{here}', not on '{printable(name)}': "
                  f"make setup TAG=name DATASET={printable(name)} opens a session on it")  # fmt: skip

@@ -42,16 +42,16 @@ def test_another_budget_and_another_text_tell_what_is_left_and_move_nothing_else
 
     done = session.make("holdout", "N=1", "BUDGET=1200", check=0).stdout
     assert "run 1 of 2: baseline, seed 43 BUDGET=1200\n" in done and "run 2 of 2: best" in done
-    assert "with BUDGET=1200 nothing of the night's gain is left; the baseline wins" in done
+    assert "with BUDGET=1200 the baseline wins, nothing of the night's gain is left" in done
     assert session.attempt["budget"] == 1200 and session.attempt["role"] == "holdout"
     refused = session.script("holdout", N="1", DATASET="tinystories", check=1).stderr
     assert refused == "error: dataset 'tinystories' is not prepared; run: make prepare DATASET=tinystories\n"
     done = session.make("holdout", "N=1", "DATASET=tinystories", ALSO_PREPARED="tinystories", check=0).stdout
-    assert "with DATASET=tinystories 200 % of the night's gain is left; the best wins" in done
+    assert "with DATASET=tinystories the best wins, 200 % of the night's gain is left" in done
 
     told = session.make("brief", check=0).stdout.splitlines()
     looks = [line for line in told if line.startswith("held out") and "with" in line]
-    assert len(looks) == 2 and [x for x in told if x not in looks][:-1] == standing[:-1]  # the rest is as it was
+    assert len(looks) == 2 and [x for x in told if x not in looks][1:-1] == standing[1:-1]  # the rest is as it was
     session.script("run", REFERENCE="1", check=0)
     assert (session.attempt["budget"], session.attempt["seed"]) == (300, 43)
 
@@ -60,8 +60,8 @@ def test_another_budget_and_another_text_tell_what_is_left_and_move_nothing_else
     session.make("sample", "PROMPT=Once", check=0)
     assert session.make("report", check=0).stderr == ""
     page = (session.path / "data" / "report.html").read_text()
-    words = ("held-out text agrees: +0.1000", "held-out gain, BUDGET=1200", "the baseline wins", "the best wins",
-             "worth now, taken back alone", "expected 0.05 to 0.2", "right in 1 of 1",
+    words = ("on held-out text the best wins: +0.1000", "held-out gain BUDGET=1200", "the baseline wins",
+             "<i>worth now </i>", "expected 0.05 to 0.2", "right in 1 of 1",
              "Once &lt;/pre&gt;&lt;b&gt;upon&lt;/b&gt; a time")  # fmt: skip
     assert [w for w in words if w not in page] == []
 

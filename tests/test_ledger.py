@@ -120,7 +120,7 @@ def test_a_line_that_is_no_row_is_named_and_one_that_is_no_event_passed_over(ran
         out.write("abc1234\t1.4")
     with (ran.path / "data" / "sessions" / "t" / "events.jsonl").open("a") as out:
         out.write('[]\n5\nnull\n{"id": 1}\n{"event": "end", "ti')
-    assert "results.tsv, line 3 is no row" in ran.script("results", check=0).stderr
+    assert "results.tsv, line 3 is no row" in ran.script("results", check=0).stdout
     log(ran)
 
 

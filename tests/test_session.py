@@ -33,12 +33,11 @@ def test_setup_refuses_a_taken_tag_even_when_its_branch_is_gone(session):
     assert len(session.rows) == 1
 
 
-@pytest.mark.parametrize("file", ["train.py", "Makefile"])
-def test_setup_refuses_a_dirty_tree(checkout, file):
-    with (checkout.path / file).open("a") as out:
-        out.write("\n# changed\n")
-    done = checkout.script("setup", TAG="t", check=1)
-    assert file in done.stderr
+def test_setup_refuses_a_dirty_tree(checkout):
+    for file in ("train.py", "Makefile"):
+        with (checkout.path / file).open("a") as out:
+            out.write("\n# changed\n")
+    assert "train.py" in (told := checkout.script("setup", TAG="t", check=1).stderr) and "Makefile" in told
     assert checkout.git("symbolic-ref", "--short", "HEAD") == "main"
 
 
@@ -87,33 +86,16 @@ def test_off_its_branch_a_session_says_so(session):
 # --- verdict (the rule itself: tests/test_verdict.py) --------------------------------------------------
 
 
-def outcomes(session, *figures):
-    """A train.py whose result is taken from a file: the next run's is the first of those left."""
-    (session.path / "outcomes").write_text("\n".join(map(str, figures)))
-    return ("lines = open('outcomes').read().split()\nopen('outcomes', 'w').write(' '.join(lines[1:]))\n"
-            "prepare.finish(float(lines[0]))")  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_reference_run_again_is_no_idea(session):
-    """Whatever it comes back with, it measures noise and can become no row."""
-    session.write_train(outcomes(session, 1.5, 1.3, 1.7))
-    session.script("run", check=0)
-    session.make("log-result", "STATUS=keep", "DESC=x", check=0)
-    for _ in range(2):
-        assert "verdict  again" in session.script("run", AGAIN="1", check=0).stdout
-        for status in ("keep", "discard"):
-            assert "add no row" in session.script("log-result", STATUS=status, DESC="luck", check=1).stderr
+def test_neither_the_reference_run_again_nor_another_seed_is_an_idea(session):
+    """Whatever comes back, it measures noise and can become no row."""
+    body = "def seed(n): pass\nseed({})\nimport os\nprepare.finish(float(os.environ.get('BPB', '1.4')))"
+    session.experiment(body.format(42), "keep")
+    assert "verdict  again" in session.script("run", AGAIN="1", BPB="1.3", check=0).stdout
+    session.write_train(body.format(137) + "  # luck")
+    assert "verdict  again: only the seed" in session.script("run", BPB="1.2", check=0).stdout
+    for status in ("keep", "discard"):
+        assert "add no row" in session.script("log-result", STATUS=status, DESC="luck", check=1).stderr
     assert len(session.rows) == 2
-
-
-def test_only_a_seed_is_no_idea(session):
-    session.write_train("def seed(n): pass\nseed(42)\nprepare.finish(1.4)")
-    session.script("run", check=0)
-    session.make("log-result", "STATUS=keep", "DESC=x", check=0)
-    session.write_train("def seed(n): pass\nseed(137)  # luck\nprepare.finish(1.4)")
-    done = session.script("run", check=0)
-    assert "verdict  again: only the seed" in done.stdout
 
 
 def test_the_reference_is_run_again_without_touching_branch_or_tree(session):
@@ -130,8 +112,7 @@ def test_the_reference_is_run_again_without_touching_branch_or_tree(session):
 
 @pytest.mark.slow
 def test_a_pair_runs_both_with_one_seed_and_turns_round(session):
-    session.write_train("prepare.finish(1.4)")
-    session.script("run", check=0)
+    session.experiment("prepare.finish(1.4)")
     session.script("run", PAIR="1", N="2", check=0)
     begun = [event for event in session.events if event["event"] == "begin" and event["pair"]]
     assert [event["role"] for event in begun] == ["reference", "candidate", "candidate", "reference"]
@@ -147,8 +128,7 @@ def test_what_is_kept_keeps_its_weights_whichever_run_was_the_last(session):
         weights = (session.path / "data" / "best.safetensors").read_bytes()
         return json.loads(weights[8:])["__metadata__"]["train_blob"]
 
-    session.write_train("prepare.finish(1.4)")
-    session.script("run", check=0)
+    session.experiment("prepare.finish(1.4)")
     told = session.make("run", "REFERENCE=1", check=0).stdout  # made for the candidate that waits: so its verdict
     assert "\nverdict  keep" in told and "1 run against 2" in told
     session.make("log-result", "STATUS=keep", "DESC=better", check=0)
@@ -188,18 +168,12 @@ def test_verdict_is_against_the_last_kept_run(session):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("dataset='tinystories'", "dataset is tinystories, was stdlib"),
-        ("device={'name': 'other', 'memory_gb': 1, 'mlx': '0'}", "device.name is other, was abacus"),
-    ],
-)
-def test_only_like_is_compared_with_like(session, change, named):
-    done = session.experiment(f"prepare.finish(1.4, {change})")
-    assert named in done.stdout
-    assert named in session.script("verdict", check=0).stdout
-    assert named in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+def test_only_like_is_compared_with_like(session):
+    change = "dataset='tinystories', device={'name': 'other', 'memory_gb': 1, 'mlx': '0'}"
+    told = session.experiment(f"prepare.finish(1.4, {change})").stdout
+    told += session.script("verdict", check=0).stdout
+    told += session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    assert [told.count(x) for x in ("dataset is tinystories, was stdlib", "device.name is other, was abacus")] == [3, 3]
     assert len(session.rows) == 1
     session.script("discard", check=0)  # what can never be a row is in nobody's way
 
@@ -284,14 +258,11 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_made(checkout):
     assert checkout.git("for-each-ref", "--format=%(refname)") == "refs/heads/main"
 
 
-def test_a_session_from_before_goes_on_with_the_settings_of_its_newest_run(session):
-    folder = session.path / "data" / "sessions" / "t"
-    (folder / "settings.json").unlink()
-    log = folder / "events.jsonl"
-    log.write_text(log.read_text().replace('"budget": 300.0', '"budget": 9.0, "given": " BUDGET=9 TIMEOUT=50"', 1))
-    session.write_train("import os\nprint(os.environ['TIMEOUT'])\nprepare.finish(1.1)")
-    session.make("run", check=0)
-    assert session.attempt["budget"] == 9 and (session.path / "run.log").read_text().startswith("50\n")
+def test_a_session_of_an_earlier_form_is_shown_and_does_not_go_on(session):
+    (session.path / "data" / "sessions" / "t" / "settings.json").unlink()
+    told = session.script("run", AGAIN="1", check=1).stderr
+    assert told.startswith("error: 't' has no settings") and told.count("\n") == 1 and "make report shows it" in told
+    session.make("report", check=0)
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def main(args):
             f"  as the night saw it, on validation  {gain_words(seen)}",
             f"  fresh runs, on validation           {gain_words(fresh)}",
             f"  fresh runs, on test                 {gain_words(test)}",
-            *([f"with {there} {Night(args.tag).elsewhere[there][1]}"] if there else []),
+            f"{there and f'with {there} '}{', '.join(Night(args.tag).held_out[there][1:])}",
             f"the test split was looked at {counted(len(night.looks) + 1, 'time')} in this session"]  # fmt: skip
     print("\n".join(told), flush=True)
     experiment.notify("\n".join(told))

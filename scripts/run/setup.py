@@ -18,7 +18,7 @@ def main(args):
     if session.tag.lower() in ("none", "detached") or session.attempts():
         raise Refused(f"TAG={session.tag} is the name of other runs: choose another one")
     with one_writer():
-        files.write_atomically(session.folder / "settings.json", json.dumps(settings.in_force({}, False)) + "\n")
+        files.write_atomically(session.folder / "settings.json", json.dumps(settings.in_force({})) + "\n")
         if not session.table.exists():
             files.write_atomically(session.table, HEADER + "\n")
         session.link()

@@ -24,7 +24,6 @@ CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
 class Experiment(session.Row):
     """A row of the table and all that is known of it. `bpb` and `rate` become its program's, by all its runs."""
 
-    event: dict = field(default_factory=dict)  # what was noted when it was logged; empty for a row by hand
     before: "Experiment | None" = None  # what it was compared with
     runs: list = field(default_factory=list)  # comparable records of its program, the oldest first
     gain: Comparison | None = None  # against `before`; None of a crash and of the first row
@@ -58,24 +57,19 @@ class Night:
 
     def __init__(self, tag):
         self.tag, this_session = tag, Session(tag)
-        rows, self.problems = this_session.rows()
-        self.attempts, events = this_session.attempts(), this_session.events()
+        rows, self.missing = this_session.rows()
+        self.attempts, self.events = this_session.attempts(), this_session.events()
         self.records = {r["run_id"]: r for r in record.archived()}
-        noted = {event["line"]: event for event in this_session.logged().values()}
-        self.experiments = [Experiment(**vars(row), event=noted.get(row.line, {})) for row in rows]
+        self.experiments = [Experiment(**vars(row)) for row in rows]
         self.kept = [e for e in self.experiments if e.status == "keep"]
-        self.looks = [event for event in events if event["event"] == "holdout"]  # at the test split
-        own = [look for look in self.looks if not look.get("where")]  # with the session's budget, on its text
-        self.look = own[-1] if own else None
-        self.sample = next((event for event in reversed(events) if event["event"] == "sample"), None)
-        self.times = [datetime.fromisoformat(event["time"]).astimezone() for event in events if event.get("time")]
-        self.seconds = (self.times[-1] - self.times[0]).total_seconds() if self.times else 0.0
-        self.ablations = ablations(events)
-        self._refer()
-        self._compare()
+        self.looks = [event for event in self.events if event["event"] == "holdout"]  # at the test split
+        self.sample = next((event for event in reversed(self.events) if event["event"] == "sample"), None)
+        self.ablations = ablations(self.events)
         self._explain()
-        self.missing = [*self.problems, *self._what_is_missing()]
-        put_back = [e for e in self.experiments if e.status == "discard" and e.gain and e.gain.sure > CLOSE]
+        self._compare()
+        self.missing += self._what_is_missing()
+        self.chain = self.chain_of(self.best)
+        put_back = [e for e in self.experiments if e not in self.chain and e.gain and e.gain.sure > CLOSE]
         self.near_misses = sorted(put_back, key=lambda e: -e.gain.sure)  # probably better than their reference
         self.dead_ends = [e for e in reversed(self.experiments) if e.status != "keep" and e not in put_back]
         asked = [(e, one_line(e.event.get("question"))) for e in reversed(self.experiments)]
@@ -83,10 +77,15 @@ class Night:
 
     # --- building it ---
 
-    def _refer(self):
-        last, by_commit = None, {}
+    def _explain(self):
+        """What each experiment was compared with, its diff, and why its run has no result."""
+        last, by_commit, reasons = None, {}, {a["id"]: a.get("reason") for a in self.attempts}
         for e in self.experiments:
             e.before = by_commit.get((e.event.get("reference") or "")[:7], last)
+            e.text, e.reason = session.text_of(e.blob), one_line(reasons.get(e.event.get("id")))
+            if e.before and e.text and e.before.text:
+                sides = (side.text.split("\n") for side in (e.before, e))
+                e.diff = list(difflib.unified_diff(*sides, lineterm=""))[2:]  # without its two head lines
             if e.status == "keep":
                 last = by_commit[e.commit] = e
 
@@ -119,16 +118,6 @@ class Night:
                 change = next(e for e in self.experiments if e.number == event["change"])
                 change.worth = self.evidence.compare(event["of"], event["program"])
 
-    def _explain(self):
-        """The diff of each experiment, and why its run has no result."""
-        texts = {blob: session.text_of(blob) for blob in {e.blob for e in self.experiments}}
-        reasons = {a["id"]: a.get("reason") for a in self.attempts}
-        for e in self.experiments:
-            e.text, e.reason = texts[e.blob], one_line(reasons.get(e.event.get("id")))
-            if e.before and e.text and e.before.text:
-                sides = (side.text.strip().split("\n") for side in (e.before, e))
-                e.diff = list(difflib.unified_diff(*sides, lineterm=""))[2:]  # without its two head lines
-
     def _what_is_missing(self):
         gone = sum(a["status"] == "valid" and a["run_id"] not in self.records for a in self.attempts)
         if gone:
@@ -158,11 +147,7 @@ class Night:
         inside = sum(low <= gain <= high for (low, high), gain in said)
         hope = sum((low + high) / 2 - gain for (low, high), gain in said) / len(said)
         way = "hopeful" if hope > 0 else "careful"
-        return f"expected gains: right in {inside} of {len(said)}, on average {abs(hope):.4f} too {way}"
-
-    @property
-    def chain(self):
-        return self.chain_of(self.best)
+        return f"right in {inside} of {len(said)}, on average {abs(hope):.4f} too {way}"
 
     def chain_of(self, e):
         """The kept experiments that one stands on, the baseline first; a rewind leaves others out."""
@@ -174,23 +159,14 @@ class Night:
 
     @property
     def held_out(self):
-        """(gain on the test split in words, whether that agrees) of the newest look at it, or None."""
-        if not self.look:
-            return None
-        gain, error = self.look["test"]
-        return f"{gain:+.4f} ± {error:.4f}", gain > 2 * error
-
-    @property
-    def elsewhere(self):
-        """{`BUDGET=1200`: (gain on test, what that says)} of the newest look with another budget or text, of each."""
+        """{where: (gain on the test split, which wins, what is left)} of the newest looks; "": as in the night."""
         found = {}
         for look in self.looks:
-            if there := look.get("where"):
-                gain, error = look["test"]
-                wins = "best" if gain > 2 * error else "baseline" if -gain > 2 * error else ""
-                left = f"{100 * gain / look['night']:.0f} %" if gain > 0 else "nothing"
-                ends = f"the {wins} wins" if wins else "not settled which wins"
-                found[there] = f"{gain:+.4f} ± {error:.4f}", f"{left} of the night's gain is left; {ends}"
+            gain, error = look["test"]
+            best = "the best" if self.best and look["best"] == self.best.commit else look["best"]
+            wins = f"{best if gain > 0 else 'the baseline'} wins" if abs(gain) > 2 * error else "not settled which wins"
+            left = f"{100 * gain / look['night']:.0f} %" if gain > 0 else "nothing"
+            found[look.get("where", "")] = f"{gain:+.4f} ± {error:.4f}", wins, f"{left} of the night's gain is left"
         return found
 
     @property
@@ -199,21 +175,17 @@ class Night:
         return counted(max(0, len(self.experiments) - 1), "experiment")
 
     @property
-    def counts(self):
-        """What became of the experiments, in words."""
-        count = Counter(e.status for e in self.experiments)
-        return f"{len(self.kept[1:])} kept after the baseline, {count['discard']} discarded, {count['crash']} crashed"
-
-    @property
     def circumstances(self):
-        """How much was done, when and where, in words."""
-        found = [f"{self.tried} in {clock(self.seconds)}"]
-        if self.times:
-            found.append(f"from {self.times[0]:%d %b %H:%M}")
+        """What was done and what became of it, how long it took, when and where, in words."""
+        count = Counter(e.status for e in self.experiments)
+        found = [f"{self.tried}: {len(self.kept[1:])} kept, {count['discard']} discarded, {count['crash']} crashed"]
+        if self.events:
+            begun, ended = (datetime.fromisoformat(self.events[i]["time"]).astimezone() for i in (0, -1))
+            found.append(f"{str(ended - begun).rpartition(':')[0]} h from {begun:%d %b %H:%M}")
         if self.like:
             name = one_line(str(self.like["device"].get("name")))
             found.append(f"{self.like['budget']:g} s each on {name}, {self.like['dataset']}")
-        return ", ".join(found)
+        return "; ".join(found)
 
 
 def ablations(events):
@@ -224,9 +196,3 @@ def ablations(events):
             found = []
         found += [event] if event["event"] == "ablation" else []
     return found
-
-
-def clock(seconds):
-    """`6 min`, `2 h 05 min`."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

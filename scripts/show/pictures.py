@@ -26,13 +26,14 @@ KINDS = {  # status or trust: what it is called, its marker, size in points, ins
 warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks: boxes, and no word
 
 
-def progress(night):
-    """A figure of all experiments of a night."""
+def progress(night, kind):
+    """All experiments of a night as the bytes of a `png`, which stands alone, or of the `svg` for the page."""
+    alone, out = kind == "png", io.BytesIO()
     matplotlib.rcdefaults()  # a person's own settings have no say
     matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize=(12, 6.75), dpi=100)
-    axis = figure.subplots(gridspec_kw={"left": 0.075, "right": 0.98, "top": 0.85, "bottom": 0.11})
-    chain, end, (low, high) = night.chain, len(night.experiments) + 1, bounds(night)
+    figure = Figure(figsize=(12, 6.75 if alone else 3.2), dpi=100)
+    axis = figure.subplots(gridspec_kw={"left": 0.07, "right": 0.99, "top": 0.85, "bottom": 0.11 if alone else 0.16})
+    chain, end, (low, high) = night.chain, len(night.experiments) + 1, bounds(night, 0.5 if alone else 0.15)
     axis.set(xlim=(0, end), ylim=(low, high), xlabel="experiment", ylabel="val_bpb, bits per byte")
     axis.grid(axis="y", color=COLOURS["line"], linewidth=0.6)
     axis.tick_params(length=0)
@@ -43,33 +44,27 @@ def progress(night):
     for e in night.kept:
         if e.gain:  # 95 % of it, against what it was compared with
             axis.errorbar(e.number, e.bpb, 1.96 * min(e.gain.error, high - low), ecolor=COLOURS["dot"], elinewidth=1)
-    for kind, (name, marker, size, inside, edge) in KINDS.items():
-        found = [e for e in night.experiments if (e.trust or e.status) == kind]
-        heights = [low + 0.03 * (high - low) if kind == "crash" else min(e.bpb, high) for e in found]
+    for sort, (name, marker, size, inside, edge) in KINDS.items():
+        found = [e for e in night.experiments if (e.trust or e.status) == sort]
+        heights = [low + 0.03 * (high - low) if sort == "crash" else min(e.bpb, high) for e in found]
         look = {"color": COLOURS[inside], "markeredgecolor": COLOURS[edge], "markersize": size, "label": name}
         if found:
             axis.plot([e.number for e in found], heights, marker, clip_on=False, zorder=4, **look)
-    kept = [f"{e.number:3}  {e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain[1:][-LISTED:]]
-    look = {"fontsize": 9.5, "zorder": 3, "backgroundcolor": COLOURS["paper"], "transform": axis.transAxes}
-    axis.text(0.015, 0.06, "\n".join(kept), **look)  # below the steps
-    figure.legend(loc="upper right", bbox_to_anchor=(0.99, 0.99), ncols=len(KINDS), frameon=False, fontsize=10)
-    fell = f"val_bpb {night.first.bpb:.4f} → {night.best.bpb:.4f}" if night.gain else "no gain yet"
-    figure.text(0.075, 0.95, f"{night.tag}: {fell}", fontsize=16, fontweight="bold", va="center")
-    figure.text(0.075, 0.9, night.circumstances, fontsize=10.5, color=COLOURS["quiet"], va="center")
-    return figure
+    figure.legend(loc="upper right", bbox_to_anchor=(0.995, 0.99), ncols=len(KINDS), frameon=False, fontsize=10)
+    if alone:
+        kept = [f"{e.number:3}  {e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain[1:][-LISTED:]]
+        axis.text(0.015, 0.06, "\n".join(kept), fontsize=9.5, transform=axis.transAxes)  # below the steps
+        fell = f"val_bpb {night.first.bpb:.4f} → {night.best.bpb:.4f}" if night.gain else "no gain yet"
+        figure.text(0.07, 0.95, f"{night.tag}: {fell}", fontsize=16, fontweight="bold", va="center")
+        figure.text(0.07, 0.9, night.circumstances, fontsize=10.5, color=COLOURS["quiet"], va="center")
+    figure.savefig(out, format=kind, dpi=100)
+    return out.getvalue()
 
 
-def bounds(night):
+def bounds(night, below):
     """(lowest, highest) val_bpb to show: all that was kept, and what lies near; what is above is drawn on the edge."""
     kept = [e.bpb for e in night.kept]
     if not kept:
         return 0.0, 1.0
     span = max(max(kept) - min(kept), 6 * night.evidence.sigma, 0.004)
-    return min(kept) - 0.5 * span, max(kept) + 0.25 * span
-
-
-def saved(figure, kind):
-    """The figure as the bytes of a `png`, 100 dots an inch, or of an `svg`."""
-    out = io.BytesIO()
-    figure.savefig(out, format=kind, dpi=100)
-    return out.getvalue()
+    return min(kept) - below * span, max(kept) + 0.25 * span

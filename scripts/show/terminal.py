@@ -11,8 +11,8 @@ import time
 from harness import files
 from scripts import session
 from scripts.judge.evidence import gain_words
-from scripts.session import PROGRESS, Session, blanked, counted, cut, one_line, options, run_command, say, tags
-from scripts.show.night import Night, clock
+from scripts.session import PROGRESS, Session, blanked, counted, cut, one_line, options, run_command, tags
+from scripts.show.night import Night
 
 WIDTH = 125
 KEPT, NEAR, DEAD, OPEN, NOTES = 12, 6, 14, 8, 3  # in a brief at most: with titles and what stands alone 54 lines
@@ -24,10 +24,7 @@ ROWS = 12  # of the newest experiments on its screen
 
 def brief(night):
     """Where the session stands, as at most 60 lines."""
-    if not night.experiments:
-        return [f"{night.tag}: no results yet: make baseline", *newest_run(night)]
-    found = [f"{night.tag}: {night.tried} in {clock(night.seconds)}; {night.counts}"]
-    found += standing(night)
+    found = [f"{night.tag}: {night.circumstances}", *standing(night)]
     for title, entries in {
         "kept, the oldest first:": [entry(e) for e in night.chain[1:][-KEPT:]],
         "put back, though probably better:": [entry(e) for e in night.near_misses[:NEAR]],
@@ -36,26 +33,24 @@ def brief(night):
     }.items():
         if entries:
             found += [title, *(f"  {text}" for text in entries)]
-    found += [night.foresight] if night.foresight else []
-    found += [f"note: {words}" for words in night.missing[:NOTES]]
+    found += [f"expected gains: {night.foresight}"] if night.foresight else []
     return [cut(line, WIDTH) for line in [*found, *newest_run(night)]]
 
 
 def standing(night):
-    """Baseline, best, noise and held-out gain, a line each; the table and the screen have them, too."""
-    if not night.best:
-        return ["nothing was kept yet"]
-    first, best = night.first, night.best
-    found = [f"baseline {first.bpb:.6f}  {first.commit}, {counted(len(first.runs), 'run')}"]
+    """What is missing, baseline, best, noise and held-out gain, a line each; table and screen have them, too."""
+    found, first, best = [f"note: {words}" for words in night.missing[:NOTES]], night.first, night.best
+    if not best:
+        return [*found, "nothing was kept yet: make baseline"]
+    found.append(f"baseline {first.bpb:.6f}  {first.commit}, {counted(len(first.runs), 'run')}")
     if night.gain:
         found.append(f"best     {best.bpb:.6f}  {best.commit}, {counted(len(best.runs), 'run')}; gain "
                      f"{gain_words(night.gain)}; after the winner's curse {gain_words(night.left)}")  # fmt: skip
     found.append(noise(night.evidence))
-    if night.held_out:
-        found.append(f"held out {night.held_out[0]}, {night.look['best']} against the baseline")
-    elif night.gain:
+    for where, (gain, *words) in night.held_out.items():
+        found.append(f"held out {gain}{where and f' with {where}'}: {', '.join(words)}")
+    if night.gain and "" not in night.held_out:
         found.append("held out not measured: make holdout does that")
-    found += [f"held out {gain} with {there}: {words}" for there, (gain, words) in night.elsewhere.items()]
     return found
 
 
@@ -94,20 +89,12 @@ def newest_run(night):
 
 def table(night):
     """The rows with all runs and the gain of each, and where the session stands."""
-    if not night.experiments:
-        return ["no results yet: make baseline"]
     found = [LOOK.format(*COLUMNS)]
     for e in night.experiments:
         gain, number = gain_words(e.gain) if e.gain else "", f"{e.number}{'*' if e is night.best else ' '}"
         found.append(LOOK.format(number, e.commit, f"{e.bpb:.6f}", gain, len(e.runs) or "", e.memory, f"{e.rate:.0f}",
                                  e.changed, f"{e.status} {e.trust}", e.description))  # fmt: skip
     return [*found, "* the best; a kept gain is safe, doubtful or unproven", *standing(night)]
-
-
-def screen(night):
-    """The running experiment, the last rows, the best, the load."""
-    found = [f"{night.tag}: {night.tried}; {night.counts}; load {os.getloadavg()[0]:.1f} of {os.cpu_count()}"]
-    return [*found, *standing(night), "", *newest_run(night), "", *map(entry, night.experiments[: -1 - ROWS : -1])]
 
 
 def watch(tag):
@@ -118,7 +105,9 @@ def watch(tag):
         if now != seen:
             seen, night = now, Night(tag)
         width, height = shutil.get_terminal_size((100, 40))
-        shown = [cut(blanked(line), width) for line in screen(night)][: height - 1]
+        head = f"{tag}: load {os.getloadavg()[0]:.1f} of {os.cpu_count()}; {night.circumstances}"
+        lines = [head, *standing(night), "", *newest_run(night), "", *map(entry, night.experiments[: -1 - ROWS : -1])]
+        shown = [cut(blanked(line), width) for line in lines[: height - 1]]
         if not sys.stdout.isatty():
             return print("\n".join(shown))
         # home, each line with its rest wiped, and all below
@@ -131,13 +120,9 @@ def show(args):
         return watch(args.tag)
     if args.view == "brief":
         return print("\n".join(brief(Night(args.tag))))
-    if not args.all:
-        Session(args.tag).link()
+    Session(args.tag).link()
     for tag in tags() if args.all else [args.tag]:
-        night = Night(tag)
-        for problem in night.problems:
-            say(f"note: {problem}")
-        print("\n".join([*([f"\n{tag}"] if args.all else []), *table(night)]))
+        print("\n".join([*([f"\n{tag}"] if args.all else []), *table(Night(tag))]))
 
 
 if __name__ == "__main__":
