@@ -22,11 +22,6 @@ from harness.tokenizer import Tokenizer
 AT_ONCE = 100  # texts that a thread encodes in one call
 
 
-def identity(dataset):
-    """What decides the tokens, apart from the text and the code: a run uses no tokens of another identity."""
-    return {**asdict(dataset), "split_pattern": tokenizer.SPLIT_PATTERN, "special_tokens": [*tokenizer.SPECIAL_TOKENS]}
-
-
 def file_hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -50,14 +45,14 @@ class TokenCache:
 
     @classmethod
     def read(cls, dataset):
-        """The dataset's prepared tokens, or None where they are missing, damaged or of another identity.
+        """The dataset's prepared tokens, or None where they are missing, damaged or of another definition of it.
 
         The tokens themselves are not read.
         """
         folder = cache_dir(dataset) / "tokens"
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
-            fits = cache.is_whole("tokenizer.json") and cache.meta["identity"] == identity(dataset)
+            fits = cache.is_whole("tokenizer.json") and cache.meta["dataset"] == asdict(dataset)
             return cache if fits else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
@@ -80,7 +75,7 @@ class TokenCache:
                 return found
         except (OSError, ValueError, EOFError):
             pass
-        refuse_cache(self.meta["identity"]["name"], self.folder / name)
+        refuse_cache(self.meta["dataset"]["name"], self.folder / name)
 
     tokens = partialmethod(_array, "tokens")
     offsets = partialmethod(_array, "offsets")
@@ -176,7 +171,7 @@ def prepare_anew(dataset, root):
         print(f"{dataset.name}: training the tokenizer", flush=True)
         tokenizer = Tokenizer.train(dataset, dataset.source.texts(dataset, "train"))
         tokenizer.save(new / "tokenizer.json")
-        meta = {"identity": identity(dataset), "code": code(), "source": dataset.source.fingerprint()}
+        meta = {"dataset": asdict(dataset), "code": code(), "source": dataset.source.fingerprint()}
         for split in ("val", "test", "train"):  # held-out first: train gives way to them
             meta[split] = write_split(tokenizer, dataset.source.texts(dataset, split), new, split, held_out)
             print("{}: {documents:,} documents, {tokens:,} tokens for {}".format(dataset.name, split, **meta[split]))

@@ -117,10 +117,8 @@ clear_git_locks() { # GIT_DIR GIT_COMMON_DIR
     "$PYTHON" -c "$no_git_runs" 2>/dev/null && break
     [ "$try" != last ] || die "git is at work, or was cut off; if it was, remove $found"
   done
-  while IFS= read -r lock; do
-    [ ! -e "$lock" ] || say "note: a git that was killed left its lock $lock, which is removed"
-    rm -f "$lock"
-  done <<<"$found"
+  say "note: a git that was killed left its lock, which is removed:" "$found"
+  while IFS= read -r lock; do rm -f "$lock"; done <<<"$found"
 }
 
 # Off its branch a session would go on unseen: where HEAD is detached, or on a branch of the session's own name.
