@@ -2,12 +2,10 @@
 
 import functools
 import math
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from harness import devices, machine
@@ -43,8 +41,6 @@ def evaluate_bpb(model, rows, tokenizer, batch_size):
 
     Returns an `Evaluation`. Raises `Refused` where the answers are no distributions.
     """
-    if batch_size < 1:
-        sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
     mine = np.arange(len(rows)) // batch_size % devices.SIZE == devices.RANK
     nats = np.zeros((len(rows), rows.shape[1] - 1), np.float32)
     with evaluation_mode(model), devices.agreement(Refused):
@@ -86,7 +82,7 @@ def compute_streams():
 @contextmanager
 def evaluation_mode(model):
     """Dropout and the like are off within it."""
-    training = isinstance(model, nn.Module) and model.training
+    training = getattr(model, "training", False)
     try:
         yield model.eval() if training else None
     finally:
@@ -141,15 +137,13 @@ def nats_of_logits(logits, tokens):
 def logits_of(model, ids, vocab_size):
     """The model's logits (b, T, vocab_size) for ids (b, T): one row for every position."""
     logits, expected = model(ids), (*ids.shape, vocab_size)
-    if not isinstance(logits, mx.array):
-        raise Refused(f"shape: the model returned {type(logits).__name__}, expected an mx.array of logits {expected}.")
-    if tuple(logits.shape) != expected:
+    array = isinstance(logits, mx.array)
+    if not array or logits.shape != expected or not mx.issubdtype(logits.dtype, mx.floating):
+        got = f"{tuple(logits.shape)}, {logits.dtype}" if array else type(logits).__name__
         raise Refused(
-            f"shape: logits are {tuple(logits.shape)}, expected (batch, positions, vocabulary) = {expected}: for every "
-            "position one number for every token."
+            f"shape: the model returned {got}, expected an mx.array of floating-point logits (batch, positions, "
+            f"vocabulary) = {expected}: for every position one number for every token."
         )
-    if not mx.issubdtype(logits.dtype, mx.floating):
-        raise Refused(f"shape: logits are {logits.dtype}, expected a floating-point type.")
     return logits
 
 

@@ -14,20 +14,15 @@ from pathlib import Path
 from harness.processes import is_alive
 
 
-def to_disk(descriptor):
-    """Return once what was written is on the disk itself, which on macOS takes more than fsync."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        with suppress(OSError):  # not every file system there knows it
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(descriptor)
-
-
-def folder_to_disk(path):
-    """A new or renamed file outlives a power cut only once its folder is on the disk as well."""
+def to_disk(path):
+    """Return once a file, or the names in a folder, are on the disk itself, which on macOS takes more than fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        to_disk(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            with suppress(OSError):  # not every file system there knows it
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -37,7 +32,7 @@ def make_folder(path):
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        folder_to_disk(path.parent)
+        to_disk(path.parent)
 
 
 def write_atomically(path, content):
@@ -55,26 +50,22 @@ def write_atomically(path, content):
 
 def move_into_place(temporary, path):
     """Give a finished file its name, so that it is whole under it even after a power cut."""
-    with open(temporary, "rb") as file:
-        to_disk(file.fileno())
+    to_disk(temporary)
     temporary.replace(path)
-    folder_to_disk(path.parent)
+    to_disk(path.parent)
 
 
 def append(path, text):
     """Add whole lines at the end of a file; what stands there is never rewritten, and a line cut short is ended."""
     make_folder(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        cut_short = size and os.pread(descriptor, 1, size - 1) != b"\n"
+    with open(path, "a+b", buffering=0) as file:  # one write
+        size = file.seek(0, os.SEEK_END)
+        cut_short = size and os.pread(file.fileno(), 1, size - 1) != b"\n"
         content = b"\n" * bool(cut_short) + text.encode()
-        if os.write(descriptor, content) < len(content):
+        if file.write(content) < len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        to_disk(descriptor)
-    finally:
-        os.close(descriptor)
-    folder_to_disk(path.parent)  # each time: whoever made the file may have been killed before this
+    to_disk(path)
+    to_disk(path.parent)  # each time: whoever made the file may have been killed before this
 
 
 @contextmanager

@@ -30,7 +30,6 @@ MOVED = 0.05**2  # mean square, over the variance of the nats
 SURE = 5.0  # t
 PLACES = 64  # that are asked about since the model does strangely well there
 EXCHANGES = 32, 128, 512  # at other places: in any case; in time; and in time while it may be a leak, and is not sure
-SLOW = 0.5  # seconds a row, from which on half as many are asked: a run must end within its TIMEOUT
 FEW = 32  # one, and one of so many, does not count for `moved`: rounding flips a choice between experts now and then
 STEADY = 16  # times that a model must score as before, or nothing else is said of it
 MOST = 50.0  # nats that count: a model may hold a token to be impossible
@@ -92,7 +91,7 @@ class LeakChecks:
         self.size = batch_size if mx.default_device().type == mx.gpu else min(batch_size, 8)
         self.nats_per_bit = math.log(2) * max(tokenizer.token_bytes[rows[:, 1:]].mean(), 1e-3)  # a bit per byte
         self.rng = np.random.default_rng()  # from the system: nobody can train for the draw
-        self.held, self.made = model_state.copies_of(model_state.arrays_of(model)), time.monotonic()
+        self.held = model_state.copies_of(model)
         self.moves = []  # (cut, how far answers moved) of each exchange, see `_exchange`
 
     def ask(self, nats, seconds=math.inf):
@@ -100,11 +99,7 @@ class LeakChecks:
 
         seconds: after which nothing more is begun but what is asked in any case.
         """
-        now = time.monotonic()
-        self.over, self.least = now + seconds, EXCHANGES[0]
-        if (now - self.made) / len(self.rows) > SLOW:
-            self.size, self.least = min(self.size, 4), self.least // 2
-        self.nats = np.minimum(nats, MOST)
+        self.over, self.nats = time.monotonic() + seconds, np.minimum(nats, MOST)
         self.spread = self.nats.var() + 1e-10
         with evaluation_mode(self.model):
             self._state()
@@ -151,7 +146,7 @@ class LeakChecks:
 
     def _causality(self):
         """Positions before a cut answer the same when all tokens from it on are another one."""
-        _, enough, most = EXCHANGES
+        least, enough, most = EXCHANGES
         some = self.rng.choice(len(self.rows), min(len(self.rows), 1024), replace=False)
         at, positions = strangely_good(self.nats[some], self.rows[some, 1:], PLACES, self.rng)
         for first in range(0, PLACES, self.size):
@@ -159,7 +154,7 @@ class LeakChecks:
                 break
             self._exchange(some[at[first : first + self.size]], positions[first : first + self.size] + 1)
         favour, late, unsure, reason = np.empty(0), False, True, None
-        while len(favour) < (self.least if late else enough) or (unsure and not late and len(favour) < most):
+        while len(favour) < (least if late else enough) or (unsure and not late and len(favour) < most):
             numbers = self.rng.integers(0, len(self.rows), self.size)
             cuts = cut_points(self.rows.shape[1] - 1, self.size, self.rng)
             favour = np.append(favour, self._exchange(numbers, cuts))

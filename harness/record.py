@@ -45,7 +45,6 @@ def write(train, commit, **content):
     record = {
         "format_version": FORMAT_VERSION,
         "run_id": f"{now:%Y%m%d_%H%M%S}-{uuid.uuid4().hex[:12]}",
-        "pid": os.getpid(),
         "attempt": os.environ.get("AUTORESEARCH_PROGRESS", "").split(" ")[0],  # whose record this is, see experiment.py
         "timestamp": now.isoformat(timespec="seconds"),
         "commit": commit,
@@ -134,7 +133,6 @@ def tell(record):
         "num_steps": training["total_steps"],
         "num_params_M": f"{model['num_params'] / 1e6:.2f}",
         "depth": model["depth"],
-        "dmodel_scale": f"{model['dmodel_scale']:.4f}",
     }
     print("\n---" if sys.stdout.isatty() else "---")
     for name, value in lines.items():

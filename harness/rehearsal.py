@@ -1,8 +1,6 @@
 """The dress rehearsal: what the model will be asked at the end, asked before it is trained."""
 
 import math
-import re
-import sys
 import time
 
 import numpy as np
@@ -12,7 +10,6 @@ from harness.evaluation import compute_streams, evaluation_mode, nats_of, score_
 from harness.leak_checks import LeakChecks
 from harness.run_checks import Refused
 
-OUT_OF_MEMORY = re.compile(r"memory|alloc|buffer size", re.IGNORECASE)
 ROWS = 16  # at least; else as many batches of the evaluation's size as it has in flight
 UNTRAINED = 0.92  # of ln(vocabulary), the nats of who knows nothing; who knows how often each token comes has 0.87
 
@@ -20,32 +17,22 @@ UNTRAINED = 0.92  # of ln(vocabulary), the nats of who knows nothing; who knows 
 def rehearse(model, tokens, tokenizer, batch_size, seconds=math.inf):
     """Ask a model that is built and not trained yet what the evaluation will ask it; returns seconds that a row takes.
 
-    Whether it leaks is asked of weights that are shaken, since an output that begins at zero hides a leak. All arrays
-    are put back bit for bit, and MLX's random numbers. tokens: the training split, uint16. seconds: for the leak
-    checks. Raises `Refused`.
+    Whether it leaks is asked of weights that are shaken, since an output that begins at zero hides a leak. Afterwards
+    all is as before. tokens: the training split, uint16. seconds: for the leak checks. Raises `Refused`.
     """
-    if batch_size < 1:
-        sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
     width = tokenizer.dataset.sequence_length + 1
     rows = np.resize(np.array(tokens[: 256 * width]), (max(ROWS, batch_size * len(compute_streams())), width))
-    with evaluation_mode(model), model_state.put_back(model) as arrays:
+    with evaluation_mode(model), model_state.kept(model) as built:
+        knows_text(model, rows, tokenizer, batch_size)
+        model_state.refuse_changed(built, model)  # by its very first call
         try:
-            knows_text(model, rows, tokenizer, batch_size)
-            model_state.shake(arrays)
-            try:
+            with model_state.kept(model):
+                model_state.shake(model)
                 return ask(model, rows, tokenizer, batch_size, seconds)
-            except Refused as refused:
-                if not str(refused).startswith("finite: "):
-                    raise
-                model_state.restore(arrays)  # shaken too much for this model: as it was built, then
-                return ask(model, rows, tokenizer, batch_size, seconds)
-        except (RuntimeError, MemoryError) as error:
-            if not OUT_OF_MEMORY.search(str(error) or "memory"):
+        except Refused as refused:
+            if not str(refused).startswith("finite: "):
                 raise
-            raise Refused(
-                f"memory: an evaluation of {batch_size} x {width - 1} tokens at once does not fit ({error}). Lower the "
-                "batch size of the evaluation."
-            ) from error
+        return ask(model, rows, tokenizer, batch_size, seconds)  # shaken too much for it: as it was built, then
 
 
 def ask(model, rows, tokenizer, batch_size, seconds):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import psutil
 from mlx.utils import tree_flatten
@@ -35,7 +36,8 @@ EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
 
 def mode():
-    """(what train.py is called for, its words): ("run", []), ("check", []), ("weights", [FILE]).
+    """(what train.py is called for, its words): ("run", []), ("check", []), ("holdout", []), ("weights", [FILE]), or
+    ("sample", [FILE, PROMPT]).
 
     Any other word ends the program, so that nothing misspelt trains for a whole budget.
     """
@@ -44,13 +46,9 @@ def mode():
         sys.exit("error: train.py trains when it is imported: below if __name__ == '__main__' is where a run begins")
     if program != "train.py" or not words:
         return "run", []
-    if words[0] == "--sample" and len(words) == 3:  # of scripts/show/sample.py: a file of weights and a prompt
-        return "sample", words[1:]
-    match [part for word in words for part in word.split("=", 1)]:
-        case ["--check" | "--holdout" as word]:  # --holdout: of scripts/judge/holdout.py
-            return word[2:], []
-        case ["--weights", file]:
-            return "weights", [file]
+    match words:  # --holdout is of scripts/judge/holdout.py, --sample of scripts/show/sample.py
+        case ["--check" | "--holdout"] | ["--weights", _] | ["--sample", _, _]:
+            return words[0][2:], words[1:]
     sys.exit(f"error: train.py does not understand {' '.join(words)}: it takes --check, or --weights FILE")
 
 
@@ -66,6 +64,14 @@ def rows_to_score(rows, chosen, row_seconds, budget):
     return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
+def refuse_unusable(model, batch_size):
+    """End the program where what train.py hands over cannot be asked at all."""
+    if not isinstance(model, nn.Module):  # else its arrays would be unknown
+        sys.exit(f"error: the model is a {type(model).__name__}, expected an mlx.nn.Module")
+    if batch_size < 1:
+        sys.exit(f"error: the evaluation needs batches of at least one row, not {batch_size}")
+
+
 class Run:
     """One experiment: its dataset, the clock of its budget, its log and its record."""
 
@@ -78,13 +84,13 @@ class Run:
         self._stream = self._start = self._pending = None
         self._check_seconds = max(CHECK_SECONDS, CHECK_SHARE * self.budget)
         self._row_seconds = 0.0  # that scoring takes
+        self._aside = 0.0  # seconds of warm-up and rehearsal, which count neither as start-up nor as budget
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
         self._ends = []  # of each step: seconds at its end, in a group by rank 0's clock
         self._watch, self._early_tokens = machine.Watch(), 0  # tokens taken before the clock started
         # What the record gets, filled in as the run goes on.
-        self._training = dict.fromkeys(("warm_up_seconds", "rehearsal_seconds", "seconds", "training_peak_mb"), 0.0)
-        self._training |= {"peak_memory_mb": 0.0, "eval_seconds": None, "check_seconds": None}
-        self._model, self._machine = {"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, {}
+        self._training = {"seconds": 0.0, "training_peak_mb": 0.0, "peak_memory_mb": 0.0, "eval_seconds": None}
+        self._model, self._machine = {"depth": 0, "num_params": 0}, {}
         self.device = machine.describe()
         same = {"harness": HARNESS, "token cache": self.cache.hash, "version of MLX": self.device["mlx"]}
         self.group = devices.describe(self.device["name"], **same)
@@ -111,7 +117,7 @@ class Run:
         start = time.monotonic()
         with model_state.kept(state):
             action()
-        self._training["warm_up_seconds"] += time.monotonic() - start
+        self._aside += time.monotonic() - start
 
     def rehearse(self, model, batch_size):
         """Before the clock: ask the built model what it will be asked at the end, so that a fault costs seconds.
@@ -120,23 +126,23 @@ class Run:
         an invalid record, where a check refuses the model. `train.py --check` and `--weights FILE` end here, without a
         record.
         """
+        refuse_unusable(model, batch_size)
         if self.mode in ("weights", "sample"):
             self._use_weights(model, batch_size)
-        start, reason = time.monotonic(), None
+        start = time.monotonic()
         with harness_reads():
             tokens = self.cache.tokens("train")
         try:
             with devices.agreement(Refused):
                 seconds = rehearse(model, tokens, self.tokenizer, batch_size, self._check_seconds)
-                self._row_seconds = max(map(float, devices.all_gather(str(seconds))))
         except Refused as refused:
-            reason = f"{refused} (Found in the dress rehearsal, before training.)"
-        took = self._training["rehearsal_seconds"] = time.monotonic() - start
-        if reason and self.mode == "check":
-            print(f"error: this model is not valid. {reason}", file=sys.stderr)
+            if self.mode != "check":
+                self._end(f"{refused} (Found in the dress rehearsal, before training.)")
+            print(f"error: this model is not valid. {refused}", file=sys.stderr)
             sys.exit(2)
-        if reason:
-            self._end(reason)
+        self._row_seconds = max(map(float, devices.all_gather(str(seconds))))
+        took = time.monotonic() - start
+        self._aside += took
         if self.mode == "check":
             batch = f"{batch_size} x {self.dataset.sequence_length}"
             print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
@@ -150,7 +156,7 @@ class Run:
                 print(f"sample:\n{sample(model, self.tokenizer, self._words[1], self.seed)}")
                 sys.exit(0)
             evaluation = self._evaluate(model, batch_size)
-        except (AttributeError, OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             sys.exit(f"error: {self._words[0]} does not hold the weights of this train.py's model: {why}")
         except Refused as refused:
@@ -169,8 +175,8 @@ class Run:
         mx.synchronize()
         devices.all_gather("ready")  # all begin together
         if self._stream:
-            self._early_tokens, self._stream.tokens, self._stream.wait_seconds = self._stream.tokens, 0, 0.0
-        self._training["startup_seconds"] = time.monotonic() - PROCESS_START
+            self._early_tokens, self._stream.tokens = self._stream.tokens, 0
+        self._training["startup_seconds"] = time.monotonic() - PROCESS_START - self._aside
         self._training["peak_memory_mb"] = mx.get_peak_memory() / 2**20
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -222,11 +228,11 @@ class Run:
             return
         loss, tokens = self._pending
         self._pending = None
-        loss, clock = loss if devices.SIZE > 1 else (loss, None)
-        loss, now, step = float(loss.item()), self.elapsed(), len(self._curve)
-        self._ends.append(now if clock is None else clock.item())
+        loss, *clock = loss.tolist() if devices.SIZE > 1 else [loss.item()]
+        now, step = self.elapsed(), len(self._curve)
         if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
             sys.exit(f"error: the loss is {loss} at step {step}: lower the learning rates or mend the change")
+        self._ends += clock or [now]
         self._curve.append((now, loss, tokens, mx.get_peak_memory() / 2**20))
         if not devices.RANK:
             record.tell_step(self._curve, self.budget)
@@ -237,25 +243,24 @@ class Run:
         """Evaluate, write the record, print the summary. Exits with 2 where a check refuses the run.
 
         Args:
-            model: see `evaluate_bpb`; its parameters are counted where it has any.
+            model: an `nn.Module`, see `evaluate_bpb`.
             batch_size: rows at once in evaluation.
             config: dict of plain values for the record's `model`; holds at least `depth` and `n_embd`.
         """
         if self._start is None:
             sys.exit("error: train.py never called run.start_clock(), so there is no budget to check")
+        refuse_unusable(model, batch_size)
         self._read_loss()
-        parameters = model.parameters() if hasattr(model, "parameters") else {}
-        # What is pending belongs into the budget: MLX is lazy, and would train while it is evaluated.
-        mx.eval(parameters, list(model_state.arrays_of(model).values()))
+        mx.eval(model)  # what is pending belongs into the budget: MLX is lazy, and would train while it is evaluated
         mx.synchronize()
         self._training |= {"seconds": self.elapsed(), "training_peak_mb": mx.get_peak_memory() / 2**20}
         self._machine = self._watch.stop([end for end, *_ in self._curve[:-1]])
         mx.clear_cache()
-        size = sum(array.size for _, array in tree_flatten(parameters))
-        self._model = {**config, "dmodel_scale": (config["n_embd"] / 768) ** -0.5, "num_params": size}
+        weights = dict(tree_flatten(model.parameters()))
+        self._model = {**config, "num_params": sum(array.size for array in weights.values())}
         if not devices.RANK:
-            save_weights(parameters, self.train_blob)
-        same_weights = devices.same_weights(parameters)
+            save_weights(weights, self.train_blob)
+        same_weights = devices.same_weights(weights)
         self._load()  # anew, since train.py had them in its hands
         try:
             with devices.agreement(Refused):
@@ -263,9 +268,7 @@ class Run:
                 run_checks.one_model(same_weights)
             evaluation = self._evaluate(model, batch_size)
             with devices.agreement(Refused):
-                texts = os.environ.get("AUTORESEARCH_FILES") if self.dataset.name == "files" else None
-                opened = run_checks.opened_text(filter(None, [cache_dir(self.dataset), texts]))
-                run_checks.text(opened, self._tokens())
+                run_checks.text([cache_dir(self.dataset), os.environ.get("AUTORESEARCH_FILES")], self._tokens())
         except Refused as refused:
             self._end(str(refused))
         if self.mode == "holdout":
@@ -279,11 +282,10 @@ class Run:
         return self._curve[-1][2] if self._curve else 0
 
     def _check_training(self):
-        did = self._training
         run_checks.paused(self._machine["paused_seconds"], self.budget)
-        startup = did["startup_seconds"] - did["warm_up_seconds"] - did["rehearsal_seconds"]
-        run_checks.start_up(startup, self._early_tokens * len(self._curve) / max(self._tokens(), 1))
-        run_checks.budget(self.budget, did["seconds"], [end for end, *_ in self._curve])
+        early_steps = self._early_tokens * len(self._curve) / max(self._tokens(), 1)
+        run_checks.start_up(self._training["startup_seconds"], early_steps)
+        run_checks.budget(self.budget, self._training["seconds"], [end for end, *_ in self._curve])
 
     def _rows(self, split):
         with harness_reads():
@@ -296,11 +298,9 @@ class Run:
         start, rows = time.monotonic(), self._rows("val")
         questions = LeakChecks(model, rows, self.tokenizer, batch_size)
         evaluation = evaluate_bpb(model, rows, self.tokenizer, batch_size)
-        scored = time.monotonic()
         with devices.agreement(Refused):
             questions.ask(evaluation.nats, self._check_seconds)
-        end = time.monotonic()
-        self._training |= {"eval_seconds": end - start, "check_seconds": end - scored}
+        self._training["eval_seconds"] = time.monotonic() - start
         return evaluation
 
     def _end(self, reason, evaluation=None):
@@ -318,17 +318,18 @@ class Run:
             "avg_tok_sec": tokens / self._training["seconds"] if steps else 0.0,
             "peak_memory_mb": max(self._training["peak_memory_mb"], mx.get_peak_memory() / 2**20),
             "sequence_length": getattr(self._stream, "sequence_length", None),
-            "data_wait_seconds": getattr(self._stream, "wait_seconds", 0.0),
             "epochs": getattr(self._stream, "epochs", 0.0),
         }
-        result = {
-            "val_bpb": evaluation and evaluation.bpb,
-            "val_bpb_stderr": evaluation and evaluation.stderr,
-            "eval_bytes": evaluation and int(evaluation.row_bytes.sum()),
-            "eval_rows": evaluation and len(evaluation.row_bits),
-            "eval_rows_of": evaluation and self._all_rows,
-            "row_bits": evaluation and record.packed(evaluation.row_bits),
-        }
+        result = {"val_bpb": None}
+        if evaluation:
+            result = {
+                "val_bpb": evaluation.bpb,
+                "val_bpb_stderr": evaluation.stderr,
+                "eval_bytes": int(evaluation.row_bytes.sum()),
+                "eval_rows": len(evaluation.row_bits),
+                "eval_rows_of": self._all_rows,
+                "row_bits": record.packed(evaluation.row_bits),
+            }
         written = record.write(
             train=self.train_blob,
             commit=project.git("rev-parse", "--verify", "HEAD"),
@@ -352,7 +353,7 @@ class Run:
             sys.exit(2)
 
 
-def save_weights(parameters, train_blob):
+def save_weights(weights, train_blob):
     """Keep what was trained in data/last_run.safetensors, so that an evaluation which dies loses no training.
 
     The file names the program that it is of: after a pair data/last_run.json may be another's.
@@ -360,8 +361,7 @@ def save_weights(parameters, train_blob):
     path = project.DATA / "last_run.safetensors"
     try:
         files.make_folder(project.DATA)
-        arrays, of = dict(tree_flatten(parameters)), {"train_blob": train_blob}
-        mx.save_safetensors(str(path.with_name(".part.safetensors")), arrays, of)
+        mx.save_safetensors(str(path.with_name(".part.safetensors")), weights, {"train_blob": train_blob})
         files.move_into_place(path.with_name(".part.safetensors"), path)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"note: the weights were not kept: {error}")

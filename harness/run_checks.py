@@ -100,18 +100,13 @@ def _note(event, args):
 sys.addaudithook(_note)
 
 
-def opened_text(folders):
-    """The file of the dataset that was opened outside of the harness, or None. folders: where its files lie."""
-    folders = tuple(os.path.realpath(folder) + os.sep for folder in folders)
-    return next((os.path.basename(path) for path in _opened if os.path.realpath(path).startswith(folders)), None)
-
-
-def text(opened, tokens):
-    """What was trained on came by the stream. opened: see `opened_text`. tokens: that the stream handed out."""
-    if opened:
+def text(folders, tokens):
+    """What was trained on came by the stream. folders: where the dataset's files lie. tokens: that it handed out."""
+    folders = tuple(os.path.realpath(folder) + os.sep for folder in folders if folder)
+    if opened := next((path for path in _opened if os.path.realpath(path).startswith(folders)), None):
         raise Refused(
-            f"data: {opened} was opened during the run. Text reaches train.py by run.batches() alone. Look for code "
-            "that reads a split, the texts, or calls the evaluation."
+            f"data: {os.path.basename(opened)} was opened during the run. Text reaches train.py by run.batches() "
+            "alone. Look for code that reads a split, the texts, or calls the evaluation."
         )
     if not tokens:
         raise Refused("data: no batch was taken from run.batches(). Look for a loop that trains on other data.")

@@ -183,6 +183,6 @@ def prepare_anew(dataset, root):
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(root / "tokens", ignore_errors=True)
         new.rename(root / "tokens")
-        files.folder_to_disk(root)
+        files.to_disk(root)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -104,7 +104,7 @@ class Session:
             old = files.free_name(self.folder, "results", ".tsv")
             self.note("table", archived=old.name)
             self.table.rename(old)
-            files.folder_to_disk(self.folder)
+            files.to_disk(self.folder)
             say(f"note: the older results.tsv is now {shown(old)}")
 
     # --- events ---

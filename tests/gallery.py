@@ -1,6 +1,6 @@
 """Small models made of parts, to be asked by the leak checks: honest ones and leaking ones.
 
-A `mix` is a function from states (B, T, C) to states of the same shape. A model is made of mixes, each
+A `Mix` makes states (B, T, C) of states of the same shape. A model is made of mixes, each
 followed by a small MLP, between an embedding and a head.
 """
 
@@ -38,33 +38,39 @@ def matrix(*shape, scale=1.0):
     return mx.random.normal(shape) * scale / math.sqrt(shape[-2])
 
 
-class Network:
-    """A callable and no more: embedding, mixes, head.
+class Answers(nn.Module):
+    """A function from ids to logits, as the model that a run is handed."""
 
-    mixes: functions mix(x, ids) of states (B, T, width). Weights are random; `logit_scale` is about
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def __call__(self, ids):
+        return self.answer(ids)
+
+
+class Network(nn.Module):
+    """Embedding, mixes, head.
+
+    mixes: kinds of `Mix`. Weights are random; `logit_scale` is about
     the standard deviation of the logits. All is computed in `dtype`.
     """
 
     def __init__(self, vocab_size, mixes, width=WIDTH, dtype=mx.float32, logit_scale=2.0, tied=False, seed=0):
+        super().__init__()
         mx.random.seed(seed)
         self.embedding = mx.random.normal((vocab_size, width)).astype(dtype)
-        self.mixes = [mix(width, dtype) if isinstance(mix, type) else mix for mix in mixes]
-        self.mlps = [(matrix(width, 2 * width).astype(dtype), matrix(2 * width, width).astype(dtype)) for _ in mixes]
+        self.mixes = [mix(width, dtype) for mix in mixes]
+        self.mlps = [[matrix(width, 2 * width).astype(dtype), matrix(2 * width, width).astype(dtype)] for _ in mixes]
         self.head = self.embedding.T / math.sqrt(width) if tied else matrix(width, vocab_size).astype(dtype)
         self.head = (self.head * logit_scale).astype(dtype)
 
-    def parameters(self):
-        return {"embedding": self.embedding, "mlps": self.mlps, "head": self.head}
-
-    def hidden(self, ids):
+    def __call__(self, ids):
         x = self.embedding[ids]
         for mix, (up, down) in zip(self.mixes, self.mlps, strict=True):
             x = x + mix(norm(x), ids).astype(x.dtype)
             x = x + mx.maximum(norm(x) @ up, 0) @ down
-        return norm(x)
-
-    def __call__(self, ids):
-        return self.hidden(ids) @ self.head
+        return norm(x) @ self.head
 
 
 def later(T):
@@ -72,10 +78,11 @@ def later(T):
     return mx.arange(T) > mx.arange(T)[:, None]
 
 
-class Mix:
+class Mix(nn.Module):
     """Random projections that a mix may use."""
 
-    def __init__(self, width=WIDTH, dtype=mx.float32):
+    def __init__(self, width, dtype):
+        super().__init__()
         self.width = width
         self.wq, self.wk, self.wv, self.wo = (matrix(width, width).astype(dtype) for _ in range(4))
 
@@ -114,15 +121,6 @@ class SinkWindow(Mix):
     def __call__(self, x, ids):
         behind = mx.arange(x.shape[1])[:, None] - mx.arange(x.shape[1])
         return self.attend(x, (behind >= 0) & ((behind < 8) | (mx.arange(x.shape[1]) == 0)))
-
-
-class LinearAttention(Mix):
-    """Running sums of keys times values, no softmax."""
-
-    def __call__(self, x, ids):
-        q, k, v = (mx.maximum(x @ w, 0) + 0.01 for w in (self.wq, self.wk, self.wv))
-        kv = mx.cumsum(k[..., :8, None] * v[..., None, :], axis=1)
-        return (q[..., None, :8] @ kv)[..., 0, :] / (q[..., :8] * mx.cumsum(k[..., :8], axis=1)).sum(-1, keepdims=True)
 
 
 class Scan(Mix):
@@ -218,33 +216,22 @@ class GatedChunks(Mix):
         return mx.concatenate(chunks, axis=1) / 4 @ self.wo
 
 
-class BlockSpectrum(PaddedSpectrum):
-    """A filter of 16 by FFTs of 32, block by block; what hangs over is added to the next block."""
-
-    def __call__(self, x, ids):
-        blocks = x.astype(mx.float32).reshape(len(x), -1, 16, self.width)
-        spectra = [mx.fft.rfft(y, n=32, axis=-2) for y in (blocks, self.filter(16))]
-        y = mx.fft.irfft(spectra[0] * spectra[1], n=32, axis=-2)
-        y = y[:, :, :16] + mx.pad(y[:, :-1, 16:], [(0, 0), (1, 0), (0, 0), (0, 0)])
-        return y.reshape(x.shape).astype(x.dtype) @ self.wo
-
-
 HONEST = [
-    Attention, Rope, SinkWindow, LinearAttention, Scan, CausalConvolution, PaddedSpectrum, Experts, SortedExperts,
-    MeanSoFar, BlocksSoFar, GatedChunks, BlockSpectrum,
+    Attention, Rope, SinkWindow, Scan, CausalConvolution, PaddedSpectrum, Experts, SortedExperts,
+    MeanSoFar, BlocksSoFar, GatedChunks,
 ]  # fmt: skip
 
 
 # --- a model that has learnt something -------------------------------------------------------------
 
 
-def bigram(cache, vocab_size, dtype=mx.float32):
+def bigram(tokenizer):
     """Logits from counts of pairs in the training split: a model whose probabilities mean something."""
-    tokens = cache.tokens("train").astype(np.int64)
+    vocab_size, tokens = tokenizer.vocab_size, prepare.TokenCache.load(tokenizer.dataset).tokens("train").astype(int)
     counts = np.bincount(tokens[:-1] * vocab_size + tokens[1:], minlength=vocab_size**2).reshape(vocab_size, -1)
     unigram = (np.bincount(tokens, minlength=vocab_size) + 0.1) / len(tokens)
-    table = mx.array(np.log(counts + 4 * unigram), dtype)
-    return lambda ids: table[ids]
+    table = mx.array(np.log(counts + 4 * unigram), mx.float32)
+    return Answers(lambda ids: table[ids])
 
 
 # --- mixes that see later tokens ----------------------------------------------------------------------
@@ -284,15 +271,6 @@ class BlockAverage(Mix):
         B, T, C = x.shape
         means = x.reshape(B, T // self.size, self.size, C).mean(axis=2, keepdims=True)
         return mx.broadcast_to(means, (B, T // self.size, self.size, C)).reshape(x.shape) @ self.wo
-
-
-class BlockAveragesInAttention(Mix):
-    """q, k and v are averages over blocks of 4; the mask is causal."""
-
-    def __call__(self, x, ids):
-        B, T, C = x.shape
-        means = x.reshape(B, T // 4, 4, C).mean(axis=2, keepdims=True)
-        return self.attend((x.reshape(B, T // 4, 4, C) + means).reshape(x.shape), "causal")
 
 
 class ChunkedState(Mix):
@@ -346,16 +324,6 @@ class ScaleOverTime(Mix):
         return x / mx.abs(x).max(axis=1, keepdims=True) @ self.wo
 
 
-class SamePadding(Mix):
-    def __call__(self, x, ids):
-        return mx.conv1d(x, self.wk[:, :3, None], padding=1, groups=WIDTH) @ self.wo
-
-
-class WholeRow(Mix):
-    def __call__(self, x, ids):
-        return mx.broadcast_to(x.mean(axis=1, keepdims=True), x.shape) @ self.wo
-
-
 class LastToken(Mix):
     """All positions see the row's last token, so that whatever is exchanged, they move as much."""
 
@@ -379,7 +347,6 @@ SEES_LATER = {  # name: the mixes of a `Network`
     "one layer of three without a mask": [Attention, NoMask, Attention],
     "a prefix that sees itself": [Prefix],
     "averages over blocks of 16": [BlockAverage],
-    "block averages in q, k and v": [BlockAveragesInAttention],
     "a recurrent state over the whole chunk": [ChunkedState],
     "one token more at the ends of chunks": [Attention, ChunkEnds],
     "a circular spectral filter": [CircularSpectrum],
@@ -387,8 +354,6 @@ SEES_LATER = {  # name: the mixes of a `Network`
     "a token far ahead": [FarAhead],
     "normalised over time": [NormOverTime],
     "scaled by the largest of all times": [ScaleOverTime],
-    "a convolution padded on both sides": [SamePadding],
-    "the mean of the row": [WholeRow],
     "the last token of the row": [LastToken],
     "experts that choose tokens": [Attention, ExpertsChoose],
 }
@@ -434,11 +399,12 @@ class Calls(Mix):
 class CarriedState(Mix):
     """What the last call ended with is where the next one begins."""
 
-    last = 0
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self._last = mx.zeros(1)
 
     def __call__(self, x, ids):
-        y = x + self.last
-        self.last = mx.stop_gradient(x[-1:, -1:])
+        y, self._last = x + self._last, mx.stop_gradient(x[-1:, -1:])
         return y @ self.wo
 
 
@@ -456,28 +422,27 @@ class StochasticDepth(Mix):
         return x @ self.wo * (mx.random.uniform() > 0.2)
 
 
-class Memory:
+class Memory(nn.Module):
     """Remembers every row that it is shown, and knows how it goes on when it is shown again."""
 
     def __init__(self, vocab_size):
-        self.inner, self.seen = Network(vocab_size, [Attention]), {}
+        super().__init__()
+        self.inner, self._seen = Network(vocab_size, [Attention]), {}
 
     def __call__(self, ids):
         rows, size = np.array(ids), self.inner.head.shape[1]
-        known = np.stack([self.seen.get(row[:8].tobytes(), np.full_like(row, size)) for row in rows])
+        known = np.stack([self._seen.get(row[:8].tobytes(), np.full_like(row, size)) for row in rows])
         for row in rows:
-            self.seen[row[:8].tobytes()] = np.append(row[1:], size)
+            self._seen[row[:8].tobytes()] = np.append(row[1:], size)
         return self.inner(ids) + 5 * (mx.arange(size) == mx.array(known)[..., None])
 
 
-class LearnsWhileEvaluating:
+class LearnsWhileEvaluating(nn.Module):
     """A step of gradient descent on every batch."""
 
     def __init__(self, vocab_size):
+        super().__init__()
         self.bias = mx.zeros(vocab_size)
-
-    def parameters(self):
-        return {"bias": self.bias}
 
     def __call__(self, ids):
         logits = mx.broadcast_to(self.bias, (*ids.shape, len(self.bias)))

@@ -122,11 +122,6 @@ def test_the_model_is_given_ids_and_nothing_else(tokenizer):
     assert rows <= set(asked)
 
 
-def test_a_batch_without_rows_is_refused_in_one_line(tokenizer):
-    with pytest.raises(SystemExit, match="^error: .*batches of at least one row"):
-        score(uniform, tokenizer, 0)
-
-
 # --- the standard error ----------------------------------------------------------------------------
 
 

@@ -8,9 +8,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import sampled
-from gallery import HONEST, Network, evaluate
+from gallery import HONEST, Answers, Network, evaluate
 
-import prepare
 from harness import leak_checks
 
 V = 512
@@ -30,10 +29,11 @@ class WithDropout(nn.Module):
         return self.head(self.dropout(x + self.attention(x, x, x, mask)))
 
 
-class BytesMixer:
+class BytesMixer(nn.Module):
     """A byte-level n-gram mixer: each token's logit from its first byte's odds after the last two bytes."""
 
     def __init__(self, tokenizer):
+        super().__init__()
         text = [tokenizer.encoding.decode([i]).encode("utf-8", "replace") or b"\0" for i in range(tokenizer.vocab_size)]
         self.first = mx.array([t[0] for t in text])
         self.last = mx.array([t[-1] for t in text])
@@ -48,10 +48,11 @@ class BytesMixer:
         return (weight * self.one[last] + (1 - weight) * self.two[before])[..., self.first]
 
 
-class Impossible:
+class Impossible(nn.Module):
     """Special tokens but the first never come: minus infinity."""
 
     def __init__(self, vocab_size):
+        super().__init__()
         self.inner = Network(vocab_size, [gallery.Attention])
         self.never = mx.arange(vocab_size) > vocab_size - 4
 
@@ -64,9 +65,7 @@ def network(*mixes, **options):
 
 
 NAMED = {
-    "causal convolution": network(gallery.CausalConvolution),
-    "linear attention": network(gallery.LinearAttention),
-    "state-space scan": network(gallery.Scan),
+    "causal convolution": network(gallery.CausalConvolution, gallery.Scan),
     "experts by token": network(gallery.Experts, gallery.Attention),
     "experts sorted and back": network(gallery.SortedExperts, gallery.Attention, gallery.SortedExperts),
     "window with a sink": network(gallery.SinkWindow),
@@ -79,19 +78,17 @@ NAMED = {
     ),
     "float16, an FFT": network(*[gallery.PaddedSpectrum] * 4, dtype=mx.float16, logit_scale=4.0),
     "bfloat16, gated chunks, 8 layers": network(*[gallery.GatedChunks] * 8, dtype=mx.bfloat16, logit_scale=3.0),
-    "bfloat16, an FFT by blocks": network(*[gallery.BlockSpectrum] * 8, dtype=mx.bfloat16, logit_scale=3.0),
     "gated chunks": network(*[gallery.GatedChunks] * 4),
     "an FFT, padded": network(gallery.PaddedSpectrum, gallery.PaddedSpectrum),
     "weight tying": network(gallery.Attention, tied=True),
     "bytes mixed": BytesMixer,
-    "counts of pairs": lambda tokenizer: gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V),
+    "counts of pairs": lambda tokenizer: gallery.bigram(tokenizer),
     "normalised over the past": network(gallery.MeanSoFar),
     "blocks that are complete": network(gallery.BlocksSoFar),
     "impossible tokens": lambda tokenizer: Impossible(tokenizer.vocab_size),
-    "uniform": lambda tokenizer: lambda ids: mx.zeros((*ids.shape, tokenizer.vocab_size)),
+    "uniform": lambda tokenizer: Answers(lambda ids: mx.zeros((*ids.shape, V))),
     "almost uniform": network(gallery.Attention, gallery.PaddedSpectrum, logit_scale=1e-3),
     "very sure": network(gallery.Attention, logit_scale=50.0),
-    "a bound method": lambda tokenizer: Network(tokenizer.vocab_size, [gallery.Scan]).__call__,
 }
 
 

@@ -155,7 +155,7 @@ def leaking_by(leak, worth, model, tokenizer, dtype):
 ])  # fmt: skip
 def test_a_leak_of_a_thousandth_of_a_bit_is_refused(tokenizer, leak, worth, dtype):
     """A model that has learnt pairs, and of what it must not see just so much that val_bpb falls by `worth`."""
-    model = gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V)
+    model = gallery.bigram(tokenizer)
     evaluate(lambda ids: model(ids).astype(dtype), tokenizer, 16)
     refused("causality", leaking_by(leak, worth, model, tokenizer, dtype), tokenizer, 16)
 
@@ -180,7 +180,7 @@ def at_positions(ids, chosen):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 @pytest.mark.parametrize("where", [after_tokens, in_rows_that_begin_with, at_positions])
 def test_a_rare_leak_of_a_hundredth_of_a_bit_is_refused(tokenizer, where, seed):
-    model, rng = gallery.bigram(prepare.TokenCache.load(tokenizer.dataset), V), np.random.default_rng(seed)
+    model, rng = gallery.bigram(tokenizer), np.random.default_rng(seed)
     rows = rows_of(tokenizer)
     size, ids = tokenizer.token_bytes[rows[:, 1:]], mx.array(rows[:, :-1].astype(np.int32))
     nats, chosen = prepare.score_rows(model, rows, tokenizer, 16), np.zeros(V, bool)
@@ -302,16 +302,3 @@ def test_the_questions_cost_some_hundred_rows(tokenizer):
     rows = rows_of(tokenizer)
     leak_checks.LeakChecks(model, rows, tokenizer, 16).ask(np.full((len(rows), 64), math.log(V), np.float32))
     assert sum(asked) == 2 * (leak_checks.PLACES + leak_checks.EXCHANGES[1]) + 5 * 8
-
-
-def test_of_a_slow_model_fewer_are_asked(tokenizer, monkeypatch):
-    asked = []
-
-    def model(ids):
-        asked.append(len(ids))
-        return mx.zeros((*ids.shape, V))
-
-    monkeypatch.setattr(leak_checks, "SLOW", 0.0)
-    rows = rows_of(tokenizer)
-    leak_checks.LeakChecks(model, rows, tokenizer, 16).ask(np.full((len(rows), 64), math.log(V), np.float32), 0.0)
-    assert sum(asked) == 2 * (4 + 16) + 5 * 4

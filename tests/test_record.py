@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 import prepare
@@ -149,7 +150,7 @@ def test_a_last_loss_that_is_no_number_is_noticed_too(small, data):
     run = prepare.Run("files")
     run.start_clock()
     run.log_step(mx.array(float("nan")))
-    assert "the loss is nan" in refusal(run.finish, lambda tokens: tokens, 1, {"depth": 1, "n_embd": 64})
+    assert "the loss is nan" in refusal(run.finish, nn.Embedding(9, 9), 1, {"depth": 1, "n_embd": 64})
     assert not data.exists()
 
 
@@ -186,18 +187,18 @@ def test_a_batch_size_that_does_not_divide_is_refused_before_anything_is_trained
 # --- a whole run -----------------------------------------------------------------------------------
 
 RECORD = {
-    "": "format_version run_id pid attempt timestamp status reason commit train_blob harness dataset token_cache seed "
+    "": "format_version run_id attempt timestamp status reason commit train_blob harness dataset token_cache seed "
     "budget device model training machine result curve seal",
     "device": "name memory_gb os python mlx backend blas",
-    "model": "depth n_embd dmodel_scale num_params vocab_size sequence_length",
+    "model": "depth n_embd num_params vocab_size sequence_length",
     "training": "seconds total_seconds startup_seconds total_steps total_tokens avg_tok_sec training_peak_mb "
-    "peak_memory_mb eval_seconds check_seconds data_wait_seconds epochs",
+    "peak_memory_mb eval_seconds epochs",
     "result": "val_bpb val_bpb_stderr eval_bytes row_bits",
     "curve": "steps_per_bin seconds loss tok_sec memory_mb",
 }
 SUMMARY = (
     "val_bpb training_seconds total_seconds train_peak_mb peak_memory_mb eval_seconds total_tokens_M avg_tok_sec "
-    "num_steps num_params_M depth dmodel_scale"
+    "num_steps num_params_M depth"
 )
 
 
@@ -220,7 +221,7 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     assert found["status"] == "valid" and record.seal_fits(found)
     assert found["train_blob"] == project.blob_hash(ROOT / "train.py")
     training, result, curve = found["training"], found["result"], found["curve"]
-    assert (found["pid"], found["budget"], found["seed"], found["dataset"]) == (os.getpid(), 1.5, 42, "files")
+    assert (found["budget"], found["seed"], found["dataset"]) == (1.5, 42, "files")
     assert training["total_tokens"] == training["total_steps"] * 2 * 4 * 64
     assert training["avg_tok_sec"] == pytest.approx(training["total_tokens"] / training["seconds"])
     assert training["seconds"] >= 1.5 - 0.5  # it ends where another step would pass the budget

@@ -42,7 +42,7 @@ def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **ch
         "seed": seed,
         "budget": budget,
         "device": {"name": "abacus", "memory_gb": 1, "mlx": "0", "backend": "cpu"},
-        "model": {"depth": 1, "num_params": 1000, "dmodel_scale": 1.0},
+        "model": {"depth": 1, "num_params": 1000},
         "training": {
             "seconds": 1.0,
             "total_seconds": time.monotonic() - START,
@@ -55,8 +55,6 @@ def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **ch
             "training_peak_mb": 100.0,
             "peak_memory_mb": 1536.0,
             "eval_seconds": 0.5,
-            "check_seconds": 0.0,
-            "data_wait_seconds": 0.0,
             "epochs": 0.1,
         },
         "machine": machine or {"load": [0.0, 0.0], "cores": 2, "other_cores": 0.0, "paused_seconds": 0.0},
