@@ -2,7 +2,6 @@
 # make ablate [N=1] [WAIT=1]: measure what each kept change is still worth, taken back alone from the best program.
 # A run for each kept change, N times, with the seeds of the best. What was run is not run again, so after a kill the
 # same command goes on. What carries nothing is named, with the command that tries the best without it.
-# exit: 0 measured · 1 refused, and why · otherwise as `make run`
 . "$(dirname "$0")/lib.sh"
 
 read_git

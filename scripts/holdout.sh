@@ -3,7 +3,6 @@
 # selected on; with another budget, or on another prepared dataset, what is left of the gain there.
 # Baseline and best kept program run in turn, N pairs with fresh, equal seeds, scored on the validation and on the test
 # split, which no other command reads. N=1 shows a direction, and no interval. Every look at the test split is counted.
-# exit: 0 measured · 1 refused, and why · otherwise as `make run`
 . "$(dirname "$0")/lib.sh"
 
 read_git

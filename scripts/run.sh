@@ -12,10 +12,9 @@
 . "$(dirname "$0")/lib.sh"
 
 case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
-[ -f train.py ] && [ -r train.py ] ||
-  die "train.py is missing or not to be read: git checkout HEAD -- train.py; where a commit took it away, make discard"
 read_git
 refuse_off_branch
+export_settings
 if [ -n "$HEAD" ]; then
   [ "$(git rev-parse -q --verify HEAD:train.py)" = "$(git hash-object train.py)" ] ||
     die "train.py is not committed, so the run could not be reproduced: git commit -m 'what it tries' train.py"
@@ -24,6 +23,5 @@ if [ -n "$HEAD" ]; then
   [ -z "$tracked" ] || die "git tracks results (${tracked% }), and a reset would take them along:" \
     "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"
 fi
-export_settings
 exec "${LAUNCH[@]}" -m scripts.run.experiment --tag="$TAG" --head="$HEAD" ${START:+--session} ${AGAIN:+--again} \
   ${REFERENCE:+--reference} ${PAIR:+--pair} ${N:+--runs="$N"} "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # make sample [PROMPT="Once upon"]: a few lines of text from the best weights, so that one sees what a val_bpb reads like.
-# exit: 0 shown · 1 refused, and why
 . "$(dirname "$0")/lib.sh"
 
 read_git

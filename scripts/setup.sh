@@ -52,8 +52,8 @@ fi
 
 echo "session  $SESSIONS/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
 next="make baseline"
-if [ "$prepared" != True ]; then # nobody but the caller knows the folder of files, and a download takes its time
+if [ "$prepared" != True ]; then # a download takes its time
   [ -z "$tune" ] || next="make tune && git commit -q -m 'sizes fitted to this machine' train.py; $next"
-  case $name:${FILES:-} in files:) next="make prepare FILES=dir && $next" ;; *) next="make prepare && $next" ;; esac
+  next="make prepare && $next"
 fi
 echo "next     $next"

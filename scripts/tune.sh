@@ -3,7 +3,6 @@
 # Times steps of the real train.py at a few sizes, one to two minutes, shows the table and why, and writes
 # DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE. Archived in data/tune_*.json. Outside a session commit it yourself.
 # --known, for make setup: writes what was found before for this machine, dataset and budget, where it was.
-# exit: 0 written · 1 refused or failed, and why; nothing was written
 . "$(dirname "$0")/lib.sh"
 
 read_git

@@ -135,8 +135,14 @@ class Night:
                 return commit
         raise Wrong("the branch has left everything that was kept")
 
+    def tried(self):
+        """The commit of the newest candidate that was run in this session."""
+        lines = (self.lab.path / "data" / "sessions" / self.side.tag / "events.jsonl").read_text().splitlines()
+        begun = [line for line in lines if line.startswith('{"event": "begin"') and line.endswith("}")]
+        return [event for event in map(json.loads, begun) if event["role"] == "candidate"][-1]["commit"]
+
     def log(self, chance, status, at=None):
-        text, commit = self.description(chance), self.lab.attempt_of(self.side.tag)["commit"]
+        text, commit = self.description(chance), self.tried()
         env = {"STATUS": status, "DESC": text, "FOUND": chance.choice(HOSTILE), "OPEN": chance.choice(HOSTILE)}
         done = self.type("log-result", *([] if at else [0]), at=at, **env)
         if at and done.returncode:
@@ -411,18 +417,6 @@ def ours():
     psutil.wait_procs(found := psutil.Process().children(recursive=True), timeout=0)
     return [process for process in found if process.is_running()]
 
-
-def attempt_of(self, tag):
-    """The newest run of a session's own making."""
-    lines = (self.path / "data" / "sessions" / tag / "events.jsonl").read_text().splitlines()
-    events = []
-    for line in lines:
-        with suppress(ValueError):
-            events.append(json.loads(line))
-    return [e for e in events if e["event"] == "begin" and e["role"] == "candidate"][-1]
-
-
-Checkout.attempt_of = attempt_of
 
 SCENARIOS = {
     "good": 30, "bad": 20, "dies": 20, "killed": 10, "wrong_order": 6, "forgotten": 5, "frozen": 4, "uncommitted": 2,

@@ -1,6 +1,5 @@
 """Text from anywhere: unexecuted and intact, or refused in one line. What reads it is fuzzed."""
 
-import ast
 import json
 import os
 import re
@@ -207,23 +206,6 @@ def test_what_stands_in_another_s_lock_is_shown_calmly(tmp_path, note):
 
 # --- what is loaded runs nothing ---------------------------------------------------------------------
 
-PRODUCT = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
-RUNS_DATA = {"eval", "exec", "compile", "__import__"}
-MODULES = {"pickle", "marshal", "shelve", "dill", "yaml", "joblib", "torch"}
-
-
-def test_nothing_that_is_loaded_can_run_code():
-    for path in PRODUCT:
-        for node in ast.walk(ast.parse(path.read_text())):
-            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = {a.name.split(".")[0] for a in node.names} | {(getattr(node, "module", "") or "").split(".")[0]}
-                assert not names & MODULES, where
-            if isinstance(node, ast.Call):
-                assert getattr(node.func, "id", "") not in RUNS_DATA, where  # but model.eval, mx.compile
-                assert ast.unparse(node.func) not in ("os.system", "os.popen"), where
-                assert not any(k.arg in ("shell", "allow_pickle") for k in node.keywords), where
-
 
 class Trap:
     def __reduce__(self):
@@ -245,34 +227,14 @@ def test_a_token_cache_with_code_in_it_runs_none(small, tmp_path, monkeypatch):
 # --- the lock of another user --------------------------------------------------------------------------
 
 
-def taken(session, check):
-    return session.script("run", AGAIN="1", check=check)
-
-
 def test_a_lock_that_leads_elsewhere_writes_nothing_there(session, tmp_path):
     mine, path = tmp_path / "mine.txt", Path(session.env["AUTORESEARCH_LOCK"])
     mine.write_text("precious")
-    path.unlink(missing_ok=True)
-    path.symlink_to(mine)
-    assert "cannot be used" in taken(session, 1).stderr
+    for target in (mine, tmp_path / "new.txt"):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        assert "cannot be used" in session.script("run", AGAIN="1", check=1).stderr
+    assert not (tmp_path / "new.txt").exists() and mine.read_text() == "precious"
     path.unlink()
-    path.symlink_to(tmp_path / "new.txt")
-    assert "cannot be used" in taken(session, 1).stderr and not (tmp_path / "new.txt").exists()
-    path.unlink()
-    os.link(mine, path)
-    assert "no plain file" in taken(session, 1).stderr and mine.read_text() == "precious"
-    path.unlink()
-    os.mkfifo(path)
-    assert "no plain file" in taken(session, 1).stderr
-    path.unlink()
-    taken(session, 0)
+    session.script("run", AGAIN="1", check=0)
     assert path.stat().st_mode & 0o777 == 0o666  # any user can wait for it
-
-
-def test_a_folder_of_a_checked_out_commit_is_private(session, tmp_path):
-    body = "import os\nopen(os.environ['SEEN'], 'w').write(oct(os.stat('.').st_mode))"
-    session.write_train(f"{body}\nprepare.finish(1.3)")
-    session.script("run", check=0, SEEN=str(tmp_path / "seen"))
-    session.script("log-result", STATUS="keep", DESC="x", check=0)
-    session.script("run", check=0, REFERENCE="1", SEEN=str(tmp_path / "seen"))  # in a folder of its own
-    assert (tmp_path / "seen").read_text() == "0o40700"

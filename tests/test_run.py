@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import pty
 import re
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import termios
 import time
-from pathlib import Path
 
 import pytest
 from conftest import sampled
@@ -21,10 +19,6 @@ from scripts.session import Refused
 from scripts.show import summary
 
 HANG = "import time\nwhile True: time.sleep(0.05)"
-
-
-def attempt(checkout):
-    return checkout.attempt
 
 
 def wait_for(condition, what, seconds=20):
@@ -52,8 +46,8 @@ def on_a_terminal(checkout, *words):
         stdin=inside,
         stdout=inside,
         stderr=inside,
-        start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True,
     )
     os.close(inside)
     return process, terminal
@@ -85,7 +79,7 @@ def test_a_valid_run(session):
     assert "val_bpb 1.500000, 1 run against 1: baseline" in done.stdout and len(done.stdout) < 600
     assert done.stdout.endswith('next     make log-result STATUS=keep DESC="…"\n')
     assert "clutter" in (session.path / "run.log").read_text()
-    state = attempt(session)
+    state = session.attempt
     assert (state["status"], state["commit"]) == ("valid", session.git("rev-parse", "HEAD"))
 
 
@@ -114,7 +108,7 @@ def test_every_other_end_is_told_apart(session, body):
     assert done.returncode == code, done.stdout + done.stderr
     assert shown in done.stdout and f"{status} (exit {code})" in done.stdout
     assert len(done.stdout.splitlines()) <= 15 and done.stderr == ""
-    assert attempt(session)["status"] == status
+    assert session.attempt["status"] == status
     # it is no result: it can be logged as a crash, and as nothing else
     assert "crash" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
     session.script("log-result", STATUS="crash", DESC="x", check=0)
@@ -130,22 +124,6 @@ def test_a_run_that_never_ends_is_killed_with_its_children(session):
     assert len(pids) == 3 and not any(map(alive, pids))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_and_marks_it(session, name):
-    session.write_train(FAMILY)
-    process, pids = started(session, stdout=subprocess.PIPE, text=True)
-    process.send_signal(name)
-    output = process.communicate(timeout=30)[0]
-    assert process.returncode == 128 + name and "interrupted" in output
-    wait_for(lambda: not any(map(alive, pids)), "children gone")
-    assert attempt(session)["status"] == "interrupted"
-    assert "interrupted" in session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
-    assert len(session.rows) == 1
-    session.write_train("prepare.finish(1.4)")
-    session.script("run", check=0)  # and the lock is free
-
-
 def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(session):
     """As a script's `&` starts it under nohup: INT and HUP are ignored from the beginning, and a terminal may go."""
 
@@ -155,7 +133,7 @@ def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(sess
 
     session.write_train(FAMILY)
     process, pids = started(session, "make", "run", preexec_fn=ignore, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    os.kill(attempt(session)["launcher"], signal.SIGHUP)
+    os.kill(session.attempt["launcher"], signal.SIGHUP)
     process.terminate()
     said = process.communicate(timeout=30)[0]
     assert b"stopped by SIGTERM" in said
@@ -181,7 +159,7 @@ def test_ctrl_c_on_a_terminal(session):
     assert "shown: 1" in (session.path / "run.log").read_text()
     assert before == after
     wait_for(lambda: not any(alive(int(p)) for p in (session.path / "pids").read_text().split()), "children gone")
-    assert attempt(session)["status"] == "interrupted"
+    assert session.attempt["status"] == "interrupted"
 
 
 @pytest.mark.slow
@@ -215,12 +193,6 @@ def test_a_second_run_is_refused_or_waits(session):
     (session.path / "go").touch()
     assert first.wait(timeout=30) == 0
     assert "valid" in waiting.communicate(timeout=30)[0] and waiting.returncode == 0
-
-
-def test_a_lock_left_behind_is_taken_over(session):
-    path = Path(session.env["AUTORESEARCH_LOCK"])
-    path.write_text(json.dumps({"pid": os.getpid(), "folder": "elsewhere"}))  # it lives, but is no run
-    session.script("run", AGAIN="1", check=0)
 
 
 def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
@@ -279,24 +251,19 @@ def test_a_program_is_train_py_alone(checkout):
             checkout.git("commit", "-q", "--allow-empty", "-m", "a helper")
 
 
-@pytest.mark.parametrize("committed", [False, True])
-def test_a_train_that_is_gone_comes_back(session, committed):
+@pytest.mark.parametrize("how", ["gone", "gone for good", "a folder"])
+def test_a_train_that_cannot_be_read_is_said_and_comes_back(session, how):
     (session.path / "train.py").unlink()
-    if committed:
+    if how == "gone for good":
         session.git("commit", "-q", "-a", "-m", "gone")
+    elif how == "a folder":
+        (session.path / "train.py").mkdir()
     for verb in ("run", "check", "bench", "tune", "baseline"):
         done = session.script(verb, check=1)
         assert done.stderr.startswith("error: train.py is missing") and done.stderr.count("\n") == 1
-    session.script("discard", check=0)
-    assert (session.path / "train.py").exists() and session.git("status", "--porcelain") == ""
-
-
-def test_a_train_that_cannot_be_read_is_said(session):
-    (session.path / "train.py").unlink()
-    (session.path / "train.py").mkdir()
-    for verb in ("run", "check", "bench", "tune"):
-        done = session.script(verb, check=1)
-        assert "train.py" in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    if how != "a folder":
+        session.script("discard", check=0)
+        assert (session.path / "train.py").exists() and session.git("status", "--porcelain") == ""
 
 
 @pytest.mark.slow
@@ -368,7 +335,9 @@ def test_the_same_train_is_not_run_twice_by_mistake(session):
     session.experiment("raise SystemExit(1)", "crash")
     session.write_train("prepare.finish(1.3)")
     session.script("run", check=0)
-    assert "just run" in session.script("run", check=1).stderr
+    session.make("run", "AGAIN=1", check=0)  # with the next seed
+    refused = session.script("run", check=1).stderr
+    assert "was just run" in refused and refused.count("\n") == 1
     session.script("log-result", STATUS="keep", DESC="x", check=0)
     session.write_train("raise SystemExit(1)", commit="that again")
     assert "crash" in session.script("run", check=1).stderr
@@ -399,10 +368,3 @@ AGAIN = [("1-x", "reference", " PAIR=1"), (None, "reference", " REFERENCE=1"), (
 def test_what_stood_still_is_run_again_as_it_was(pair, role, more):
     attempt = {"status": "paused", "pair": pair, "role": role, "commit": None, "reason": "the machine slept"}
     assert summary.failure(attempt)[-1] == f"next     make run{more}"
-
-
-def test_a_seed_that_was_had_is_not_run_again_by_mistake(session):
-    session.experiment("prepare.finish(1.4)")
-    session.make("run", "AGAIN=1", check=0)  # with the next seed
-    refused = session.script("run")
-    assert refused.returncode == 1 and "was just run" in refused.stderr and refused.stderr.count("\n") == 1

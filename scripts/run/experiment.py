@@ -71,7 +71,6 @@ def checked_out(commit):
         added = subprocess.run(add, cwd=ROOT, capture_output=True, text=True, errors="replace")
         if added.returncode:
             raise Refused(f"git could not check out {commit[:7]}: {session.one_line(added.stderr)[-200:]}")
-        folder.chmod(0o700)
         if (ROOT / ".venv").exists():  # what is preloaded has a path relative to the folder
             (folder / ".venv").symlink_to(ROOT / ".venv")
         yield folder
@@ -105,9 +104,8 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
         rows = rows_scored(this_session, budget, project.dataset_of_train(folder / "train.py"))
         progress = f"{attempt['id']} {PROGRESS}"
         known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_ROWS": rows, "AUTORESEARCH_PROGRESS": progress}
-        code, late, wall = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
-        late = f"it ran past TIMEOUT={timeout:g} s and was killed" if late else None
-        status, reason, run = outcome(attempt, code, late, wall, files.read_json(last))
+        code, wall = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
+        status, reason, run = outcome(attempt, code, wall, timeout, files.read_json(last))
         if run and commit:
             files.write_atomically(project.DATA / "last_run.json", last.read_text())
         ended = {"status": status, "reason": reason, "exit_code": code, "wall_seconds": round(wall, 1)}
@@ -144,15 +142,12 @@ def notify(text):
 # --- how it ended, and the words for it -------------------------------------------------------------
 
 
-def outcome(attempt, code, late, wall, found):
-    """(status, why, record or None) of a run that has ended. late: why it was killed, or None.
-
-    found: what data/last_run.json holds now.
-    """
+def outcome(attempt, code, wall, timeout, found):
+    """(status, why, record or None) of a run that has ended. found: what data/last_run.json holds now."""
     if supervise.stopped_by:
         return "interrupted", f"stopped by {signal.Signals(supervise.stopped_by[0]).name}", None
-    if late:
-        return "timeout", late, None
+    if code is None:
+        return "timeout", f"it ran past TIMEOUT={timeout:g} s and was killed", None
     foreign = why_foreign(attempt, found)
     if not foreign and found["status"] != "valid":
         return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found

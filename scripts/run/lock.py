@@ -11,7 +11,6 @@ training under it. When both are dead the kernel drops it; no pid is trusted.
 import fcntl
 import json
 import os
-import stat
 import subprocess
 import sys
 import time
@@ -36,15 +35,12 @@ def gpus():
 
 def open_lock(path):
     """The descriptor of a lock that was free and is ours now, its file saying so; None where another has it."""
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link, never to a pipe: another user may have laid it there
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # never through a link: another user may have laid it there
     try:
         try:
             lock = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError:  # another user's file
             lock = os.open(path, flags | os.O_RDONLY)
-        facts = os.fstat(lock)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:  # a second name of some other file
-            raise OSError(0, "it is no plain file")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)

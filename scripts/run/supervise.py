@@ -3,7 +3,6 @@
 It is a process group of its own. TIMEOUT, a signal to us, and our own death end all of it.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -21,9 +20,7 @@ stopped_by = []  # signals that came
 
 
 def take_charge():
-    """From here on a signal ends the run, not us, and no process is lost. What nohup has us ignore stays ignored."""
-    with suppress(OSError, AttributeError):  # on Linux, what loses its parent below us becomes our child (prctl(2))
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    """From here on a signal ends the run, not us. What nohup has us ignore stays ignored."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda it, _: stopped_by.append(it))
@@ -41,7 +38,7 @@ def keep_awake(pid):
 def run(command, folder, log, limit, locks, environment):
     """Run a command in `folder`, its output in the file `log` and on our terminal.
 
-    Returns (its exit code, whether it ran past `limit`, the seconds that it took).
+    Returns (its exit code, or None where it ran past `limit`; the seconds that it took).
     """
     terminal, start, late = sys.stdout.isatty(), time.monotonic(), False
     with open(log, "wb") as out, open(log, "rb") as written:
@@ -62,9 +59,8 @@ def run(command, folder, log, limit, locks, environment):
             child.wait()
             waits.stdin.write(b"x")  # it need not
         wall = time.monotonic() - start
-        processes.kill(processes.descendants(os.getpid()))  # whatever lost its parent
         show(written, terminal)
-    return child.returncode, late, wall
+    return None if late else child.returncode, wall
 
 
 def show(written, terminal):
