@@ -86,8 +86,10 @@ def download(url, path, stop):
                 sys.exit(f"error: {place}: {printable(error)}; {mend}")
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 reason = printable(f"{type(error).__name__}: {error}")
-            if attempt + 1 < ATTEMPTS and stop.wait(BACK_OFF * 2**attempt):
-                raise SystemExit
+            if attempt + 1 < ATTEMPTS:
+                print(f"{place}: {reason}; again in {BACK_OFF * 2**attempt:.0f} s", file=sys.stderr, flush=True)
+                if stop.wait(BACK_OFF * 2**attempt):
+                    raise SystemExit
     finally:
         part.unlink(missing_ok=True)
     sys.exit(f"error: {place}: given up after {ATTEMPTS} attempts ({reason}); run the same command again to go on")

@@ -1,7 +1,6 @@
 """The token cache: what is prepared is whole, on the disk, and made anew where anything that decides it changed."""
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
@@ -261,20 +260,3 @@ def test_an_unknown_dataset_lists_the_known_ones(cache):
     done = command("--dataset", "nope")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: unknown dataset 'nope'; known: stdlib, climbmix, tinystories, files\n"
-
-
-@pytest.mark.slow
-def test_a_dataset_of_the_hub_is_prepared_by_one_command(hub, cache):
-    dataset = DATASETS["climbmix"]
-    texts = (text for _, part in corpus.StandardLibrary().documents() for text in part)
-    for i in (*range(10), 6541, 6542):
-        path = f"/datasets/{dataset.source.repo}/resolve/main/shard_{i:05d}.parquet"
-        hub.files[path] = parquet(list(itertools.islice(texts, 300)))
-    done = command("--dataset", "climbmix", HF_TOKEN="secret")
-    assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
-    assert all(headers["Authorization"] == "Bearer secret" for _, headers, _ in hub.seen)
-    tokenizer, tokens = Tokenizer.load(dataset), TokenCache.load(dataset)
-    assert tokenizer.vocab_size == dataset.vocab_size and not damaged(tokens)
-    assert prepare.evaluation_rows(tokens, dataset).shape[1] == dataset.sequence_length + 1
-    again = command("--dataset", "climbmix", HF_HUB_OFFLINE="1")  # the hub is not needed
-    assert (again.returncode, again.stdout) == (0, f"climbmix: prepared in {corpus.cache_dir(dataset)}\n")

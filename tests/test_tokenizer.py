@@ -2,8 +2,6 @@
 
 import base64
 import json
-import os
-import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -102,23 +100,15 @@ def test_a_long_document_does_not_dominate(small_files, monkeypatch):
     assert next(texts) == "gh" * 50
 
 
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["TRAP"],)
-
-
 DAMAGE = {
     "cut short": lambda saved: saved[: len(saved) // 2],
-    "a pickle": lambda saved: pickle.dumps(Trap()),
     "numbers": lambda saved: json.dumps([*range(508)]).encode(),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_tokenizer_is_said_in_a_line_and_runs_nothing(small, cache, tmp_path, monkeypatch, damage):
-    monkeypatch.setenv("TRAP", str(tmp_path / "trapped"))
+def test_a_damaged_tokenizer_is_said_in_a_line(small, cache, damage):
     path = cache / "files" / "tokens" / "tokenizer.json"
     path.write_bytes(damage(path.read_bytes()))
     for load in (Tokenizer.load, prepare.TokenCache.load):
         assert "is not prepared; run: make prepare DATASET=files FILES=dir" in refusal(load, small)
-    assert not (tmp_path / "trapped").exists()
