@@ -100,12 +100,11 @@ class Session:
 
     def archive_table(self):
         """Begin a new table; the old one stays beside it under a name of its own."""
-        if self.table.exists():
-            old = files.free_name(self.folder, "results", ".tsv")
-            self.note("table", archived=old.name)
-            self.table.rename(old)
-            files.to_disk(self.folder)
-            say(f"note: the older results.tsv is now {shown(old)}")
+        old = files.free_name(self.folder, "results", ".tsv")
+        self.note("table", archived=old.name)
+        self.table.rename(old)
+        files.to_disk(self.folder)
+        say(f"note: the older results.tsv is now {shown(old)}")
 
     # --- events ---
 
@@ -132,8 +131,10 @@ class Session:
             elif event.get("id") in attempts:
                 attempts[event["id"]].update(content, **{event["event"]: event["time"]})
         for attempt in attempts.values():
-            if attempt["status"] == "running" and not alive(attempt):
-                attempt.update(status="interrupted", reason="it was cut off without a word")
+            if attempt["status"] == "running":  # while its launcher lives, and was the last to have the device's lock
+                note = files.read_json(attempt.get("lock") or LOCK) or {}
+                if note.get("pid") != attempt["launcher"] or not is_alive(attempt["launcher"]):
+                    attempt.update(status="interrupted", reason="it was cut off without a word")
         return list(attempts.values())
 
     def logged(self):
@@ -194,12 +195,6 @@ def tags():
     """The tags of all sessions of this clone that have a table, in the order of their last change."""
     tables = sorted(STORE.glob("sessions/*/results.tsv"), key=lambda path: path.stat().st_mtime)
     return [unquote(path.parent.name) for path in tables]
-
-
-def alive(attempt):
-    """Whether the run goes on: its launcher lives, and has its device's lock (see lock.py) as the last one who did."""
-    note = files.read_json(attempt.get("lock") or LOCK) or {}
-    return note.get("pid") == attempt["launcher"] and is_alive(attempt["launcher"])
 
 
 def record_of(attempt):

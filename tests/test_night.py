@@ -71,15 +71,7 @@ def test_a_night(tmp_path):
     assert "the loss is nan" in agent.run().stdout
     decided.append(agent.settle("a rate that explodes"))
 
-    # an attempt on the harness is refused, and the mend that is printed mends it
-    as_it_was = (lab.path / "prepare.py").read_text()
-    with (lab.path / "prepare.py").open("a") as out:
-        out.write("\ndef evaluate_bpb(*args): return 0.0\n")
-    agent.edit("higher rates still, and a kinder metric", EMBEDDING_LR=0.05, HEAD_LR=3e-3, MATRIX_LR=3e-3)
-    done = agent.run()
-    assert done.returncode == 2 and "prepare.py" in done.stderr and not done.stdout
-    lab.run("sh", "-c", done.stderr.split("Put back: ")[1].split("\n")[0], check=0)
-    assert (lab.path / "prepare.py").read_text() == as_it_was
+    agent.edit("higher rates still", EMBEDDING_LR=0.05, HEAD_LR=3e-3, MATRIX_LR=3e-3)
     agent.run()
     decided.append(agent.settle("higher rates still"))
     agent.edit("no rate at all", EMBEDDING_LR=0.0, HEAD_LR=0.0)

@@ -69,12 +69,6 @@ def test_runs_outside_a_session_keep_their_name(checkout):
     checkout.script("setup", check=0, TAG="t")
 
 
-def test_a_dollar_in_a_tag_is_seen(checkout):
-    done = checkout.make("setup", "TAG=a$b", check=2)
-    assert "TAG=a$b cannot name a branch" in done.stderr
-    assert checkout.git("for-each-ref", "--format=%(refname)") == "refs/heads/main"
-
-
 def test_a_folder_that_serves_no_session_is_told_what_is_missing(checkout):
     shutil.rmtree(checkout.path / ".git")
     assert "needs git" in refused(checkout.script("setup", check=1, TAG="t"))

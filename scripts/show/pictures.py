@@ -53,7 +53,8 @@ def progress(night, kind):
     figure.legend(loc="upper right", bbox_to_anchor=(0.995, 0.99), ncols=len(KINDS), frameon=False, fontsize=10)
     if alone:
         kept = [f"{e.number:3}  {e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain[1:][-LISTED:]]
-        axis.text(0.015, 0.06, "\n".join(kept), fontsize=9.5, transform=axis.transAxes)  # below the steps
+        look = {"fontsize": 9.5, "backgroundcolor": COLOURS["paper"], "transform": axis.transAxes}
+        axis.text(0.015, 0.06, "\n".join(kept), **look)  # below the steps
         fell = f"val_bpb {night.first.bpb:.4f} → {night.best.bpb:.4f}" if night.gain else "no gain yet"
         figure.text(0.07, 0.95, f"{night.tag}: {fell}", fontsize=16, fontweight="bold", va="center")
         figure.text(0.07, 0.9, night.circumstances, fontsize=10.5, color=COLOURS["quiet"], va="center")

@@ -81,8 +81,8 @@ def page(night):
     folder = FileSystemLoader(project.ROOT / "scripts" / "show")
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {f.__name__: f for f in (counted, one_line, gain_words)}
-    template, said = environment.get_template("report.html.j2"), (sentence(night, safe), figures(night))
-    return template.render(night=night, said=said, home=home(night, safe), meaning=MEANING, picture=picture)
+    said = {"sentence": sentence(night, safe), "figures": figures(night), "home": home(night, safe), "meaning": MEANING}
+    return environment.get_template("report.html.j2").render(night=night, picture=picture, **said)
 
 
 def write(args):
