@@ -4,7 +4,6 @@
 # same command goes on. What carries nothing is named, with the command that tries the best without it.
 . "$(dirname "$0")/lib.sh"
 
-read_git
-refuse_off_branch
 export_settings
+refuse_off_branch
 exec "${LAUNCH[@]}" -m scripts.judge.ablate --tag="$TAG" --head="$HEAD" ${N:+--runs="$N"}

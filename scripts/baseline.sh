@@ -4,7 +4,6 @@
 # in data/ and a new table begins. exit: as `make run`
 . "$(dirname "$0")/lib.sh"
 
-read_git
 export_settings
 export PYTHON # built once, known to the others
 scripts/prepare.sh

@@ -4,6 +4,5 @@
 # exit: 0 passed · 1 refused or failed, and why · 2 the model is not valid, and why
 . "$(dirname "$0")/lib.sh"
 
-read_git
 export_settings
 exec "$PYTHON" -m scripts.run.lock -- "${LAUNCH[@]}" train.py --check

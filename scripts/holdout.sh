@@ -5,9 +5,8 @@
 # split, which no other command reads. N=1 shows a direction, and no interval. Every look at the test split is counted.
 . "$(dirname "$0")/lib.sh"
 
-read_git
-refuse_off_branch
 export_settings
+refuse_off_branch
 [ -z "${DATASET:-}" ] || "$PYTHON" -c 'import sys, prepare
 found = prepare.get_dataset(sys.argv[1])
 prepare.is_prepared(found) or sys.exit(prepare.not_prepared(found))' "$DATASET"

@@ -27,9 +27,10 @@ trap '[ $? -ne 128 ] || { say "error: git could not go on (see above), as where 
 
 # --- what a person gives -------------------------------------------------------------------------
 
-# Exports what holds for this command: the session's settings (scripts/settings.py) and a SEED that was typed.
+# Reads git, and exports what holds for this command: the session's settings (scripts/settings.py) and a typed SEED.
 export_settings() {
   local exports
+  read_git
   need_python
   exports=$(helper session --tag="$TAG" --verb="$(basename "$0" .sh)") || exit 1
   eval "$exports"

@@ -4,6 +4,5 @@
 # DATASET=files; COLUMN the parquet column, or the field of a JSON line, that holds the text (text).
 . "$(dirname "$0")/lib.sh"
 
-read_git
 export_settings
 exec "${LAUNCH[@]}" prepare.py ${DATASET:+--dataset="$DATASET"}

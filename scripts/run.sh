@@ -12,9 +12,8 @@
 . "$(dirname "$0")/lib.sh"
 
 case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
-read_git
-refuse_off_branch
 export_settings
+refuse_off_branch
 if [ -n "$HEAD" ]; then
   [ "$(git rev-parse -q --verify HEAD:train.py)" = "$(git hash-object train.py)" ] ||
     die "train.py is not committed, so the run could not be reproduced: git commit -m 'what it tries' train.py"

@@ -5,6 +5,5 @@
 # --known, for make setup: writes what was found before for this machine, dataset and budget, where it was.
 . "$(dirname "$0")/lib.sh"
 
-read_git
 export_settings
 exec "$PYTHON" -m scripts.run.lock -- "${LAUNCH[@]}" -m scripts.run.tune "$@"

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -283,12 +282,6 @@ class Night:
         self.run(0)
         self.settle(chance, False)
 
-    def uncommitted(self, chance):
-        self.lab.write_train(f"prepare.finish({self.value(False)})", commit="")
-        self.run(1)
-        self.type("discard", 1)
-        self.lab.git("checkout", "HEAD", "--", "train.py")
-
     def reset(self, chance):
         """By hand: to an earlier kept row, from where the night goes on."""
         kept = [commit for status, commit, _ in self.side.rows if status == "keep"]
@@ -307,12 +300,6 @@ class Night:
             self.side = self.sides[chance.choice(sorted(self.sides))]
             self.lab.git("checkout", "-q", f"autoresearch/{self.side.tag}")
         self.type("results", 0)
-
-    def detached(self, chance):
-        self.lab.git("checkout", "-q", "--detach")
-        for verb in ("run", "verdict", "log-result", "discard", "holdout"):
-            self.type(verb, 1)
-        self.lab.git("checkout", "-q", f"autoresearch/{self.side.tag}")
 
     def again(self, chance):
         """Runs that are no ideas: of the reference, of a pair."""
@@ -419,8 +406,8 @@ def ours():
 
 
 SCENARIOS = {
-    "good": 30, "bad": 20, "dies": 20, "killed": 10, "wrong_order": 6, "forgotten": 5, "frozen": 4, "uncommitted": 2,
-    "reset": 3, "switch": 5, "detached": 1, "again": 4, "holdout": 2, "worktree": 2, "lost": 4,
+    "good": 30, "bad": 20, "dies": 20, "killed": 10, "wrong_order": 6, "forgotten": 5, "frozen": 4,
+    "reset": 3, "switch": 5, "again": 4, "holdout": 2, "worktree": 2, "lost": 4,
 }  # fmt: skip
 
 
@@ -470,11 +457,9 @@ def main(args):
         sys.exit(1)
     rows, counts = sum(len(side.rows) for side in now.sides.values()), now.counts
     records = len(list((now.lab.path / "data").glob("run_*.json")))
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"seed {args.seed}: {len(done)} scenarios, {counts['commands']} commands, {counts['run']} runs, "
           f"{counts['killed']} killed from outside, {counts['died']} died at a point of their own, {rows} rows in "
-          f"{len(now.sides)} sessions, {records} records, {time.monotonic() - start:.0f} s; largest process "
-          f"{children:.0f} MB, {len(os.listdir('/proc/self/fd'))} file handles here")  # fmt: skip
+          f"{len(now.sides)} sessions, {records} records, {time.monotonic() - start:.0f} s")  # fmt: skip
     print(dict(Counter(name for name, _ in done)))
     shutil.rmtree(folder)
 

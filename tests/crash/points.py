@@ -21,10 +21,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from hashlib import sha1
 from pathlib import Path
+
+import psutil
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("killed", "lost", "empty")
@@ -39,7 +40,6 @@ VERBS = {  # what is typed; a Python helper is called without its shell script, 
     "baseline": ["-m", "scripts.judge.log_result", "--tag=t", "--status=keep", "--description=baseline", "--new-table"],
     "discard": ["scripts/discard.sh"],
     "setup": ["scripts/setup.sh"],
-    "results": ["-m", "scripts.show.terminal", "--tag=t", "--view=results"],
     "report": ["-m", "scripts.show.report", "--tag=t"],
     "prepare": ["prepare.py", "--dataset=files"],  # of the texts beside FOLDER
 }  # fmt: skip
@@ -167,16 +167,11 @@ class Lab:
 
 def end_descendants():
     """On Linux all that a verb left running is ours to collect (see main)."""
-    for _ in range(400):
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        if not children:
-            return
-        for pid in children:
-            with suppress(OSError):
-                os.kill(int(pid), signal.SIGKILL)
-            with suppress(OSError):
-                os.waitpid(int(pid), 0)
-        time.sleep(0.002)
+    while left := psutil.Process().children():
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+                process.wait()
 
 
 def differences(now, wanted):
@@ -205,7 +200,7 @@ def main(args):
 
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     work = Path(args.work or "/tmp") / f"points.{os.getpid()}"
-    lab = Lab(args.verb, Path(args.folder).resolve(), work, args.python or sys.executable)
+    lab = Lab(args.verb, Path(args.folder).resolve(), work, sys.executable)
     lab.lay_out()
     code, said = lab.type(0)
     operations, wanted = lab.operations(), lab.state()
@@ -229,8 +224,7 @@ def main(args):
             print(f"{args.verb}, point {at} ({op['op']} {where}), {form}: {line}", flush=True)
             failures += 1
     print(json.dumps([op["op"] + ("-folder" if op.get("folder") else "") for op in operations]))
-    if not args.keep:
-        shutil.rmtree(work)
+    shutil.rmtree(work)
     sys.exit(failures > 0)
 
 
@@ -241,8 +235,6 @@ if __name__ == "__main__":
     parser.add_argument("--every", type=int, default=1, help="only every K-th point")
     parser.add_argument("--part", type=int, default=0, help="the first of them")
     parser.add_argument("--only", help="N:FORM")
-    parser.add_argument("--python")
     parser.add_argument("--work")
-    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--show", action="store_true")
     main(parser.parse_args())
