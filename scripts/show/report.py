@@ -46,7 +46,7 @@ def figures(night):
         found = [("gain, ± its standard error", gain_words(night.gain), f"{left}; {fell}")]
     for where, (gain, *words) in night.held_out.items():
         found.append((f"held-out gain {where}", gain, ", ".join(words)))
-    if "" not in night.held_out:
+    if night.gain and "" not in night.held_out:
         found.append(("held-out gain", "not measured", "make holdout measures it on text that nothing selected on"))
     if night.foresight:
         value, _, why = night.foresight.partition(", ")
