@@ -14,14 +14,14 @@ import argparse
 
 from data_sources import DATASETS, get_dataset
 from harness.batches import Batches, evaluation_rows
-from harness.evaluation import Evaluation, compute_streams, evaluate_bpb, score_rows
+from harness.evaluation import compute_streams, evaluate_bpb, score_rows
 from harness.project import dataset_of_train
-from harness.run import PROCESS_START, Run
+from harness.run import Run
 from harness.token_cache import TokenCache, Tokenizer, is_prepared, prepare
 
 __all__ = [
-    "PROCESS_START", "Batches", "Evaluation", "Run", "TokenCache", "Tokenizer", "compute_streams", "evaluate_bpb",
-    "evaluation_rows", "get_dataset", "is_prepared", "prepare", "score_rows",
+    "Batches", "Run", "TokenCache", "Tokenizer", "compute_streams", "evaluate_bpb", "evaluation_rows", "get_dataset",
+    "is_prepared", "prepare", "score_rows",
 ]  # fmt: skip
 
 

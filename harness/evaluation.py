@@ -11,8 +11,6 @@ import numpy as np
 from harness import devices, machine
 from harness.run_checks import Refused
 
-SCORED_AT_ONCE = 8192  # positions whose logits stand in float32 at one time
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -31,13 +29,9 @@ class Evaluation:
 def evaluate_bpb(model, rows, tokenizer, batch_size):
     """Bits per byte of `model` on rows uint16 (n, T + 1): the summed bits of all targets over their UTF-8 bytes.
 
-    Args:
-        model: callable from token ids int32 (b, T) to logits (b, T, vocab_size). It sees ids and
-            nothing else; log-softmax and loss are computed here, in float32. An `nn.Module` is
-            put into evaluation mode, and back.
-        rows: see `batches.evaluation_rows`. Every rank of a group scores its part of them.
-        tokenizer: a prepared `Tokenizer`.
-        batch_size: rows handed to the model at once.
+    model: from token ids int32 (b, T) to logits (b, T, vocab_size). It sees ids and nothing else; log-softmax and loss
+    are computed here, in float32. rows: see `batches.evaluation_rows`; every rank of a group scores its part of them.
+    batch_size: rows handed to the model at once.
 
     Returns an `Evaluation`. Raises `Refused` where the answers are no distributions.
     """
@@ -123,15 +117,10 @@ def nats_of(model, ids, tokens, vocab_size, batch_size):
 
 
 def nats_of_logits(logits, tokens):
-    """-log softmax(logits) (b, T, vocab) at tokens (b, T, k), in float32, a few rows at a time."""
-    at_once, pieces = max(1, SCORED_AT_ONCE // logits.shape[1]), []
-    for first in range(0, len(logits), at_once):
-        piece, wanted = logits[first : first + at_once].astype(mx.float32), tokens[first : first + at_once]
-        # The largest is 0, or the sum below would be rounded away beside large logits.
-        piece = piece - piece.max(axis=-1, keepdims=True)
-        one_by_one = [wanted[..., j] for j in range(wanted.shape[-1])]
-        pieces.append(mx.stack([mx.fast.cross_entropy(piece, token) for token in one_by_one], axis=-1))
-    return mx.concatenate(pieces)
+    """-log softmax(logits) (b, T, vocab) at tokens (b, T, k), in float32."""
+    logits = logits.astype(mx.float32)
+    logits = logits - logits.max(axis=-1, keepdims=True)  # or the sum below would be rounded away beside large ones
+    return mx.stack([mx.fast.cross_entropy(logits, tokens[..., j]) for j in range(tokens.shape[-1])], axis=-1)
 
 
 def logits_of(model, ids, vocab_size):

@@ -87,7 +87,7 @@ class Run:
         self._aside = 0.0  # seconds of warm-up and rehearsal, which count neither as start-up nor as budget
         self._curve = []  # of each step: seconds at its end, loss, tokens so far, memory in MB
         self._ends = []  # of each step: seconds at its end, in a group by rank 0's clock
-        self._watch, self._early_tokens = machine.Watch(), 0  # tokens taken before the clock started
+        self._early_tokens = 0  # taken before the clock started
         # What the record gets, filled in as the run goes on.
         self._training = {"seconds": 0.0, "training_peak_mb": 0.0, "peak_memory_mb": 0.0, "eval_seconds": None}
         self._model, self._machine = {"depth": 0, "num_params": 0}, {}
@@ -180,7 +180,7 @@ class Run:
         self._training["peak_memory_mb"] = mx.get_peak_memory() / 2**20
         mx.clear_cache()
         mx.reset_peak_memory()
-        self._watch.start()
+        self._watch = machine.Watch()
         self._start = time.monotonic()
 
     # --- the clock ---
@@ -205,10 +205,7 @@ class Run:
         return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
 
     def training(self):
-        """Whether another step may begin.
-
-        The newest step is still in flight, so the time of one step counts as used.
-        """
+        """Whether another step may begin. The newest is still in flight, so the time of one counts as used."""
         return self._now() + self._step_seconds() < self.budget
 
     def log_step(self, loss):
@@ -226,8 +223,7 @@ class Run:
     def _read_loss(self):
         if self._pending is None:
             return
-        loss, tokens = self._pending
-        self._pending = None
+        (loss, tokens), self._pending = self._pending, None
         loss, *clock = loss.tolist() if devices.SIZE > 1 else [loss.item()]
         now, step = self.elapsed(), len(self._curve)
         if not -math.inf < loss < EXPLODED * math.log(self.tokenizer.vocab_size):
@@ -242,10 +238,8 @@ class Run:
     def finish(self, model, batch_size, config):
         """Evaluate, write the record, print the summary. Exits with 2 where a check refuses the run.
 
-        Args:
-            model: an `nn.Module`, see `evaluate_bpb`.
-            batch_size: rows at once in evaluation.
-            config: dict of plain values for the record's `model`; holds at least `depth` and `n_embd`.
+        model: an `nn.Module`, see `evaluate_bpb`. batch_size: rows at once in evaluation. config: dict of plain values
+        for the record's `model`; holds at least `depth`.
         """
         if self._start is None:
             sys.exit("error: train.py never called run.start_clock(), so there is no budget to check")
@@ -264,7 +258,10 @@ class Run:
         self._load()  # anew, since train.py had them in its hands
         try:
             with devices.agreement(Refused):
-                self._check_training()
+                run_checks.paused(self._machine["paused_seconds"], self.budget)
+                early_steps = self._early_tokens * len(self._curve) / max(self._tokens(), 1)
+                run_checks.start_up(self._training["startup_seconds"], early_steps)
+                run_checks.budget(self.budget, self._training["seconds"], [end for end, *_ in self._curve])
                 run_checks.one_model(same_weights)
             evaluation = self._evaluate(model, batch_size)
             with devices.agreement(Refused):
@@ -280,12 +277,6 @@ class Run:
 
     def _tokens(self):
         return self._curve[-1][2] if self._curve else 0
-
-    def _check_training(self):
-        run_checks.paused(self._machine["paused_seconds"], self.budget)
-        early_steps = self._early_tokens * len(self._curve) / max(self._tokens(), 1)
-        run_checks.start_up(self._training["startup_seconds"], early_steps)
-        run_checks.budget(self.budget, self._training["seconds"], [end for end, *_ in self._curve])
 
     def _rows(self, split):
         with harness_reads():

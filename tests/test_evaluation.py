@@ -10,7 +10,6 @@ import pytest
 from gallery import evaluate, rows_of
 
 import prepare
-from harness import evaluation
 from harness.evaluation import bits_per_byte
 from harness.run import rows_to_score
 
@@ -67,14 +66,6 @@ def test_the_batch_size_does_not_matter(tokenizer, dtype):
     for other in found[1:]:
         assert other.bpb == pytest.approx(found[0].bpb, abs=1e-3)
         assert other.stderr == pytest.approx(found[0].stderr, rel=1e-2)
-
-
-@pytest.mark.parametrize("at_once", [1, 100])
-def test_nor_does_how_much_is_summed_at_once(tokenizer, monkeypatch, at_once):
-    model = gallery.Network(V, [gallery.Attention])
-    whole = prepare.score_rows(model, rows_of(tokenizer), tokenizer, 16)
-    monkeypatch.setattr(evaluation, "SCORED_AT_ONCE", at_once)
-    assert np.array_equal(prepare.score_rows(model, rows_of(tokenizer), tokenizer, 16), whole)
 
 
 def test_special_tokens_are_in_neither_sum(tokenizer):
