@@ -263,7 +263,7 @@ class Night:
         names = ["prepare.py", "harness/record.py", "Makefile", "scripts/run/experiment.py", "scripts/new.py"]
         name = chance.choice(names)
         (self.lab.path / name).open("a").write("\n# kinder\n")
-        how = chance.randrange(name == "scripts/new.py", 3)  # a file that git does not know, and nobody imports, may stay
+        how = chance.randrange(name == "scripts/new.py", 3)  # what git does not know, and nobody imports, may stay
         if how == 1:
             self.lab.git("add", "-A")
         elif how == 2:
