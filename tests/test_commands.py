@@ -53,6 +53,7 @@ git commit -q -m "SwiGLU in place of relu squared" -m "Expect: 0.002 to 0.006" t
 make run WAIT=1
 make watch
 sed '/"curve"/,$d' data/last_run.json | cut -c-99
+ sed '/"curve"/,$d' data/last_run.json | grep '"val_bpb": 1.6'
 make log-result STATUS=discard DESC="SwiGLU, same parameters" FOUND="5 % slower, no better a step" OPEN="wider?"
 make discard
 # prepare.finish(1.4, 1200)

@@ -77,7 +77,7 @@ def test_preparing_that_dies_is_completed_by_the_same_command(tmp_path):
 
 @linux
 @pytest.mark.slow
-def test_a_hundred_bad_habits_do_no_harm(tmp_path):
+def test_an_agent_of_bad_habits_does_no_harm(tmp_path):
     command = [sys.executable, HERE / "soak.py", "--scenarios=50", "--seed=11", "--folder", tmp_path / "soak"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

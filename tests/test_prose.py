@@ -15,7 +15,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import HARNESS, ROOT, small_laboratory
+from conftest import HARNESS, ROOT
+from test_record import RECORD
 
 import data_sources
 from harness import corpus, project
@@ -47,37 +48,17 @@ def names_in(module):
     return defined | constants
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A folder in which a real run of a small train.py has left its record."""
-    checkout = small_laboratory(tmp_path_factory.mktemp("prose"), DEVICE_BATCH_SIZE=4)
-    checkout.run(checkout.env["PYTHON"], "train.py", check=0, AUTORESEARCH_BUDGET="0.5")
-    return checkout
-
-
-@pytest.fixture(scope="module")
-def fields(lab):
-    """The dotted names of all fields of a real record."""
-
-    def walk(value, prefix=""):
-        for key, inner in value.items():
-            yield prefix + key
-            if isinstance(inner, dict):
-                yield from walk(inner, f"{prefix}{key}.")
-
-    return set(walk(json.loads((lab.path / "data" / "last_run.json").read_text())))
-
-
 class Names:
     """All names that the prose may use."""
 
-    def __init__(self, fields):
+    def __init__(self):
         code = [path.relative_to(ROOT) for folder in (".", "harness") for path in (ROOT / folder).glob("*.py")]
         self.train, self.run = set().union(*map(names_in, code)), names_in("harness/run.py")
         columns = set(sessions.HEADER.split("\t"))
         statuses = set(re.search(r"\(((?:\w+\|)+\w+)\)", sessions.ROW.pattern).group(1).split("|"))
         verdicts = {verdict_of(*edge) for edge in EDGES} | {"rerun", "again"}
         datasets = set(data_sources.DATASETS)
+        fields = {f"{part}.{name}".lstrip(".") for part, names in RECORD.items() for name in names.split()}
         self.words = columns | statuses | verdicts | set(EXIT) | datasets | EXAMPLES | CLAUDE_CODE | fields
         self.values = {"STATUS": statuses, "DATASET": datasets}
 
@@ -149,9 +130,9 @@ class Names:
 
 
 @pytest.fixture(scope="module")
-def resolve(fields):
+def resolve():
     """resolve(text) says what is wrong with a piece of code in the prose; nothing where it resolves."""
-    return Names(fields).resolve
+    return Names().resolve
 
 
 def ignored(path):
@@ -262,12 +243,6 @@ def test_the_summaries_that_are_shown_look_like_a_real_one(session):
 def test_the_words_for_an_end_and_their_codes():
     rows = dict(re.findall(r"^\| `(\w+)` \((\d+)\) \|", PAGES["program.md"].read_text(), re.MULTILINE))
     assert {word: int(code) for word, code in rows.items()} == {k: v for k, v in EXIT.items() if v}
-
-
-def test_the_command_that_reads_a_record_does(lab):
-    spans, blocks = pieces(PAGES["program.md"].read_text())
-    short = lab.run("sh", "-c", next(piece for piece in spans + blocks if piece.startswith("sed ")), check=0).stdout
-    assert "val_bpb" in short and 'tok_sec": [' not in short
 
 
 def test_every_target_and_variable_is_in_the_readme():
