@@ -67,7 +67,7 @@ def test_on_a_full_disk_each_verb_says_so_and_succeeds_once_there_is_room(small_
         if done.returncode == 0:
             break
         said, failed = (done.stdout + done.stderr).lower(), failed + 1
-        assert re.search("no space left|disk is full|diskspace|couldn't write", said), said
+        assert re.search("no space left|disk is full|full disk|diskspace|couldn't write", said), said
         assert "error: " in said or "paused" in said
         table = (checkout.path / "data" / "sessions" / "t" / "results.tsv").read_text()
         assert table.endswith("\n") and table.count("\n") in (1 + rows, 2 + rows)
