@@ -46,9 +46,10 @@ export PYTHONUTF8=1 OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 
 # Ends with what a given Python lacks, whatever stands in this folder.
 probe='
-from importlib.metadata import version
-*map(version, ("jinja2", "matplotlib", "mlx", "numpy", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken")),
-import mlx.core'
+import mlx.core
+from importlib.util import find_spec
+for name in "jinja2 matplotlib numpy psutil pyarrow requests rustbpe tiktoken".split():
+    assert find_spec(name), "it lacks " + name'
 
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
