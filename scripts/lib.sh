@@ -136,6 +136,7 @@ refuse_off_branch() {
 move='import pathlib, sys; from harness import files; files.move_into_place(*map(pathlib.Path, sys.argv[1:]))'
 # COMMIT: train.py as it is there, in the tree and in the index, each whole at any moment: git would write into it.
 put_train() {
+  need_python
   local new=.train.py.$$.tmp
   { : >"$new"; } 2>/dev/null || die "$ROOT is read-only or full, and train.py is written there: mend that, and again"
   git cat-file blob "$1:train.py" >"$new" && "$PYTHON" -c "$move" "$new" train.py &&

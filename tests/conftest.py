@@ -80,6 +80,16 @@ class Checkout:
     def git(self, *words, **env):
         return self.run("git", *words, check=0, **env).stdout.strip()
 
+    def give_environment(self):
+        """An environment of its own, as `make prepare` builds it, in place of PYTHON: that of the tests."""
+        (self.path / ".venv" / "bin").mkdir(parents=True)
+        (self.path / ".venv/bin/python").symlink_to(sys.executable)
+        for name in ("lib", "pyvenv.cfg"):
+            (self.path / ".venv" / name).symlink_to(Path(sys.prefix, name))
+        stamp = re.search(r"(?ms)^stamp\(\) \{.*?^\}", (ROOT / "scripts/environment.sh").read_text())[0]
+        self.run("bash", "-c", f"lock=requirements.lock\n{stamp}\nstamp >.venv/.stamp", check=0)
+        self.env["PYTHON"] = ""
+
     def settings(self, tag="*", **changed):
         """Change what the session was opened with, as no person can."""
         (path,) = (self.path / "data" / "sessions").glob(f"{tag}/settings.json")

@@ -63,7 +63,7 @@ make verdict
 make log-result STATUS=keep DESC="…"
 make results
 make brief
- git clone -q . ../elsewhere && cd ../elsewhere
+ git clone -q . ../elsewhere && cp -R .venv ../elsewhere && cd ../elsewhere
 git fetch origin 'refs/experiments/*:refs/experiments/*' && git checkout autoresearch/nov24
 rsync -a OLD/data OLD/internal .
 git checkout autoresearch/nov24
@@ -132,6 +132,7 @@ def follow(walk, reader, **names):
 def test_a_night_as_it_is_told(checkout, tmp_path):
     reader = Checkout(tmp_path / "clone", checkout.env | {"BUDGET": "1"})
     checkout.git("clone", "-q", ".", str(reader.path))
+    reader.give_environment()
     follow(NIGHT, reader, OLD=str(reader.path), rsync="rsync" if shutil.which("rsync") else "cp")
     assert [row[4] for row in reader.rows] == ["keep"]
     reader.path = tmp_path / "elsewhere"

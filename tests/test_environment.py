@@ -185,15 +185,10 @@ def test_BACKEND_chooses_and_the_choice_stays(world):
 
 
 def test_a_worktree_works_offline_with_the_environment_of_its_clone(checkout):
-    (checkout.path / ".venv" / "bin").mkdir(parents=True)
-    (checkout.path / ".venv/bin/python").symlink_to(sys.executable)
-    for name in ("lib", "pyvenv.cfg"):
-        (checkout.path / ".venv" / name).symlink_to(Path(sys.prefix, name))
-    stamp = re.search(r"(?ms)^stamp\(\) \{.*?^\}", (ROOT / "scripts/environment.sh").read_text())[0]
-    checkout.run("bash", "-c", f"lock=requirements.lock\n{stamp}\nstamp >.venv/.stamp", check=0)
+    checkout.give_environment()
     checkout.git("worktree", "add", "-q", "../second")
     checkout.path = checkout.path.parent / "second"
-    checkout.env |= dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9") | {"PYTHON": ""}
+    checkout.env |= dict.fromkeys(("http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     for words in (["results"], ["setup", "TAG=second", "BUDGET=3", "TUNE=0"], ["run", "BUDGET=3"]):
         assert checkout.make(*words, check=0).stderr == ""
     assert (checkout.path / ".venv").is_symlink() and checkout.git("status", "--porcelain") == ""
