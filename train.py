@@ -160,9 +160,12 @@ def heads(qkv):
     return rope(q), rope(k), v
 
 
-def add_gated(v, gate, rows):
-    """Values v (B, heads, T, head_dim) and rows (B, T, n_embd) of a table, with a gate per head (B, T, heads)."""
-    v = v.transpose(0, 2, 1, 3) + GATE_MAX * mx.sigmoid(gate)[..., None] * rows.reshape(*gate.shape, -1)
+@fast(ngrams.add_gated, when=KERNELS)
+def add_gated(v, gates, rows):
+    """Values v (B, heads, T, head_dim), and rows (B, T, n_embd) of tables, each with a gate per head (B, T, heads)."""
+    v = v.transpose(0, 2, 1, 3)
+    for gate, row in zip(gates, rows, strict=True):
+        v = v + GATE_MAX * mx.sigmoid(gate)[..., None] * row.reshape(v.shape)
     return v.transpose(0, 2, 1, 3)
 
 
@@ -202,8 +205,7 @@ class Attention(nn.Module):
         if "value_embedding" in self:
             found = [embed(self.value_embedding, tokens), *(table(tokens) for table in self.ngrams)]
             parts = mx.split(h[..., : len(found) * GATE_CHANNELS], len(found), axis=-1)
-            for rows, part, gate in zip(found, parts, self.value_gates, strict=True):
-                v = add_gated(v, linear(part, gate), rows)
+            v = add_gated(v, [linear(*pair) for pair in zip(parts, self.value_gates, strict=True)], found)
         if T > self._window:  # block-local attention (arXiv:1801.10198): a query sees what precedes it in its chunk
             q, k, v = (chunks_of(z, self._window) for z in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
@@ -281,7 +283,7 @@ class NGrams(ngrams.Table):
         return (mixed >> 7) % self.weight.shape[1]
 
 
-@fast(kernels.gated_norm, when=KERNELS)
+@fast(ngrams.gated_norm, when=KERNELS)
 def gated_norm(y, gate):
     """Output y (B, T, heads, head_dim) of each head, normed (arXiv:2410.05258) and gated (arXiv:2505.06708)."""
     return GATE_MAX * mx.sigmoid(gate)[..., None] * norm(y)

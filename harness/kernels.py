@@ -153,6 +153,14 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
 
 
 # One thread for four channels of a token.
+EMBED = """
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
+    if (n >= N) return;
+    auto row = load<4>(table + tokens[n] * (size_t)C + channel);
+    Pack<T, 4> x;
+    for (int m = 0; m < 4; ++m) x.x[m] = (T)row.x[m];
+    store(out + n * C + channel, x);
+"""
 EMBED_VJP = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
     if (n >= N) return;
@@ -164,16 +172,18 @@ EMBED_VJP = """
 @made_for("a3323e7f")
 def embed(table, tokens, *, COMPUTE_DTYPE):
     """The gradient is added up four channels at a time: 440 -> 80 us."""
+    constants = {"N": tokens.size, "C": table.shape[1], "T": COMPUTE_DTYPE}
+    threads = tokens.size * table.shape[1] // 4
 
     @mx.custom_function
     def forward(table):
-        return table[tokens].astype(COMPUTE_DTYPE)
+        inputs, outputs = {"table": table, "tokens": tokens}, {"out": ((*tokens.shape, table.shape[1]), COMPUTE_DTYPE)}
+        return launch("embed", EMBED, threads, inputs, outputs, constants)[0]
 
     @forward.vjp
     def backward(table, g, _):
         inputs, outputs = {"g": g, "tokens": tokens}, {"out": (table.shape, table.dtype)}
-        constants = {"N": tokens.size, "C": table.shape[1]}
-        return launch("embed_vjp", EMBED_VJP, g.size // 4, inputs, outputs, constants, init_value=0)[0]
+        return launch("embed_vjp", EMBED_VJP, threads, inputs, outputs, constants, init_value=0)[0]
 
     return forward(table)
 
@@ -376,49 +386,6 @@ def heads(qkv, *, ROPE_BASE):
         return launch("heads_vjp", ANGLES + HEADS_VJP, 32 * B * T, inputs, outputs, constants)[0]
 
     return tuple(x.transpose(0, 2, 1, 3) for x in forward(qkv)[:3])
-
-
-# One thread for P channels of one head of a token.
-NORM_OF_HEAD = """
-    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, at = i * P, head = at / D;
-    if (at >= N) return;
-    auto x = load<P>(y + at);
-    float square = 0, w = GATE_MAX / (1 + __expf(-(float)gate[head]));
-    for (int m = 0; m < P; ++m) square += (float)x.x[m] * (float)x.x[m];
-    float scale = rsqrtf(sum_over(square, D / P) / D + 1e-6f);
-"""
-GATED_NORM = """
-    for (int m = 0; m < P; ++m) x.x[m] = (T)(w * scale * (float)x.x[m]);
-    store(out + at, x);
-"""
-GATED_NORM_VJP = """
-    auto gs = load<P>(g + at);
-    float dot = 0;
-    for (int m = 0; m < P; ++m) dot += (float)gs.x[m] * scale * (float)x.x[m];
-    dot = sum_over(dot, D / P);
-    if (at % D == 0) ggate[head] = (T)(dot * w * (1 - w / GATE_MAX));
-    for (int m = 0; m < P; ++m) gs.x[m] = (T)(w * scale * ((float)gs.x[m] - scale * (float)x.x[m] * dot / D));
-    store(gy + at, gs);
-"""
-
-
-@made_for("b0d6fd63")
-def gated_norm(y, gate, *, GATE_MAX):
-    """In one pass, and in another backward, which takes the norm anew."""
-    constants = {"N": y.size, "T": y.dtype, "D": y.shape[-1], "P": 8, "GATE_MAX": float(GATE_MAX)}
-
-    @mx.custom_function
-    def forward(y, gate):
-        inputs, outputs = {"y": y, "gate": gate}, {"out": (y.shape, y.dtype)}
-        return launch("gated_norm", NORM_OF_HEAD + GATED_NORM, y.size // 8, inputs, outputs, constants)[0]
-
-    @forward.vjp
-    def backward(primals, g, _):
-        inputs = {"g": g, "y": primals[0], "gate": primals[1]}
-        outputs = {"gy": (y.shape, y.dtype), "ggate": (gate.shape, gate.dtype)}
-        return launch("gated_norm_vjp", NORM_OF_HEAD + GATED_NORM_VJP, y.size // 8, inputs, outputs, constants)
-
-    return forward(y, gate)
 
 
 # One block for a row. The soft cap bounds the logits, so no maximum needs to be subtracted before the exponential.
