@@ -209,7 +209,7 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
                  budget=budget, seed=facts["seed"], launcher=1)  # fmt: skip
         if what == "failed":
             clock += timedelta(seconds=45)
-            note("end", id=stamp, status=facts["kind"], reason="ValueError: shapes (4,8) and (8,2) differ", exit_code=1,
+            note("end", id=stamp, status=facts["kind"], reason="ValueError: shapes (4,8) and (8,2) differ",
                  wall_seconds=45.0, run_id=None)  # fmt: skip
         elif what != "log":
             clock += timedelta(seconds=budget + 57)
@@ -217,7 +217,7 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
             made = a_record(p.blob, commit, clock, *figures, change)
             (data / f"run_{clock:%Y%m%d_%H%M%S}_{len(tag)}.json").write_text(json.dumps(made, indent=1))
             (data / "last_run.json").write_text(json.dumps(made, indent=1))
-            note("end", id=stamp, status="valid", reason=None, exit_code=0, wall_seconds=budget + 57,
+            note("end", id=stamp, status="valid", reason=None, wall_seconds=budget + 57,
                  run_id=made["run_id"])  # fmt: skip
             p.last = stamp
         else:

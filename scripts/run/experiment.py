@@ -48,11 +48,10 @@ def begin(this_session):
     held = lock.take()
     this_session.link()
     log_result.complete_begun(this_session)
-    for folder in (project.DATA, project.STORE):
+    for folder in (ROOT, project.DATA, project.STORE, this_session.folder):
         files.make_folder(folder)
         if not os.access(folder, os.W_OK):  # found out now, not when the budget is spent
             raise Refused(f"{session.shown(folder)} is read-only: chmod u+w {session.shown(folder)}")
-    for folder in (ROOT, project.DATA, project.STORE, this_session.folder):
         files.remove_leftovers(folder)
     session.git("worktree", "prune")  # their folders may have gone
     supervise.take_charge()
@@ -107,8 +106,7 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
         status, reason, run = outcome(attempt, code, wall, timeout, files.read_json(last))
         if run and commit:
             files.write_atomically(project.DATA / "last_run.json", last.read_text())
-        ended = {"status": status, "reason": reason, "exit_code": code, "wall_seconds": round(wall, 1)}
-        ended["run_id"] = run["run_id"] if run else None
+        ended = {"status": status, "reason": reason, "wall_seconds": round(wall, 1), "run_id": run and run["run_id"]}
         if holdout and status == "valid":
             ended["test"] = files.read_json(folder / "data" / "holdout.json")
         this_session.note("end", id=attempt["id"], **ended)
