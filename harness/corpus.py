@@ -38,7 +38,9 @@ class Dataset:
 
 def cache_dir(dataset):
     """Where the dataset's files, tokenizer and tokens are kept (AUTORESEARCH_CACHE moves it)."""
-    root = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+    root = Path(os.path.expanduser(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"))
+    if root.parts[0].startswith("~"):
+        sys.exit("error: there is no home folder; set HOME, or AUTORESEARCH_CACHE to a folder")
     return root if dataset.name == "climbmix" else root / dataset.name
 
 

@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What the helpers share; sourced first by each. bash 3.2 and the userland of macOS are all it needs.
 set -euo pipefail
+# shellcheck disable=SC2046  # a list of names
+unset -f $(compgen -A function) # exported by the caller's shell, they would stand in for commands
 unset CDPATH # or `cd` prints, and may go elsewhere
 # set by a hook, or for another repository; git finds ours by itself
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_NAMESPACE GIT_PREFIX
@@ -26,6 +28,10 @@ die() {
 trap '[ $? -ne 128 ] || { say "error: git could not go on (see above), as where the disk is full: mend that, and run the same again"; exit 1; }' EXIT
 
 # --- what a person gives -------------------------------------------------------------------------
+
+for name in AGAIN REFERENCE PAIR WAIT ALL; do # `WAIT=0` is a no
+  [ "${!name:-}" != 0 ] || unset "$name"
+done
 
 # Reads git, and exports what holds for this command: the session's settings (scripts/settings.py) and a typed SEED.
 export_settings() {

@@ -290,3 +290,6 @@ def test_the_cache_is_where_one_says(cache, tmp_path, monkeypatch):
     assert corpus.cache_dir(CLIMBMIX) == tmp_path / "elsewhere"
     monkeypatch.delenv("AUTORESEARCH_CACHE")
     assert corpus.cache_dir(TINYSTORIES) == tmp_path / ".cache" / "autoresearch" / "tinystories"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where HOME is unset and nobody knows the user
+    with pytest.raises(SystemExit, match="there is no home folder; set HOME, or AUTORESEARCH_CACHE"):
+        corpus.cache_dir(TINYSTORIES)

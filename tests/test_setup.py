@@ -81,3 +81,9 @@ def test_what_a_hook_exports_does_not_lead_to_another_repository(session, tmp_pa
     head = session.git("rev-parse", "HEAD")
     session.env.update(GIT_DIR=str(tmp_path / "other" / ".git"), GIT_WORK_TREE=str(tmp_path / "other"))
     assert f" {head[:7]} " in session.script("run", check=0, AGAIN="1").stdout
+
+
+def test_what_a_shell_exports_does_not_stand_in_for_commands(session):
+    """A version manager's `cd`, functions of the names of tools; and a switch that says 0 is none."""
+    session.env.update({f"BASH_FUNC_{name}%%": "() { echo mine; return 1; }" for name in ("cd", "git", "sed")})
+    session.script("run", check=0, AGAIN="1", REFERENCE="0")
