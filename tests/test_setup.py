@@ -52,12 +52,12 @@ def test_a_clone_whose_git_folder_is_elsewhere_has_all_its_results(checkout, tmp
         there.make("setup", f"TAG={there.path.name}", check=0)
         there.make("baseline", check=0)
         assert len(list(data.glob("run_*.json"))) == 1
-        there.write_train("prepare.finish(1.4)")
-        there.script("run", check=0)
-        text = json.dumps({"__metadata__": {"train_blob": there.git("hash-object", "train.py")}})
-        weights = len(text).to_bytes(8, "little") + text.encode()
-        (there.path / "data/last_run.safetensors").write_bytes(weights)
-        there.script("log-result", check=0, STATUS="keep", DESC="x")
+    other.write_train("prepare.finish(1.4)")
+    other.script("run", check=0)
+    text = json.dumps({"__metadata__": {"train_blob": other.git("hash-object", "train.py")}})
+    weights = len(text).to_bytes(8, "little") + text.encode()
+    (other.path / "data/last_run.safetensors").write_bytes(weights)
+    other.script("log-result", check=0, STATUS="keep", DESC="x")
     clone.git("worktree", "remove", str(other.path))
     assert (data / "sessions/other/best.safetensors").read_bytes() == weights
 
