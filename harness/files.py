@@ -113,5 +113,5 @@ def what_failed(error):
 
 
 def printable(text):
-    """Text from outside, an odd file name most often, as it can stand in one line on a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    """Text from outside, an odd file name or a log, as it can stand in one line on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(text))

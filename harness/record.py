@@ -20,8 +20,6 @@ import numpy as np
 from harness.files import free_name, make_folder, read_json, what_failed, write_atomically
 from harness.project import DATA, STORE
 
-FORMAT_VERSION = 2
-
 # --- records -------------------------------------------------------------------------------------
 
 
@@ -43,7 +41,6 @@ def write(train, commit, **content):
     """
     now = datetime.now().astimezone()
     record = {
-        "format_version": FORMAT_VERSION,
         "run_id": f"{now:%Y%m%d_%H%M%S}-{uuid.uuid4().hex[:12]}",
         "attempt": os.environ.get("AUTORESEARCH_PROGRESS", "").split(" ")[0],  # whose record this is, see experiment.py
         "timestamp": now.isoformat(timespec="seconds"),

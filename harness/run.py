@@ -144,8 +144,7 @@ class Run:
         took = time.monotonic() - start
         self._aside += took
         if self.mode == "check":
-            batch = f"{batch_size} x {self.dataset.sequence_length}"
-            print(f"check: evaluation at {batch}, causality, rows and state of the model: passed in {took:.1f} s")
+            print(f"check: causality, rows and state of the model, {batch_size} rows at once: passed in {took:.1f} s")
             sys.exit(0)
 
     def _use_weights(self, model, batch_size):

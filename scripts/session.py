@@ -20,6 +20,7 @@ from datetime import datetime
 from urllib.parse import quote, unquote
 
 from harness import files, project, record
+from harness.files import printable
 from harness.processes import is_alive
 from harness.project import HOME, ROOT, STORE, git
 from scripts import settings
@@ -231,12 +232,7 @@ def essence(text):
 
 def one_line(text):
     """Text without tab, newline or any other control character."""
-    return " ".join(blanked(text or "").split())
-
-
-def blanked(text):
-    """Text with a blank in place of each control character."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable(text or "").split())
 
 
 def cut(text, width):

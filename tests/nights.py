@@ -66,7 +66,7 @@ def a_record(blob, commit, clock, seed, bpb, rate, draw, budget, busy, change):
     loss = 2.2 * bpb + 3.0 * np.exp(-seconds / budget * 9) + np.random.default_rng(seed + steps).normal(0, 0.03, steps)
     curve = [(s, x, 2**14 * (i + 1), 1800.0) for i, (s, x) in enumerate(zip(seconds, loss, strict=True))]
     content = {
-        "format_version": record.FORMAT_VERSION, "run_id": f"{clock:%Y%m%d_%H%M%S}-{draw.getrandbits(48):012x}",
+        "run_id": f"{clock:%Y%m%d_%H%M%S}-{draw.getrandbits(48):012x}",
         "pid": 1, "attempt": "", "timestamp": clock.isoformat(timespec="seconds"), "commit": commit, "train_blob": blob,
         "status": "valid", "reason": None, "harness": "h" * 64, "dataset": "tinystories", "token_cache": "t" * 64,
         "seed": seed, "budget": budget,

@@ -181,7 +181,7 @@ UNREADABLE = {  # what stands in a file, and what is said of it
     "b.jsonl": ('{"text": "ä"}'.encode("utf-16"), "'utf-8' codec"),
     "c.jsonl": (b'{"text": "fine"}\n\n{"text": "a"', "line 3 is no JSON object with 'text'"),
     "d.jsonl": (b'{"text": "fine"}\n[1]', "line 2 is no JSON object with 'text': [1]"),
-    "f.jsonl": (b'{"a\x1b[2Jb": 1}', "line 1 is no JSON object with 'text': {\"a\\x1b[2Jb\": 1}"),
+    "f.jsonl": (b'{"a\x1b[2Jb": 1}', "line 1 is no JSON object with 'text': {\"a [2Jb\": 1}"),
     "g.parquet": (parquet(texts(0, 50))[:-10], "Parquet"),
     "h.parquet": (parquet(texts(0, 50)).replace(b"river", b"\xff\xfe\xfdxx"), "'utf-8' codec"),
     "j.parquet": (parquet(["x"], "body"), "no text in column 'text', but in ['body']"),

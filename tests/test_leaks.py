@@ -32,14 +32,6 @@ def test_what_sees_later_tokens_is_refused(tokenizer, name):
     assert "Look for" in text and "at position" in text and "\n" not in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("name", ["attention without a mask", "averages over blocks of 16", "normalised over time"])
-def test_it_is_refused_in_half_precision_too(tokenizer, name, dtype):
-    noisy = [gallery.PaddedSpectrum, *SEES_LATER[name]]
-    refused("causality", Network(V, noisy, dtype=dtype), tokenizer)
-
-
 @pytest.mark.parametrize("batch_size", sampled([1, 3, 8, 40]))
 def test_it_is_refused_whatever_the_batch_size(tokenizer, batch_size):
     refused("causality", Network(V, [gallery.NoMask]), tokenizer, batch_size)

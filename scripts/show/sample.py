@@ -9,9 +9,10 @@ import subprocess
 import sys
 
 from harness import project
+from harness.files import printable
 from scripts.judge.log_result import program_of_weights
 from scripts.run import experiment
-from scripts.session import Refused, Session, blanked, git, options, run_command
+from scripts.session import Refused, Session, git, options, run_command
 
 
 def main(args):
@@ -30,7 +31,7 @@ def main(args):
     text = done.stdout.partition("\nsample:\n")[2].strip()
     this_session.note("sample", commit=row.commit, bpb=row.bpb, prompt=args.prompt, text=text)
     print(f"{row.commit}, val_bpb {row.bpb:.4f}, goes on from {args.prompt!r}:\n")
-    print("\n".join(map(blanked, text.split("\n"))))
+    print("\n".join(map(printable, text.split("\n"))))
 
 
 if __name__ == "__main__":

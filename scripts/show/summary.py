@@ -6,11 +6,12 @@ usage: summary.py --tag TAG    (make verdict: of the newest run)
 import re
 from itertools import dropwhile
 
+from harness.files import printable
 from scripts import session
 from scripts.judge import verdict
 from scripts.judge.evidence import Evidence, gain_words
 from scripts.judge.observations import busy, of_session
-from scripts.session import ROOT, Refused, Session, blanked, counted, one_line, options, record, run_command
+from scripts.session import ROOT, Refused, Session, counted, one_line, options, record, run_command
 from scripts.show.terminal import noise
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
@@ -102,7 +103,7 @@ def printed(path):
     """The lines at the end of a log, without what a progress line has overwritten and without control characters."""
     text = path.read_bytes()[-40000:].decode("utf-8", "replace") if path.exists() else ""
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).split("\n")
-    shown = [blanked(line.rstrip("\r").rsplit("\r", 1)[-1]).rstrip() for line in plain]
+    shown = [printable(line.rstrip("\r").rsplit("\r", 1)[-1]).rstrip() for line in plain]
     return [line for line in shown if line]
 
 

@@ -9,9 +9,10 @@ import sys
 import time
 
 from harness import files
+from harness.files import printable
 from scripts import session
 from scripts.judge.evidence import gain_words
-from scripts.session import PROGRESS, Session, blanked, counted, cut, one_line, options, run_command, tags
+from scripts.session import PROGRESS, Session, counted, cut, one_line, options, run_command, tags
 from scripts.show.night import Night
 
 WIDTH = 125
@@ -107,7 +108,7 @@ def watch(tag):
         width, height = shutil.get_terminal_size((100, 40))
         head = f"{tag}: load {os.getloadavg()[0]:.1f} of {os.cpu_count()}; {night.circumstances}"
         lines = [head, *standing(night), "", *newest_run(night), "", *map(entry, night.experiments[: -1 - ROWS : -1])]
-        shown = [cut(blanked(line), width) for line in lines[: height - 1]]
+        shown = [cut(printable(line), width) for line in lines[: height - 1]]
         if not sys.stdout.isatty():
             return print("\n".join(shown))
         # home, each line with its rest wiped, and all below
