@@ -12,13 +12,6 @@ from conftest import Checkout
 
 from harness import record
 
-slow = pytest.mark.slow
-
-
-def slowly(*names):
-    return [pytest.param(name, marks=slow) for name in names]
-
-
 VERBS = {  # what stands before, the verb, what it is given
     "run": {},
     "log-result": {"STATUS": "keep", "DESC": "warmer"},
@@ -49,7 +42,7 @@ def small_disk(session, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["log-result", *slowly("run", "discard", "setup")])
+@pytest.mark.parametrize("verb", VERBS)
 def test_on_a_full_disk_each_verb_says_so_and_succeeds_once_there_is_room(small_disk, verb):
     checkout, leave = small_disk
     checkout.write_train("prepare.finish(1.4)")
@@ -94,7 +87,7 @@ def unprivileged(session):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["data", *slowly(".git/refs/experiments/t", ".git", ".")])
+@pytest.mark.parametrize("name", ["data", ".git/refs/experiments/t", ".git", "."])
 def test_a_folder_that_is_not_to_be_written_is_named(session, unprivileged, name):
     def script(verb):
         return session.run(*unprivileged, f"scripts/{verb}.sh", STATUS="keep", DESC="warmer")
