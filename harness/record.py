@@ -41,6 +41,7 @@ def write(train, commit, **content):
     """
     now = datetime.now().astimezone()
     record = {
+        "format_version": 2,
         "run_id": f"{now:%Y%m%d_%H%M%S}-{uuid.uuid4().hex[:12]}",
         "attempt": os.environ.get("AUTORESEARCH_PROGRESS", "").split(" ")[0],  # whose record this is, see experiment.py
         "timestamp": now.isoformat(timespec="seconds"),

@@ -181,7 +181,7 @@ def test_a_batch_size_that_does_not_divide_is_refused_before_anything_is_trained
 # --- a whole run -----------------------------------------------------------------------------------
 
 RECORD = {
-    "": "run_id attempt timestamp status reason commit train_blob harness dataset token_cache seed "
+    "": "format_version run_id attempt timestamp status reason commit train_blob harness dataset token_cache seed "
     "budget device model training machine result curve seal",
     "device": "name memory_gb os python mlx backend blas",
     "model": "depth n_embd num_params vocab_size sequence_length",
