@@ -63,7 +63,7 @@ need_python() {
   [ -z "${LAUNCH[*]:-}" ] || return 0
   local library wrong mend="unset PYTHON, and the project builds its own environment"
   if [ -z "${PYTHON:-}" ]; then
-    scripts/environment.sh
+    scripts/environment.sh || exit 1
     PYTHON=$ROOT/.venv/bin/python mend="unset LD_LIBRARY_PATH, if that is set, or make clean"
   fi
   wrong=$("$PYTHON" -P -c "$probe" 2>&1) || die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): $mend"

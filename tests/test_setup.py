@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+
+import pytest
 
 
 def refused(done):
@@ -74,6 +77,11 @@ def test_a_folder_that_serves_no_session_is_told_what_is_missing(checkout):
     assert "needs git" in refused(checkout.script("setup", check=1, TAG="t"))
     checkout.git("init", "-q")
     assert "with a commit: git init && git add -A" in refused(checkout.script("setup", check=1, TAG="t"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MLX has one build for a Mac")
+def test_an_environment_that_cannot_be_built_is_said_once(checkout):
+    assert "it is cpu or cuda" in refused(checkout.script("setup", check=1, TAG="t", PYTHON="", BACKEND="metal"))
 
 
 def test_what_a_hook_exports_does_not_lead_to_another_repository(session, tmp_path):
