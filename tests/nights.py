@@ -67,17 +67,16 @@ def a_record(blob, commit, clock, seed, bpb, rate, draw, budget, busy, change):
     curve = [(s, x, 2**14 * (i + 1), 1800.0) for i, (s, x) in enumerate(zip(seconds, loss, strict=True))]
     content = {
         "run_id": f"{clock:%Y%m%d_%H%M%S}-{draw.getrandbits(48):012x}",
-        "pid": 1, "attempt": "", "timestamp": clock.isoformat(timespec="seconds"), "commit": commit, "train_blob": blob,
+        "attempt": "", "timestamp": clock.isoformat(timespec="seconds"), "commit": commit, "train_blob": blob,
         "status": "valid", "reason": None, "harness": "h" * 64, "dataset": "tinystories", "token_cache": "t" * 64,
         "seed": seed, "budget": budget,
         "device": {"name": "Apple M9", "memory_gb": 64, "os": "macOS 26", "mlx": "0.32.4", "backend": "metal"},
         "model": {"depth": 4, "num_params": 11_500_000},
         "training": {
-            "seconds": budget, "total_seconds": budget + 55.0, "startup_seconds": 9.0, "warm_up_seconds": 4.0,
-            "rehearsal_seconds": 1.5, "total_steps": steps, "total_tokens": steps * 2**14, "tokens_per_step": 2**14,
+            "seconds": budget, "total_seconds": budget + 55.0, "startup_seconds": 9.0,
+            "total_steps": steps, "total_tokens": steps * 2**14, "tokens_per_step": 2**14,
             "sequence_length": 512, "avg_tok_sec": rate, "training_peak_mb": 1800.0 + draw.randrange(200),
-            "peak_memory_mb": 1850.0 + draw.randrange(300), "eval_seconds": 38.0, "check_seconds": 4.0,
-            "data_wait_seconds": 0.1, "epochs": 0.4,
+            "peak_memory_mb": 1850.0 + draw.randrange(300), "eval_seconds": 38.0, "epochs": 0.4,
         },
         "machine": {"load": [0.5, 0.9], "cores": 12, "other_cores": 9.0 if busy else 0.1, "paused_seconds": 0.0,
                     "step_ms": [40.0, 41.0, 44.0], "swapped_mb": 0},
