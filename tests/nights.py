@@ -6,6 +6,7 @@ real ones, on invented figures.
 
 import hashlib
 import json
+import math
 import random
 import re
 import subprocess
@@ -22,8 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from harness import record  # noqa: E402
 from scripts.judge import verdict  # noqa: E402
-from scripts.judge.evidence import Evidence, Observation  # noqa: E402
-from scripts.judge.observations import slots  # noqa: E402
+from scripts.judge.evidence import Evidence, Observation, slots  # noqa: E402
 
 SIGMA = 0.002  # of one run, bits per byte
 HEADER = "commit\tval_bpb\tmemory_gb\tavg_tok_sec\tstatus\tdescription"
@@ -106,26 +106,24 @@ def make(folder, count=40, tag="t", seed=1, budget=300.0, describe=None, share=(
 
 def simulated(base, count, draw, share=(0.06, 0.03)):
     """A night judged by the real rule: (what happened, program, details) in order; its programs; the last."""
-    programs, told, loads, pairs, runs = [], [], [], [], []
+    programs, told, loads, runs = [], [], [], []
 
     def program(text, parent, truth):
         facts = {"text": text, "blob": blob_of(text), "parent": parent, "truth": truth, "rate": 60000.0}
         programs.append(SimpleNamespace(mark=0, count=0, **facts))
         return programs[-1]
 
-    def run(p, role, pair=None):
+    def run(p, role):
         busy, p.count = 40 < len(told) % 150 < 55, p.count + 1
         bpb = draw.gauss(p.truth, SIGMA) + 0.01 * busy
         rate = p.rate * draw.gauss(1, 0.01) * (0.8 if busy else 1)
-        facts = {"seed": 41 + p.count, "bpb": bpb, "rate": rate, "busy": busy, "pair": pair}
+        facts = {"seed": 41 + p.count, "bpb": bpb, "rate": rate, "busy": busy}
         told.append((role, p, facts))
         runs.append((p.blob, facts["seed"], bpb, rate))
-        loads.append(0.75 if busy else None)
-        pairs.append(pair)
+        loads.append(math.log(4) if busy else 0.0)
 
     def judged(p, reference):
-        where = slots(loads, pairs)
-        evidence = Evidence([Observation(*r[:2], slot, *r[2:]) for r, slot in zip(runs, where, strict=True)])
+        evidence = Evidence([Observation(*r, *where) for r, *where in zip(runs, loads, slots(loads), strict=True)])
         fewer = len(p.text.splitlines()) < len(reference.text.splitlines())
         facts = verdict.Facts.of(evidence, p.blob, reference.blob, fewer_lines=fewer)
         word, why, following = verdict.rule(facts)
@@ -155,11 +153,7 @@ def simulated(base, count, draw, share=(0.06, 0.03)):
                 continue
         run(p, "candidate")
         while (decision := judged(p, reference)).word == "rerun":
-            ends = {"pair": ((reference, "reference"), (p, "candidate")), "old": ((reference, "reference"),),
-                    "new": ((p, "candidate"),)}[decision.next]  # fmt: skip
-            name = f"{number}-{len(told)}" if len(ends) == 2 else None
-            for end in ends:
-                run(*end, name)
+            run(*{"old": (reference, "reference"), "new": (p, "candidate")}[decision.next])
         status = "keep" if decision.word == "keep" else "discard"
         told.append(("log", p, {"status": status, "words": words, "decision": decision, "old": reference}))
         reference = p if status == "keep" else reference
@@ -204,7 +198,7 @@ def write(folder, told, commits, tag, clock, draw, budget, describe, change):
         if what != "log":
             stamp = f"{clock:%Y%m%d_%H%M%S}-{number:06x}"
             role = "candidate" if what == "failed" else what
-            note("begin", id=stamp, role=role, pair=facts.get("pair"), tag=tag, commit=commit, train_blob=p.blob,
+            note("begin", id=stamp, role=role, pair=None, tag=tag, commit=commit, train_blob=p.blob,
                  budget=budget, seed=facts["seed"], launcher=1)  # fmt: skip
         if what == "failed":
             clock += timedelta(seconds=45)

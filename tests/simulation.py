@@ -4,6 +4,7 @@
 """
 
 import itertools
+import math
 import random
 import sys
 from dataclasses import dataclass, field
@@ -13,12 +14,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.judge.evidence import Evidence, Observation, unused  # noqa: E402
-from scripts.judge.observations import slots  # noqa: E402
+from scripts.judge.evidence import Evidence, Observation, slots, unused  # noqa: E402
 from scripts.judge.verdict import Facts, rule  # noqa: E402
 
 SIGMA, SPEED = 0.004, 0.03  # of one run: val_bpb in bits per byte, throughput as a share
 COST, SHARE = 0.1, 0.5  # what a load costs: bits per byte, and the share of the throughput that is left
+APART = 0.25  # by how much, as a share, it costs more or less from stretch to stretch than the use of cores shows
 TURNS = 1 / 12  # probability at each run that a load comes or goes, or changes
 NEAR = 60  # of other programs the newest runs are looked at, here: it is fast, and hardly says less
 
@@ -40,55 +41,46 @@ class Machine:
     always: bool = False
     sigma: float = SIGMA
     runs: list = field(default_factory=list)  # as (program, seed, bpb, rate)
-    loads: list = field(default_factory=list)  # see `slots`
-    pairs: list = field(default_factory=list)
+    loads: list = field(default_factory=list)  # see `evidence.load`
 
     def __post_init__(self):
         self.random, lots = np.random.default_rng(self.number), np.random.default_rng(self.number + 10**6)
         self.luck = lots.normal(0, self.sigma * self.seeds**0.5, 400)
-        self.busy, self.level = self.always or (self.load and self.random.random() < 0.5), 1.0
+        self.busy, self.level, self.dear = self.always or (self.load and self.random.random() < 0.5), 1.0, 1.0
 
-    def unused(self, programs):
-        """The first seed that none of these programs had."""
-        return unused([run.seed for run in self.observed() if run.program in programs], 0)
-
-    def run(self, program, truth, seed=None, pair=None):
+    def run(self, program, truth):
         """A run of a program whose val_bpb truly is `truth`, with the next seed that it did not have."""
         if self.load and self.random.random() < TURNS:
             self.busy, self.level = self.always or not self.busy, max(0.2, self.random.normal(1, self.changing))
-        seed = self.unused([program]) if seed is None else seed
+            self.dear = max(0.2, self.random.normal(1, APART))
+        seed = unused([run[1] for run in self.runs if run[0] == program], 0)
         bpb = truth + self.luck[seed] + self.sigma * (1 - self.seeds) ** 0.5 * self.random.normal()
         rate = 1e5 * self.random.normal(1, SPEED)
         factor = max(0.0, self.level * self.random.normal(1, self.uneven)) if self.busy else 0.0
-        self.runs.append((program, seed, bpb + COST * factor, rate * SHARE**factor))
-        self.loads.append((0.5 * factor if self.told else 0.5) if self.busy else None)
-        self.pairs.append(pair)
+        self.runs.append((program, seed, bpb + COST * factor * self.dear, rate * SHARE ** (factor * self.dear)))
+        share = (0.5 * factor if self.told else 0.5) if self.busy else 0.0
+        self.loads.append(-math.log(1 - min(share, 0.95)))
 
     def observed(self):
-        where = slots(self.loads, self.pairs)
-        return [Observation(*run[:2], slot, *run[2:]) for run, slot in zip(self.runs, where, strict=True)]
+        return [Observation(*run, *where) for run, *where in zip(self.runs, self.loads, slots(self.loads), strict=True)]
 
 
-def night(effects, number, fewer_lines=False, **conditions):
+def night(effects, number, fewer_lines=False, first=3, **conditions):
     """(experiments as (effect, whether it was kept, extra runs), its observations, {program: reference}, truths).
 
     effects: how much better than the reference of its time each program truly is, in sigmas.
     """
     machine, reference, told, parents = Machine(number, **conditions), 0, [], {}
     truths = {0: 1.5}
-    for _ in range(3):
+    for _ in range(first):
         machine.run(0, 1.5)
     for program, effect in enumerate(effects, 1):
         truths[program], parents[program] = truths[reference] - effect * machine.sigma, reference
-        before, ends, name = len(machine.runs), [program], None
-        while ends:
-            seed = machine.unused(ends)
-            for end in ends:
-                machine.run(end, truths[end], seed, name)
+        before, following = len(machine.runs), "new"
+        while following:
+            end = {"new": program, "old": reference}[following]
+            machine.run(end, truths[end])
             word, _, following = judged(machine, program, reference, fewer_lines)
-            ends = {"new": [program], "old": [reference], "pair": [program, reference], None: []}[following]
-            name = f"pair {len(machine.runs)}" if following == "pair" else None
-            ends = ends[:: 1 if len(machine.runs) % 2 else -1]
         kept = word in ("keep", "judge")  # by chance slow: a gain that is seen is worth it
         told.append((effect, kept, len(machine.runs) - before - 1))
         reference = program if kept else reference
@@ -116,6 +108,13 @@ def plain_night(effects, number):
 def mixed(number):
     """A night as one may expect it: of 100 ideas 60 do nothing, 25 lose 2 sigma, 10 gain 2 and 5 gain 4."""
     effects = [0.0] * 60 + [-2.0] * 25 + [2.0] * 10 + [4.0] * 5
+    random.Random(number).shuffle(effects)
+    return effects
+
+
+def short(number):
+    """A first evening: of six ideas one does nothing, all others lose or gain much, and little is known of noise."""
+    effects = [-50.0, -50.0, -15.0, 0.0, 15.0, 50.0]
     random.Random(number).shuffle(effects)
     return effects
 
@@ -152,6 +151,14 @@ LINES = (
                                ("the same, unseen", {"always": True, "changing": 0.3, "told": False}))
       for words, e in (("does nothing", 0), ("gains 4 σ", 4))),
     ("loses 2 σ, beside a load", -2, {"load": True}),
+    *((f"loses 50 σ, {load}", -50, {"load": True, **conditions})
+      for load, conditions in (("beside a load", {}), ("beside an uneven load", {"uneven": 0.2}))),
+    *((f"six experiments, {load}", short, {"first": 1, **conditions})
+      for load, conditions in (("quiet", {}), ("beside a load", {"load": True}),
+                               ("beside a load that never goes, and changes",
+                                {"load": True, "always": True, "changing": 0.3}),
+                               ("beside an uneven load that never goes",
+                                {"load": True, "always": True, "uneven": 0.3}))),
 )  # fmt: skip
 
 

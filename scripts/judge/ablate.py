@@ -10,8 +10,7 @@ import tempfile
 from pathlib import Path
 
 from scripts import session
-from scripts.judge.evidence import gain_words, unused
-from scripts.judge.observations import busy
+from scripts.judge.evidence import busy, gain_words, unused
 from scripts.run import experiment, plan
 from scripts.run.variant import commit_with
 from scripts.session import Refused, Session, options, run_command, tell

@@ -1,37 +1,40 @@
 """One model of all runs of a session: which of two programs is better, by how much, and how sure that is.
 
-    val_bpb of a run = its program + its seed + its slot + noise of its own
+    val_bpb of a run = its program + its seed + its load + noise of its own
 
-A seed is as lucky for one program as for another; a slot is what a load costs all runs beside it. So repeats, equal
-seeds, pairs and loads are no regimes of their own but entries of one covariance, and one fit compares all programs
+A seed is as lucky for one program as for another, and a load costs all runs beside it alike. So repeats, equal seeds
+and loads are no regimes of their own but entries of one covariance, and one fit compares all programs
 (judge/mixed_model.py). Throughput goes through the same model, as its logarithm, and without seeds.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from harness import record
 from harness.project import SEED
-from scripts.judge.mixed_model import MixedModel
-from scripts.judge.shrinkage import Shrinkage
+from scripts.judge.mixed_model import MixedModel, Shrinkage
 
 NOISE = 0.003  # of val_bpb: prior median of a run's noise. Seen: 0.02 for 20 s on two cores, 0.0005 for 300 s on a GPU
 SPEED = 0.01  # of throughput: the same
-STEADY = 4  # runs in a slot before the next one is taken to fall into it
+# A load of 1 leaves a run 1 / e of its steps. By the power laws of training that costs 7 % of val_bpb, from nothing to
+# twice as much (Kaplan et al. 2020: loss falls as the -0.05th power of compute, and faster where budgets are small).
+COST, STEPS = 0.07, -1.0  # of val_bpb; of the logarithm of throughput
 MOST, MOST_OF_REFERENCE = 3, 4  # runs under one condition; a reference had luck when it was kept, and many meet it
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A run. slot: None on a quiet machine; what runs beside the same load share; else one of its own."""
+    """A run. load: 0 on a quiet machine, see `load`; slot: what runs beside the same load share."""
 
     program: str
     seed: int
-    slot: object
     bpb: float  # bits per byte
     rate: float  # tokens a second
+    load: float = 0.0
+    slot: object = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,6 @@ class Comparison:
 
 def gain_words(seen):
     """A comparison as everything says it: `+0.0123 ± 0.0040, 97 %`: bits per byte, standard error, probability."""
-    if not math.isfinite(seen.error):
-        return "unknown, no common load"
     return f"{round(seen.gain, 4) + 0.0:+.4f} ± {seen.error:.4f}, {percent(seen.sure)} %"  # no -0
 
 
@@ -69,18 +70,19 @@ class Evidence:
         self.runs, self.parents = list(observations), parents or {}
         self.column = {name: i for i, name in enumerate(dict.fromkeys(run.program for run in self.runs))}
         bpbs = [run.bpb for run in self.runs]
-        self._bpb = MixedModel(self.runs, self.column, bpbs, NOISE * (abs(np.median(bpbs)) or 1.0))
+        usual = abs(np.median(bpbs)) or 1.0
+        self._bpb = MixedModel(self.runs, self.column, bpbs, NOISE * usual, COST * usual)
         self.sigma, self.same_seed = self._bpb.sigma, self._bpb.same_seed
 
     @cached_property
     def _rate(self):
         logs = np.log([max(run.rate, 1e-9) for run in self.runs])
-        return MixedModel(self.runs, self.column, logs, SPEED, rhos=np.zeros(1))
+        return MixedModel(self.runs, self.column, logs, SPEED, STEPS, rhos=np.zeros(1))
 
     @property
     def df(self):
         """Degrees of freedom by which sigma is known: undisturbed runs that repeat a program."""
-        quiet = [run.program for run in self.runs if run.slot is None]
+        quiet = [run.program for run in self.runs if not run.load]
         return len(quiet) - len(set(quiet))
 
     def mean(self, program):
@@ -116,7 +118,7 @@ class Evidence:
     # --- another run ---
 
     def next_run(self, new, old):
-        """Which run shrinks the error most: "new", "old" or "pair"; None where the caps end it."""
+        """Which run shrinks the error most: "new" or "old"; None where the caps end it."""
         i, j, model = self.column[new], self.column[old], self._bpb
 
         def error(kind):
@@ -141,25 +143,85 @@ class Evidence:
     def _left(self, new, old):
         """How many runs the caps still allow, {kind: count}, on a machine as it was for the newest run."""
         slot, names = self.runs[-1].slot, [run.program for run in self.runs]
-        left = {"pair": MOST - names.count(new)}
-        if slot is None or sum(run.slot == slot for run in self.runs) >= STEADY:
-            like = sum(run.slot == slot for run in self.runs if run.program == old)
-            since = names[names.index(new) :].count(old)
-            left = {"old": min(MOST_OF_REFERENCE - like, MOST_OF_REFERENCE - 1 - since), "new": left["pair"]}
+        like, since = sum(run.slot == slot for run in self.runs if run.program == old), names[names.index(new) :]
+        left = {"old": min(MOST_OF_REFERENCE - like, MOST_OF_REFERENCE - 1 - since.count(old)),
+                "new": MOST - names.count(new)}  # fmt: skip
         return {kind: count for kind, count in left.items() if count > 0}
 
     def _planned(self, counts, new, old):
         """The observations that so many runs of each kind would add; their figures are not looked at."""
         made, first = [], min((run.seed for run in self.runs if run.seed >= 0), default=0)
         for kind, count in counts.items():
-            programs = {"new": [new], "old": [old], "pair": [new, old]}[kind]
-            for number in range(count):
-                seed = unused([run.seed for run in [*self.runs, *made] if run.program in programs], first)
-                slot = ("planned", number) if kind == "pair" else self.runs[-1].slot
-                made += [Observation(program, seed, slot, 0.0, 1.0) for program in programs]
+            program = new if kind == "new" else old
+            for _ in range(count):
+                seed = unused([run.seed for run in [*self.runs, *made] if run.program == program], first)
+                made.append(replace(self.runs[-1], program=program, seed=seed))
         return made
 
 
 def unused(seeds, first=SEED):
     """The seed that another run takes beside runs with these seeds: the first one that none of them had."""
     return next(seed for seed in range(first, first + len(seeds) + 1) if seed not in seeds)
+
+
+# --- from records: what disturbed each run, and which runs stood under the same load --------------------------------
+
+# How much of the cores others may use, by backend: a GPU's host needs few of them.
+OTHERS = {"cpu": lambda cores: 0.05 * cores, "metal": lambda cores: 0.5 * cores, "cuda": lambda cores: cores - 2}
+EVEN = 0.2  # by how much a load may vary up and down, and it is the same
+UNEVEN = 2.0  # times the median step: how long the slowest twentieth may take
+SWAPPED = 256  # MB, moved to disk during the budget
+
+
+def busy(run):
+    """What disturbed a run, in words, or None. run: a record."""
+    seen = run.get("machine") or {}
+    others, cores, steps = seen.get("other_cores"), seen.get("cores") or 1, seen.get("step_ms")
+    if (stood := seen.get("paused_seconds") or 0) > 0.01 * run["budget"]:
+        return f"it stood still for {stood:.0f} s"
+    if others is not None and others > max(0.05, OTHERS[run["device"].get("backend", "cpu")](cores)):
+        return f"other processes used {others:.1f} of {cores} cores"
+    if steps and steps[2] > UNEVEN * steps[1]:
+        return f"steps were uneven: the slowest twentieth took over {steps[2] / steps[1]:.1f} times the median"
+    if (seen.get("swapped_mb") or 0) > SWAPPED:
+        return f"{seen['swapped_mb']} MB were swapped to disk"
+    return None
+
+
+def load(run):
+    """How much a run lost to other work: minus the logarithm of the share of the machine that was left to it."""
+    why, seen = busy(run), run["machine"] or {}
+    share = seen["other_cores"] / seen["cores"] if why and why.startswith("other processes") else 0.5
+    return -math.log(1 - min(share, 0.95)) if why else 0.0
+
+
+def slots(loads):
+    """The slot of each run: disturbed runs one after another share one, while the load stays within EVEN."""
+    found, first = [], None
+    for i, load in enumerate(loads):
+        if not load:
+            first = None
+        elif first is None or abs(load - loads[first]) > EVEN:
+            first = i
+        found.append(first)
+    return found
+
+
+def of_session(attempts, rows, like):
+    """(records, observations) of all runs of a session that may be compared with the record `like`, oldest first.
+
+    Runs of `make holdout` are left out: they measure anew what the session found. A row whose program has no record
+    counts as one run with the row's figures, under the program's name or, without git, `row N`.
+    """
+    archive = {r["run_id"]: r for r in record.archived()} | ({like["run_id"]: like} if like else {})
+    made = [a for a in attempts if a["status"] == "valid" and a["role"] != "holdout" and a.get("run_id") in archive]
+    made = dict.fromkeys(a["run_id"] for a in made)
+    records = [archive[run_id] for run_id in made if like and not record.differences(archive[run_id], like)]
+    records = records or ([like] if like else [])
+    loads = [load(r) for r in records]
+    known = {r["train_blob"] for r in records}
+    found = [Observation(row.blob or f"row {row.number}", -row.number, row.bpb, row.rate)
+             for row in rows if row.status != "crash" and row.blob not in known]  # fmt: skip
+    facts = zip(records, loads, slots(loads), strict=True)
+    return records, found + [Observation(r["train_blob"], r["seed"], record.bpb(r), record.tok_sec(r), *where)
+                             for r, *where in facts]  # fmt: skip

@@ -9,8 +9,7 @@ another budget than the session's, or on another dataset, tells what is left of 
 
 from harness import project
 from scripts import session
-from scripts.judge.evidence import Evidence, Observation, gain_words, unused
-from scripts.judge.observations import busy
+from scripts.judge.evidence import Evidence, Observation, gain_words, load, unused
 from scripts.run import experiment
 from scripts.run.variant import commit_with, on_dataset
 from scripts.session import Refused, Session, counted, options, record, run_command, tell
@@ -21,14 +20,12 @@ from scripts.show.night import Night
 def measured_anew(known, looks):
     """`Comparison` of best and baseline by fresh runs alone.
 
-    known: runs that tell how noisy runs are. looks: of each pair (seed, whether the machine was shared, bits per byte
-    of the baseline, of the best).
+    known: runs that tell how noisy runs are. looks: of each pair (seed, the load beside the baseline's run and the
+    best's, their bits per byte).
     """
-    runs = list(known)
-    for number, (seed, shared, *bpbs) in enumerate(looks):
-        slot = f"look {number}" if shared else None
-        runs += [Observation(("anew", i), seed, slot, bpb, 1.0) for i, bpb in enumerate(bpbs)]
-    return Evidence(runs).compare(("anew", 1), ("anew", 0))
+    anew = [Observation(("anew", i), seed, bpbs[i], 1.0, loads[i], f"look {number}")
+            for number, (seed, loads, bpbs) in enumerate(looks) for i in (0, 1)]  # fmt: skip
+    return Evidence([*known, *anew]).compare(("anew", 1), ("anew", 0))
 
 
 def where(night, dataset):
@@ -61,7 +58,7 @@ def main(args):
     blobs = [blob for _, blob in programs.values()]
     used, looks = [a["seed"] for a in this_session.attempts() if a["train_blob"] in blobs], []
     for number in range(count):
-        seed, bpbs, shared = unused(used), {}, False
+        seed, bpbs, loads = unused(used), {}, {}
         used.append(seed)
         for name in ("baseline", "best")[:: 1 if number % 2 == 0 else -1]:
             tell(f"run {2 * number + len(bpbs) + 1} of {2 * count}: {name}, seed {seed} {there}".rstrip())
@@ -70,8 +67,9 @@ def main(args):
                 print("\n".join(summary.failure(attempt)[:-1]))
                 experiment.exit_as(attempt)
             run = session.record_of(attempt)
-            bpbs[name], shared = (record.bpb(run), attempt["test"]["bpb"]), shared or bool(busy(run))
-        looks.append([(seed, shared, *both) for both in zip(bpbs["baseline"], bpbs["best"], strict=True)])
+            bpbs[name], loads[name] = (record.bpb(run), attempt["test"]["bpb"]), load(run)
+        both = [loads[name] for name in programs]
+        looks.append([(seed, both, ends) for ends in zip(*(bpbs[name] for name in programs), strict=True)])
         gain = bpbs["baseline"][0] - bpbs["best"][0]  # that on test is told below, once the look is noted
         tell(f"pair {number + 1}: gain {gain:+.4f} on validation")
     known = () if there else night.evidence.runs

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from scripts import session
-from scripts.judge.evidence import Comparison, Evidence, gain_words, percent
-from scripts.judge.observations import busy, of_session
+from scripts.judge.evidence import Comparison, Evidence, busy, gain_words, of_session, percent
 from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
-BAR = 1.5  # standard errors that a gain must reach once all runs are made: 93 % sure
+BAR, ENOUGH = 1.5, 3.0  # standard errors that a gain must reach once all runs are made: 93 % sure; that end it at once
 CLEAR = 0.005  # bits per byte: a gain that may cost throughput, and a loss that matters
 WEAK = 2.0  # sigmas: where noise is greater, what a night finds two times of three is the least loss that matters
 SMALL = 0.003  # bits per byte: a loss that much throughput may pay for
@@ -25,11 +24,10 @@ SIMPLER_COSTS = 0.05  # share of throughput that simpler code may cost
 TEACHES_LESS = 2.0  # standard errors at equal steps, beyond which a step of the new program teaches less
 
 # Which run is next: probability that the runs that are left show a gain, below which it is not made (usual: 0.1 to
-# 0.2); how it is said; what to type. A run of the reference serves all candidates to come; a pair costs two runs.
+# 0.2); how it is said; what to type. A run of the reference serves all candidates to come.
 NEXT = {
     "old": (0.03, "another run of the reference", "make run REFERENCE=1"),
     "new": (0.2, "another run of it", "make run AGAIN=1"),
-    "pair": (0.42, "the machine was shared: a pair, run in turn,", "make run PAIR=1"),
 }
 
 
@@ -46,7 +44,7 @@ class Facts:
     matters: float  # bits per byte: the least difference that matters
     harmless: float  # probability that it loses less than that
     harmless_promise: float  # that the runs that are left show it
-    next: str | None = None  # "new", "old", "pair": which run would say most
+    next: str | None = None  # "new", "old": which run would say most
     fewer_lines: bool = False
     same: bool = False  # it computes what the reference computes
     unearned: tuple | None = None  # (verdict, why) where throughput that rose keeps nothing, see `not_earned`
@@ -60,14 +58,14 @@ class Facts:
 
 
 def asked(share):
-    """How sure one must be now: the fewer runs of all, the surer (O'Brien and Fleming 1979; Lan and DeMets 1983)."""
-    return NormalDist().cdf(BAR / math.sqrt(share))
+    """How sure one must be now: the fewer runs of all, the surer (O'Brien and Fleming 1979; Haybittle 1971)."""
+    return NormalDist().cdf(min(BAR / math.sqrt(share), ENOUGH))
 
 
 def rule(facts):
     """(verdict, why, which run is next)."""
     gain, faster = facts.seen.gain, facts.seen.faster
-    if 0 < faster <= BAR * facts.seen.faster_error:  # a load makes speed uncertain, too
+    if abs(faster) <= BAR * facts.seen.faster_error:  # a load makes speed uncertain, too
         faster = 0.0
     if facts.same and not (facts.fewer_lines or faster > FASTER):
         return "again", "its losses are the reference's, step by step: the change has no effect", None
@@ -232,7 +230,7 @@ def reason(verdict):
     """The rule that decided, and what it rests on: gain, error, how sure it is; where it is open, what is asked."""
     words = [verdict.rule]
     if verdict.seen:
-        words.append(f"gain {gain_words(verdict.seen)}" + " sure" * math.isfinite(verdict.seen.error))
+        words.append(f"gain {gain_words(verdict.seen)} sure")
         if verdict.word == "rerun" or verdict.rule == "not proven":
             words.append(f"{percent(verdict.asked)} % is asked for now")
     return "; ".join(words)

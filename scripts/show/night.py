@@ -5,15 +5,13 @@ Table, page, brief and screen say what is said here, so that they agree. It read
 """
 
 import difflib
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from harness import record
 from scripts import session
-from scripts.judge.evidence import Comparison, Evidence
-from scripts.judge.observations import of_session
+from scripts.judge.evidence import Comparison, Evidence, of_session
 from scripts.session import Session, counted, cut, one_line
 
 SAFE, DOUBTFUL = 0.975, 0.80  # how sure a kept gain is after the winner's curse: below the second it is unproven
@@ -136,7 +134,7 @@ class Night:
     @property
     def idle(self):
         """Kept changes that carry nothing, as far as it was measured."""
-        return [e for e in self.kept if e.worth and math.isfinite(e.worth.error) and e.worth.sure < DOUBTFUL]
+        return [e for e in self.kept if e.worth and e.worth.sure < DOUBTFUL]
 
     @property
     def foresight(self):

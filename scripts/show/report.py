@@ -53,7 +53,7 @@ def figures(night):
         found.append(("expected gains", value, why))
     if night.evidence:
         value, _, why = noise(night.evidence).removeprefix("noise    ").partition(", ")
-        shared = sum(run.slot is not None for run in night.evidence.runs)
+        shared = sum(bool(run.load) for run in night.evidence.runs)
         why += f"; the machine was shared during {counted(shared, 'run')}, which count for less" if shared else ""
         found.append(("noise", value, why))
     return found

@@ -9,8 +9,7 @@ from itertools import dropwhile
 from harness.files import printable
 from scripts import session
 from scripts.judge import verdict
-from scripts.judge.evidence import Evidence, gain_words
-from scripts.judge.observations import busy, of_session
+from scripts.judge.evidence import Evidence, busy, gain_words, of_session
 from scripts.session import ROOT, Refused, Session, counted, one_line, options, record, run_command
 from scripts.show.terminal import noise
 
