@@ -7,7 +7,6 @@ import base64
 import functools
 import hashlib
 import json
-import math
 import os
 import sys
 import uuid
@@ -180,19 +179,6 @@ def runs_of(blob, like):
 
 
 # --- pairs: two runs that saw the same text ------------------------------------------------------------
-
-
-def on_same_rows(new, old):
-    """(difference of val_bpb, its standard error) from the losses of the same validation rows, or None.
-
-    The error is that of a finite validation set alone. Both runs were scored on the same rows, so what makes a
-    row hard is in both and cancels: it is far smaller than the error of either result by itself.
-    """
-    (a, total), (b, other) = (map(r["result"].get, ("row_bits", "eval_bytes")) for r in (new, old))
-    if not (a and b and total) or total != other:
-        return None
-    change = unpacked(a) - unpacked(b)
-    return change.sum() / total, math.sqrt(len(change)) * change.std() / total
 
 
 def at_equal_steps(new, old):

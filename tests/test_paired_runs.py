@@ -1,6 +1,4 @@
-"""Pairs that cost no run: two records of runs that saw the same text, or were scored on the same rows."""
-
-import math
+"""Pairs that cost no run: two records of runs that saw the same text."""
 
 import numpy as np
 import pytest
@@ -10,15 +8,12 @@ from hypothesis import strategies as st
 from harness import record
 
 
-def run(bpb=1.5, rate=1000.0, blob="old", seed=42, curve=None, rows=None, **more):
+def run(bpb=1.5, rate=1000.0, blob="old", seed=42, curve=None, **more):
     """As much of a record as a verdict reads."""
-    result = {"val_bpb": bpb}
-    if rows is not None:
-        result |= {"row_bits": record.packed(rows), "eval_bytes": len(rows) * 100}
     training = {"avg_tok_sec": rate, "tokens_per_step": 2048, "sequence_length": 64, **more.pop("training", {})}
     return {"run_id": f"{blob}-{seed}-{bpb}", "train_blob": blob, "seed": seed, "budget": 100.0, "dataset": "stdlib",
-            "token_cache": "t", "harness": "h", "device": {"backend": "cpu"}, "training": training, "result": result,
-            "curve": curve, "machine": {"other_cores": 0.0, "cores": 2}} | more  # fmt: skip
+            "token_cache": "t", "harness": "h", "device": {"backend": "cpu"}, "training": training,
+            "result": {"val_bpb": bpb}, "curve": curve, "machine": {"other_cores": 0.0, "cores": 2}} | more  # fmt: skip
 
 
 # --- record.at_equal_steps -------------------------------------------------------------------------------
@@ -68,29 +63,6 @@ def test_the_warm_down_is_left_out():
     new["curve"]["loss"][half:] = [loss - 1 for loss in new["curve"]["loss"][half:]]
     change, error = record.at_equal_steps(new, old)
     assert abs(change) < max(4 * error, 1e-6)
-
-
-# --- record.on_same_rows ---------------------------------------------------------------------------------
-
-
-def test_a_planted_difference_is_found_on_the_same_rows():
-    random = np.random.default_rng(1)
-    rows = random.normal(150, 40, 2000)  # bits of a row of 100 bytes: some are hard, some are easy
-    for gain in (0.0, 0.5, -0.2):
-        new, old = run(rows=rows - gain + random.normal(0, 1, 2000)), run(rows=rows + random.normal(0, 1, 2000))
-        change, error = record.on_same_rows(new, old)
-        assert abs(change + gain / 100) < 4 * error
-        alone = math.sqrt(2000) * rows.std() / 200_000  # val_bpb_stderr, of one result by itself
-        assert error < alone / 20
-        assert error == pytest.approx(math.sqrt(2 / 2000) / 100, rel=0.1)
-
-
-def test_other_rows_are_no_pair():
-    rows = np.ones(10)
-    for other in (run(), run(rows=np.ones(11))):
-        assert record.on_same_rows(run(rows=rows), other) is None
-        assert record.on_same_rows(other, run(rows=rows)) is None
-    assert record.on_same_rows(run(rows=rows), run(rows=rows)) == (0, 0)
 
 
 # --- record.binned ---------------------------------------------------------------------------------------

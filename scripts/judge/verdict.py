@@ -1,7 +1,7 @@
 """The rule for keeping: a candidate against the newest kept program, by the model of evidence. It changes nothing.
 
 In this order: what is the reference over again is `again`; what another run may settle is `rerun`, of which program the
-model says; the rest is a table. What is paired (same rows, equal steps) stands in notes.
+model says; the rest is a table. What is paired (equal steps) stands in a note.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from scripts import session
-from scripts.judge.evidence import Comparison, Evidence, busy, gain_words, of_session, percent
+from scripts.judge.evidence import Comparison, Evidence, gain_words, of_session, percent
 from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def of_attempt(this_session, attempt, rows):
     verdict.rule = again(new, old)
     if verdict.rule:
         return verdict
-    other = min(old_runs, key=lambda r: (bool(busy(r)) != bool(busy(run)), r["seed"] != run["seed"]), default=None)
+    other = old_runs[-1] if old_runs else None
     twins = [(a, b) for a in records if a["train_blob"] == new for b in old_runs if a["seed"] == b["seed"]]
     equal = next(filter(None, (record.at_equal_steps(a, b) for a, b in twins)), None)
     facts = Facts.of(evidence, new, old, fewer_lines=0 < code_lines(new) < code_lines(old),
@@ -182,10 +182,6 @@ def of_attempt(this_session, attempt, rows):
     if equal:
         words = "at equal steps, in the second quarter of the budget, training loss is better by"
         verdict.notes.append(f"{words} {-equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
-    on_rows = record.on_same_rows(run, other) if other else None
-    if on_rows and bool(busy(run)) == bool(busy(other)):  # else the load would be told, not the idea
-        words = f"on the same rows val_bpb is better by {-on_rows[0]:+.6f} ± {on_rows[1]:.6f}"
-        verdict.notes.append(f"{words}, seed {other['seed']}")
     return verdict
 
 
