@@ -130,6 +130,7 @@ def tell(record):
         "num_steps": training["total_steps"],
         "num_params_M": f"{model['num_params'] / 1e6:.2f}",
         "depth": model["depth"],
+        "dmodel_scale": f"{model['dmodel_scale']:.4f}",
     }
     print("\n---" if sys.stdout.isatty() else "---")
     for name, value in lines.items():

@@ -90,7 +90,7 @@ class Run:
         self._early_tokens = 0  # taken before the clock started
         # What the record gets, filled in as the run goes on.
         self._training = {"seconds": 0.0, "training_peak_mb": 0.0, "peak_memory_mb": 0.0, "eval_seconds": None}
-        self._model, self._machine = {"depth": 0, "num_params": 0}, {}
+        self._model, self._machine = {"depth": 0, "dmodel_scale": 0.0, "num_params": 0}, {}
         self.device = machine.describe()
         same = {"harness": HARNESS, "token cache": self.cache.hash, "version of MLX": self.device["mlx"]}
         self.group = devices.describe(self.device["name"], **same)
@@ -238,7 +238,7 @@ class Run:
         """Evaluate, write the record, print the summary. Exits with 2 where a check refuses the run.
 
         model: an `nn.Module`, see `evaluate_bpb`. batch_size: rows at once in evaluation. config: dict of plain values
-        for the record's `model`; holds at least `depth`.
+        for the record's `model`; holds at least `depth` and `n_embd`.
         """
         if self._start is None:
             sys.exit("error: train.py never called run.start_clock(), so there is no budget to check")
@@ -250,7 +250,8 @@ class Run:
         self._machine = self._watch.stop([end for end, *_ in self._curve[:-1]])
         mx.clear_cache()
         weights = dict(tree_flatten(model.parameters()))
-        self._model = {**config, "num_params": sum(array.size for array in weights.values())}
+        size = sum(array.size for array in weights.values())
+        self._model = {**config, "dmodel_scale": (config["n_embd"] / 768) ** -0.5, "num_params": size}
         if not devices.RANK:
             save_weights(weights, self.train_blob)
         same_weights = devices.same_weights(weights)
@@ -308,6 +309,7 @@ class Run:
             "avg_tok_sec": tokens / self._training["seconds"] if steps else 0.0,
             "peak_memory_mb": max(self._training["peak_memory_mb"], mx.get_peak_memory() / 2**20),
             "sequence_length": getattr(self._stream, "sequence_length", None),
+            "data_wait_seconds": getattr(self._stream, "wait_seconds", 0.0),
             "epochs": getattr(self._stream, "epochs", 0.0),
         }
         result = {"val_bpb": None}

@@ -71,7 +71,7 @@ def a_record(blob, commit, clock, seed, bpb, rate, draw, budget, busy, change):
         "status": "valid", "reason": None, "harness": "h" * 64, "dataset": "tinystories", "token_cache": "t" * 64,
         "seed": seed, "budget": budget,
         "device": {"name": "Apple M9", "memory_gb": 64, "os": "macOS 26", "mlx": "0.32.4", "backend": "metal"},
-        "model": {"depth": 4, "num_params": 11_500_000},
+        "model": {"depth": 4, "dmodel_scale": 1.0, "num_params": 11_500_000},
         "training": {
             "seconds": budget, "total_seconds": budget + 55.0, "startup_seconds": 9.0,
             "total_steps": steps, "total_tokens": steps * 2**14, "tokens_per_step": 2**14,

@@ -184,15 +184,15 @@ RECORD = {
     "": "format_version run_id attempt timestamp status reason commit train_blob harness dataset token_cache seed "
     "budget device model training machine result curve seal",
     "device": "name memory_gb os python mlx backend blas",
-    "model": "depth n_embd num_params vocab_size sequence_length",
+    "model": "depth n_embd dmodel_scale num_params vocab_size sequence_length",
     "training": "seconds total_seconds startup_seconds total_steps total_tokens avg_tok_sec training_peak_mb "
-    "peak_memory_mb eval_seconds epochs",
+    "peak_memory_mb eval_seconds data_wait_seconds epochs",
     "result": "val_bpb val_bpb_stderr eval_bytes row_bits",
     "curve": "steps_per_bin seconds loss tok_sec memory_mb",
 }
 SUMMARY = (
     "val_bpb training_seconds total_seconds train_peak_mb peak_memory_mb eval_seconds total_tokens_M avg_tok_sec "
-    "num_steps num_params_M depth"
+    "num_steps num_params_M depth dmodel_scale"
 )
 
 

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import termios
 import time
+from pathlib import Path
 
 import pytest
 from conftest import sampled
 
 from harness.processes import is_alive as alive
-from scripts.run import lock
+from scripts.run import experiment, lock
 from scripts.session import Refused
 from scripts.show import summary
 
@@ -140,6 +141,19 @@ def test_a_plain_kill_of_make_ends_a_run_that_was_started_in_the_background(sess
     wait_for(lambda: not any(map(alive, pids)), "children gone")
 
 
+@pytest.mark.slow
+def test_a_watcher_that_was_stopped_alone_accuses_nobody(session):
+    """Ctrl-Z, then fg: the run went on meanwhile, and what passed unseen is no time that it has to account for."""
+    session.write_train("import os, time\nopen('pids', 'w').write('1')\n"
+                        "while not os.path.exists('go'): time.sleep(0.05)\nprepare.finish(1.4)")  # fmt: skip
+    first, _ = started(session)
+    os.kill(first.pid, signal.SIGSTOP)
+    (session.path / "go").touch()
+    time.sleep(experiment.START + 1.5)
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait(30) == 0
+
+
 def test_ctrl_c_on_a_terminal(session):
     """A person's Ctrl-C goes to everything in the foreground: make and experiment.sh, and the run ends."""
     session.write_train("import os\nprint('shown:', os.environ['AUTORESEARCH_TERMINAL'], flush=True)" + FAMILY)
@@ -182,6 +196,9 @@ def test_a_second_run_is_refused_or_waits(session):
         "while not os.path.exists('go'): time.sleep(0.05)\nprepare.finish(1.4)"
     )
     first, _ = started(session)
+    lock_file = Path(session.env["AUTORESEARCH_LOCK"])
+    lock_file.unlink()  # as a cleaner of /tmp does
+    wait_for(lambda: lock_file.exists() and lock_file.read_text(), "it is made anew")
     done = session.script("run", AGAIN="1", check=1)
     assert f"taken by another run: pid {first.pid}, in {session.path}" in done.stderr
     for verb in ("log-result", "verdict", "discard"):

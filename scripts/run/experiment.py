@@ -65,10 +65,11 @@ def checked_out(commit):
         yield ROOT
         return
     folder = project.DATA / f"tree.{os.getpid()}.part"
-    add = ("-c", f"core.hooksPath={os.devnull}", "worktree", "add", "-q", "--detach", str(folder), commit)
+    add = ["git", "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "-q", "--detach", str(folder), commit]
     try:
-        if session.git(*add) is None:
-            raise Refused(f"git could not check out {commit[:7]}: is the disk full, or a folder read-only?")
+        added = subprocess.run(add, cwd=ROOT, capture_output=True, text=True, errors="replace")
+        if added.returncode:
+            raise Refused(f"git could not check out {commit[:7]}: {session.one_line(added.stderr)[-200:]}")
         if (ROOT / ".venv").exists():  # what is preloaded has a path relative to the folder
             (folder / ".venv").symlink_to(ROOT / ".venv")
         yield folder

@@ -55,6 +55,14 @@ def open_lock(path):
     return lock
 
 
+def keep(locks):
+    """Make a lock file anew that a cleaner of /tmp took: a second run would make one of its own, and begin."""
+    for path, lock in locks.items():
+        if not os.fstat(lock).st_nlink:
+            with suppress(Refused):
+                locks[path] = open_lock(path) or lock
+
+
 def holder(path):
     """Who holds a lock, in words, as far as its file tells."""
     note = files.read_json(path) or {}

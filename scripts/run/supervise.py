@@ -12,8 +12,9 @@ from contextlib import suppress
 
 from harness import processes
 from harness.project import ROOT
+from scripts.run import lock
 
-TICK = 0.5  # seconds between two looks at what runs
+TICK, GAP = 0.5, 5.0  # seconds between two looks at what runs; of a pause in which we were stopped ourselves (Ctrl-Z)
 # Should we be killed without a chance to clean up, a process that waits for just that does it.
 GUARD = "import sys; from harness import processes; sys.stdin.read(1) or processes.end_tree(int(sys.argv[1]))"
 stopped_by = []  # signals that came
@@ -38,9 +39,9 @@ def keep_awake(pid):
 def run(command, folder, log, limit, locks, environment):
     """Run a command in `folder`, its output in the file `log` and on our terminal.
 
-    Returns (its exit code, or None where it ran past `limit`; the seconds that it took).
+    Returns (its exit code, or None where it ran past `limit`; the seconds that it took, as far as we could look).
     """
-    terminal, start, late = sys.stdout.isatty(), time.monotonic(), False
+    terminal, late, wall, last = sys.stdout.isatty(), False, 0.0, time.monotonic()
     with open(log, "wb") as out, open(log, "rb") as written:
         child = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
@@ -52,13 +53,15 @@ def run(command, folder, log, limit, locks, environment):
         with subprocess.Popen(guard, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True) as waits:
             while child.poll() is None and not (late or stopped_by):
                 with suppress(subprocess.TimeoutExpired):
-                    child.wait(min(TICK, max(0.01, start + limit - time.monotonic())))
+                    child.wait(min(TICK, max(0.01, limit - wall)))
                 show(written, terminal)
-                late = child.returncode is None and time.monotonic() > start + limit
+                lock.keep(locks)
+                since, last = time.monotonic() - last, time.monotonic()
+                wall += since if since < GAP else 0.0
+                late = child.returncode is None and wall > limit
             processes.end_tree(child.pid, child.poll)  # also what train.py left behind
             child.wait()
             waits.stdin.write(b"x")  # it need not
-        wall = time.monotonic() - start
         show(written, terminal)
     return None if late else child.returncode, wall
 

@@ -42,7 +42,7 @@ def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **ch
         "seed": seed,
         "budget": budget,
         "device": {"name": "abacus", "memory_gb": 1, "mlx": "0", "backend": "cpu"},
-        "model": {"depth": 1, "num_params": 1000},
+        "model": {"depth": 1, "dmodel_scale": 1.0, "num_params": 1000},
         "training": {
             "seconds": 1.0,
             "total_seconds": time.monotonic() - START,
