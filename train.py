@@ -2,12 +2,12 @@
 
     python train.py        (or `make run`, which also watches over it)
 
-Data, the budget's clock, the metric and the record belong to prepare.py and are the same for every experiment.
+Data, the budget's clock, the metric and the record are the same for every experiment: prepare.py is the door to them.
 The model follows karpathy/nanochat's GPT; each idea names its source where it stands. Read from the top:
 constants, model, tables of n-grams, loss, optimizer, schedules, training.
 
-`@fast(form)` above a function names a faster way to compute the same. It is taken only while the function, and what
-it calls in this file, is the one that the form was made for. Edit the function, and your text is what runs.
+`@fast(form)` runs `form`, a faster way to compute the same, in place of the function below it, as long as that
+function, and what it calls in this file, is unedited. Edit it, and your text is what runs.
 """
 
 import math
@@ -30,7 +30,7 @@ CUDA = GPU and mx.cuda.is_available()
 
 # --- constants -----------------------------------------------------------------------------------
 # Presets by backend: CUDA, else Metal, else a CPU, which sees a hundredth of the tokens. `make setup` writes
-# DATASET; `make tune` writes DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE to fit this machine and budget.
+# DATASET; `make tune` writes DEPTH and the batch sizes, and on CUDA ASPECT_RATIO and NGRAM_ROWS where these pay.
 
 DATASET = "stdlib"  # one of data_sources.DATASETS
 SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training
@@ -43,11 +43,11 @@ ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to 
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
 WINDOWS = "SL" if CUDA else "L"  # block-local attention, a letter a layer: L one chunk of all the context, S two halves
 MLP_RATIO = 4  # hidden channels of an MLP, in widths
-GATE_CHANNELS = 32  # leading channels of the norm that a value gate reads; each n-gram gate reads the next as many
+GATE_CHANNELS = 32  # channels of a layer's normed input that a gate reads: the first; each n-gram gate the next as many
 GATE_MAX = 2.0  # a gate lies between 0 and this, and starts at half of it
 NGRAM_ROWS = 0  # rows of a table of hashed n-grams, 0 for none; they pay where a budget sees its text about once
 NGRAMS = (2, 3)  # tokens of an n-gram; two tables for each of these in every layer with a value embedding
-ROPE_BASE = 10000.0  # longest wavelength of the positions, over 2 pi
+ROPE_BASE = 10000.0  # longest wavelength of the positions / 2π
 SOFTCAP = 15.0  # logits are bounded to ±SOFTCAP
 MATRIX_INIT = 0.4  # standard deviation of matrices and value embeddings at the start, times width^-0.5
 HEAD_INIT = 0.001  # standard deviation of the head at the start: it begins by predicting all tokens alike
@@ -136,9 +136,9 @@ def mix(x, y, x0=None, a=None, b=None, shift=None):
     """What stands between two parts of a block: (new stream, its norm, x0 where it was given).
 
     The stream x gains y, the output of the part before. Given the token embedding x0, it becomes a * x + b * x0
-    (per-layer scalars, as in nanochat); x0 comes back so that its gradient is added up on the way. The norm gains a
-    share of the previous token's, channel by channel (token shift, arXiv:2305.13048). x, y, x0: (B, T, n_embd); a, b:
-    (1,), float32; shift: (n_embd,), float32.
+    (per-layer scalars, as in nanochat); x0 is returned so that all layers share one sum of its gradients. The norm
+    gains a share of the previous token's, channel by channel (token shift, arXiv:2305.13048). x, y, x0: (B, T, n_embd);
+    a, b: (1,), float32; shift: (n_embd,), float32.
     """
     x = x + y
     if x0 is not None:
@@ -162,7 +162,7 @@ def heads(qkv):
 
 @fast(ngrams.add_gated, when=KERNELS)
 def add_gated(v, gates, rows):
-    """Values v (B, heads, T, head_dim), and rows (B, T, n_embd) of tables, each with a gate per head (B, T, heads)."""
+    """Values v (B, heads, T, head_dim) plus the rows (B, T, n_embd) of tables, each times its gates (B, T, heads)."""
     v = v.transpose(0, 2, 1, 3)
     for gate, row in zip(gates, rows, strict=True):
         v = v + GATE_MAX * mx.sigmoid(gate)[..., None] * row.reshape(v.shape)
@@ -184,13 +184,13 @@ def chunks_of(x, length):
 
 
 class Attention(nn.Module):
-    """Causal attention. In every other layer values gain what tables have for their token (arXiv:2410.17897)."""
+    """Causal, across documents of a row. In every other layer tables add to a token's values (arXiv:2410.17897)."""
 
     def __init__(self, config, layer):
         super().__init__()
         n, gate = config.n_embd, (config.n_head, GATE_CHANNELS)
         self.qkv, self.out = uniform(3, n, n), mx.zeros((n, n))
-        self.shift = mx.zeros(n)
+        self.shift = mx.zeros(n)  # of the mix before this
         if config.has_value_embedding(layer):
             self.value_embedding = uniform(config.vocab_size, n)
             self.ngrams = [NGrams(config, layer, n) for n in NGRAMS if config.ngram_rows]
@@ -220,7 +220,7 @@ class MLP(nn.Module):
         super().__init__()
         n = config.n_embd
         self.up, self.down = uniform(MLP_RATIO * n, n), mx.zeros((n, MLP_RATIO * n))
-        self.shift = mx.zeros(n)
+        self.shift = mx.zeros(n)  # of the mix before this
 
     def __call__(self, x):
         return linear(relu_squared(linear(x, self.up)), self.down)

@@ -20,8 +20,8 @@ def packed_rows(tokens, offsets, order, length):
     """Yield (row, the documents in it), packed best-fit with documents in the given order. row: uint16 (length,).
 
     The longest buffered document that still fits goes next; where none fits, the shortest is cropped to the space left
-    and its rest is dropped. Every row is full and starts a document. Ends when the documents do; a last row that cannot
-    be filled is dropped.
+    and its rest is dropped. Every row is full and begins with the start of a document, or of a piece of one. Ends when
+    the documents do; a last row that cannot be filled is dropped.
     """
     starts, sizes = offsets.tolist(), np.diff(offsets).tolist()
     order, buffer = iter(order), []  # buffer: (document size, document), sorted

@@ -104,8 +104,8 @@ def encoded(tokenizer, texts):
 def write_split(tokenizer, texts, folder, split, held_out):
     """Tokenize one split. Documents whose hash is in `held_out` are left out; val and test add theirs.
 
-    A training document that is longer than a row is stored as pieces that fill one each: whole, it would lose all that
-    the packing crops. A piece gives way to a held-out document as well. Held-out documents stay whole.
+    A training document that is longer than a row is stored in pieces of one row: packing would crop it. A piece that is
+    equal to a held-out document is left out, too. Held-out documents stay whole.
     """
     size, offsets, numbers = tokenizer.dataset.sequence_length, array("q", [0]), array("i")
     with (folder / f"{split}_tokens.npy").open("wb") as out:

@@ -7,7 +7,6 @@
 
 export_settings
 refuse_off_branch
-[ -z "${DATASET:-}" ] || "$PYTHON" -c 'import sys, prepare
-found = prepare.get_dataset(sys.argv[1])
-prepare.is_prepared(found) or sys.exit(prepare.not_prepared(found))' "$DATASET"
+[ -z "${DATASET:-}" ] || # ends with a line where that is not prepared
+  "$PYTHON" -c 'import sys, prepare; prepare.TokenCache.load(prepare.get_dataset(sys.argv[1]))' "$DATASET"
 exec "${LAUNCH[@]}" -m scripts.judge.holdout --tag="$TAG" --head="$HEAD" --dataset="${DATASET:-}" ${N:+--runs="$N"}

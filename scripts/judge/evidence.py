@@ -22,7 +22,9 @@ SPEED = 0.01  # of throughput: the same
 # A load of 1 leaves a run 1 / e of its steps. By the power laws of training that costs 7 % of val_bpb, from nothing to
 # twice as much (Kaplan et al. 2020: loss falls as the -0.05th power of compute, and faster where budgets are small).
 COST, STEPS = 0.07, -1.0  # of val_bpb; of the logarithm of throughput
-MOST, MOST_OF_REFERENCE = 3, 4  # runs under one condition; a reference had luck when it was kept, and many meet it
+MOST, MOST_OF_REFERENCE = 3, 4  # runs of a candidate; of a reference, which serves many and may have had luck
+SAFE, DOUBTFUL = 0.975, 0.80  # how sure a kept gain is after the winner's curse: below the second it is unproven
+CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
 
 
 @dataclass(frozen=True)

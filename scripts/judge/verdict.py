@@ -14,9 +14,9 @@ from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
-BAR, ENOUGH = 1.5, 3.0  # standard errors that a gain must reach once all runs are made: 93 % sure; that end it at once
+BAR, ENOUGH = 1.5, 3.0  # standard errors asked of a gain: after all runs (93 % sure); to stop at any time
 CLEAR = 0.005  # bits per byte: a gain that may cost throughput, and a loss that matters
-WEAK = 2.0  # sigmas: where noise is greater, what a night finds two times of three is the least loss that matters
+WEAK = 2.0  # sigmas: a loss matters from CLEAR on, or from so many sigmas where that is more
 SMALL = 0.003  # bits per byte: a loss that much throughput may pay for
 SLOWER = 0.15  # share of throughput that a gain may cost without a question
 FASTER, MUCH_FASTER = 0.10, 0.25  # share of throughput that keeps an equal, or a slightly worse, result

@@ -15,7 +15,8 @@ The path of a run:
     make log-result       judge/log_result.py: the row, the journal, the commit's ref
 
 The environment takes to train.py: AUTORESEARCH_BUDGET, _SEED, _FILES, _COLUMN, _CACHE (settings), _ROWS (of
-evaluation), _PROGRESS (where it notes how far it is), _TERMINAL (it may show that). launch.py adds _GROUP.
+evaluation), _PROGRESS (whose record it is; a file for how far it is), _TERMINAL (it may show that). launch.py adds
+_GROUP.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Fit DEPTH, TOTAL_BATCH_SIZE and DEVICE_BATCH_SIZE of train.py to this machine, its dataset and the budget.
+"""Fit sizes of train.py (see CONSTANTS) to this machine, its dataset and the budget.
 
 Called by scripts/tune.sh. It times steps of the real train.py at a few sizes (bench.py, each in a process of its own).
 The ladder below says which depth and step the tokens of a budget can feed; docs/tuning.md holds the measurements
@@ -20,7 +20,7 @@ from harness import files, project
 from harness.project import ROOT
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
-BUSY = 0.25  # share of the processor that others may use; above it nothing is fitted
+BUSY = 0.25  # share of the processor that others may use; above it nothing is fitted, but on CUDA
 MEMORY_SHARE = 2 / 3  # of what is free now; the rest is the system's
 
 # --- the ladder ------------------------------------------------------------------------------------

@@ -11,11 +11,8 @@ from datetime import datetime
 
 from harness import record
 from scripts import session
-from scripts.judge.evidence import Comparison, Evidence, of_session
+from scripts.judge.evidence import CLOSE, DOUBTFUL, SAFE, Comparison, Evidence, of_session
 from scripts.session import Session, counted, cut, one_line
-
-SAFE, DOUBTFUL = 0.975, 0.80  # how sure a kept gain is after the winner's curse: below the second it is unproven
-CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
 
 
 @dataclass(eq=False)

@@ -11,10 +11,10 @@ import shlex
 from jinja2 import Environment, FileSystemLoader
 
 from harness import files, project
-from scripts.judge.evidence import gain_words
+from scripts.judge.evidence import DOUBTFUL, SAFE, gain_words
 from scripts.session import Refused, counted, one_line, options, run_command, shown
 from scripts.show import pictures
-from scripts.show.night import DOUBTFUL, SAFE, Night
+from scripts.show.night import Night
 from scripts.show.terminal import noise
 
 MEANING = {

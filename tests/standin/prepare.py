@@ -26,8 +26,10 @@ def is_prepared(dataset):
     return dataset.name in ("stdlib", os.environ.get("ALSO_PREPARED"))
 
 
-def not_prepared(dataset):
-    return f"error: dataset '{dataset.name}' is not prepared; run: make prepare DATASET={dataset.name}"
+class TokenCache:
+    def load(dataset):
+        if not is_prepared(dataset):
+            sys.exit(f"error: dataset '{dataset.name}' is not prepared; run: make prepare DATASET={dataset.name}")
 
 
 def finish(val_bpb=1.5, tok_sec=1000.0, machine=None, curve=None, steps=10, **changes):
