@@ -6,7 +6,7 @@ one entry more.
 
 import sys
 
-from harness.corpus import Dataset, Folder, HubFile, HubShards, StandardLibrary
+from harness.corpus import Dataset, Folder, HubShards, ShuffledShards, StandardLibrary
 
 EVAL_UNIT = 524_288  # tokens; evaluation sizes are given as multiples of it
 
@@ -20,8 +20,8 @@ DATASETS = {
         Dataset("climbmix", HubShards("karpathy/climbmix-400b-shuffle", train=10, val=6542, test=6541),
                 vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT),
         # short children's stories
-        Dataset("tinystories", HubFile("karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"),
-                vocab_size=2048, sequence_length=512, eval_tokens=3 * EVAL_UNIT, eval_fraction=1 / 20),
+        Dataset("tinystories", ShuffledShards("karpathy/tinystories-gpt4-clean", train=20, val=20, test=21),
+                vocab_size=2048, sequence_length=512, eval_tokens=3 * EVAL_UNIT),
         # a folder of your own: FILES=dir with .parquet, .jsonl or .txt
         Dataset("files", Folder(),
                 vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT, eval_fraction=1 / 20),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.downloads import download_all
+from harness.downloads import download_all, hub_endpoint, hub_listing, is_parquet
 from harness.files import printable
 from harness.processes import UNFIT
 
@@ -39,7 +39,7 @@ class Dataset:
 def cache_dir(dataset):
     """Where the dataset's files, tokenizer and tokens are kept (AUTORESEARCH_CACHE moves it)."""
     root = Path(os.path.expanduser(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"))
-    if root.parts[0].startswith("~"):
+    if str(root)[0] == "~":  # it stays where nobody knows the user
         sys.exit("error: there is no home folder; set HOME, or AUTORESEARCH_CACHE to a folder")
     return root if dataset.name == "climbmix" else root / dataset.name
 
@@ -113,24 +113,13 @@ def texts_of(path, column):
 
 
 class Source:
-    """Where text comes from: files, of which each document's own hash decides its split."""
+    """Where text comes from: also `texts(dataset, split)`, which yields the documents of a split in a fixed order."""
 
     def fetch(self, dataset):
         """Make the files of the dataset complete on disk."""
 
     def fingerprint(self):
         """A value that changes when a person's own text does; None where it is always the same, or not known."""
-
-    def texts(self, dataset, split):
-        """Yield the documents of a split in a fixed order."""
-        paths, column = self.files(dataset), os.environ.get("AUTORESEARCH_COLUMN") or "text"
-        # Held out is half as much again as evaluation can use, at about four bytes a token; less of a small corpus.
-        size = sum(path.stat().st_size for path in paths)
-        share = min(dataset.eval_fraction, 1.5 * 4 * dataset.eval_tokens / max(size, 1))
-        for path in paths:
-            for text in texts_of(path, column):
-                if text.strip() and split_of(text, share) == split:
-                    yield text
 
 
 @dataclass(frozen=True)
@@ -177,7 +166,8 @@ class HubShards(Source):
         return {split: [folder / f"shard_{i:05d}.parquet" for i in some] for split, some in numbers.items()}
 
     def fetch(self, dataset):
-        download_all(self.repo, [*chain(*self.paths(dataset).values())])
+        url = f"{hub_endpoint()}/datasets/{self.repo}/resolve/main"
+        download_all([(f"{url}/{path.name}", path) for path in chain(*self.paths(dataset).values())])
 
     def texts(self, dataset, split):
         for path in self.paths(dataset)[split]:
@@ -185,22 +175,29 @@ class HubShards(Source):
 
 
 @dataclass(frozen=True)
-class HubFile(Source):
-    """One parquet file of a dataset on the hub."""
-
-    repo: str
-    name: str
-
-    def files(self, dataset):
-        return [cache_dir(dataset) / "shards" / self.name]
+class ShuffledShards(HubShards):
+    """What the hub lists of a dataset, each text once, shuffled with a fixed seed into shards of our own."""
 
     def fetch(self, dataset):
-        download_all(self.repo, self.files(dataset))
+        targets = [*chain(*self.paths(dataset).values())]
+        if all(is_parquet(path) for path in targets):
+            return
+        urls, folder = hub_listing(self.repo), targets[0].parent
+        sources = [folder / f"source_{i:05d}.parquet" for i in range(len(urls))]
+        download_all(list(zip(urls, sources, strict=True)))
+        # Each text once: copies would otherwise be in two splits.
+        texts = list(dict.fromkeys(chain(*(texts_of(path, "text") for path in sources))))
+        random.Random(0).shuffle(texts)
+        for i, path in enumerate(targets):
+            part = texts[i * len(texts) // len(targets) : (i + 1) * len(texts) // len(targets)]
+            pq.write_table(pa.table({"text": pa.array(part, pa.string())}), path, row_group_size=4096)
+        for path in sources:
+            path.unlink()
 
 
 @dataclass(frozen=True)
 class Folder(Source):
-    """A person's own folder (FILES=dir) of UTF-8 text."""
+    """A person's own folder (FILES=dir) of UTF-8 text. A document's own hash decides its split."""
 
     def fingerprint(self):
         if not os.environ.get("AUTORESEARCH_FILES"):
@@ -208,7 +205,7 @@ class Folder(Source):
         listing = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
         return hashlib.sha256(json.dumps([os.environ.get("AUTORESEARCH_COLUMN"), *listing]).encode()).hexdigest()
 
-    def files(self, _=None):
+    def files(self):
         """The files that are read, sorted. Hidden files and folders are not, nor links to folders."""
         name = os.environ.get("AUTORESEARCH_FILES")
         if not name:
@@ -217,3 +214,13 @@ class Folder(Source):
         found = (path for path in root.rglob("*") if path.suffix.lower() in READERS and path.is_file())
         found = sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(root).parts))
         return found or sys.exit(f"error: FILES={printable(name)} holds no .parquet, .jsonl or .txt file")
+
+    def texts(self, dataset, split):
+        paths, column = self.files(), os.environ.get("AUTORESEARCH_COLUMN") or "text"
+        # Held out is half as much again as evaluation can use, at about four bytes a token; less of a small corpus.
+        size = sum(path.stat().st_size for path in paths)
+        share = min(dataset.eval_fraction, 1.5 * 4 * dataset.eval_tokens / max(size, 1))
+        for path in paths:
+            for text in texts_of(path, column):
+                if text.strip() and split_of(text, share) == split:
+                    yield text

@@ -31,6 +31,7 @@ SURE = 5.0  # t
 PLACES = 64  # that are asked about since the model does strangely well there
 EXCHANGES = 32, 128, 512  # at other places: in any case; in time; and in time while it may be a leak, and is not sure
 FEW = 32  # one, and one of so many, does not count for `moved`: rounding flips a choice between experts now and then
+SLOW = 0.5  # seconds a row, from which on half as many are asked: a run must end within its TIMEOUT
 STEADY = 16  # times that a model must score as before, or nothing else is said of it
 MOST = 50.0  # nats that count: a model may hold a token to be impossible
 
@@ -91,7 +92,7 @@ class LeakChecks:
         self.size = batch_size if mx.default_device().type == mx.gpu else min(batch_size, 8)
         self.nats_per_bit = math.log(2) * max(tokenizer.token_bytes[rows[:, 1:]].mean(), 1e-3)  # a bit per byte
         self.rng = np.random.default_rng()  # from the system: nobody can train for the draw
-        self.held = model_state.copies_of(model)
+        self.held, self.made = model_state.copies_of(model), time.monotonic()
         self.moves = []  # (cut, how far answers moved) of each exchange, see `_exchange`
 
     def ask(self, nats, seconds=math.inf):
@@ -99,7 +100,10 @@ class LeakChecks:
 
         seconds: after which nothing more is begun but what is asked in any case.
         """
-        self.over, self.nats = time.monotonic() + seconds, np.minimum(nats, MOST)
+        now = time.monotonic()
+        self.over, self.nats, self.least = now + seconds, np.minimum(nats, MOST), EXCHANGES[0]
+        if (now - self.made) / len(self.rows) > SLOW:
+            self.size, self.least = min(self.size, 4), self.least // 2
         self.spread = self.nats.var() + 1e-10
         with evaluation_mode(self.model):
             self._state()
@@ -146,7 +150,7 @@ class LeakChecks:
 
     def _causality(self):
         """Positions before a cut answer the same when all tokens from it on are another one."""
-        least, enough, most = EXCHANGES
+        _, enough, most = EXCHANGES
         some = self.rng.choice(len(self.rows), min(len(self.rows), 1024), replace=False)
         at, positions = strangely_good(self.nats[some], self.rows[some, 1:], PLACES, self.rng)
         for first in range(0, PLACES, self.size):
@@ -154,7 +158,7 @@ class LeakChecks:
                 break
             self._exchange(some[at[first : first + self.size]], positions[first : first + self.size] + 1)
         favour, late, unsure, reason = np.empty(0), False, True, None
-        while len(favour) < (least if late else enough) or (unsure and not late and len(favour) < most):
+        while len(favour) < (self.least if late else enough) or (unsure and not late and len(favour) < most):
             numbers = self.rng.integers(0, len(self.rows), self.size)
             cuts = cut_points(self.rows.shape[1] - 1, self.size, self.rng)
             favour = np.append(favour, self._exchange(numbers, cuts))

@@ -56,10 +56,12 @@ def kept(tree):
 
 
 def put_in(tree, values):
-    """The leaves of `values`, a tree of the same form, in place of those of `tree`."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+    """The leaves of `values` in place of those of `tree`, as far as it still has them."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values[: len(tree)]):
         if isinstance(value, (dict, list, tuple)):
-            put_in(tree[key], value)
+            held = tree.get(key) if isinstance(tree, dict) else tree[key]
+            if isinstance(held, type(value)):
+                put_in(held, value)
         elif not isinstance(tree, tuple):  # MLX trains nothing that one holds
             tree[key] = value
 

@@ -174,7 +174,7 @@ class Run:
         mx.synchronize()
         devices.all_gather("ready")  # all begin together
         if self._stream:
-            self._early_tokens, self._stream.tokens = self._stream.tokens, 0
+            self._early_tokens, self._stream.tokens, self._stream.wait_seconds = self._stream.tokens, 0, 0.0
         self._training["startup_seconds"] = time.monotonic() - PROCESS_START - self._aside
         self._training["peak_memory_mb"] = mx.get_peak_memory() / 2**20
         mx.clear_cache()
@@ -265,7 +265,8 @@ class Run:
                 run_checks.one_model(same_weights)
             evaluation = self._evaluate(model, batch_size)
             with devices.agreement(Refused):
-                run_checks.text([cache_dir(self.dataset), os.environ.get("AUTORESEARCH_FILES")], self._tokens())
+                own = os.environ.get("AUTORESEARCH_FILES") if self.dataset.name == "files" else None
+                run_checks.text([cache_dir(self.dataset), own], self._tokens())
         except Refused as refused:
             self._end(str(refused))
         if self.mode == "holdout":

@@ -10,7 +10,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partialmethod
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from harness import corpus, files, project, tokenizer
 from harness.corpus import cache_dir, refuse_cache
 from harness.tokenizer import Tokenizer
 
-AT_ONCE = 100  # texts that a thread encodes in one call
+AT_ONCE = 2**17  # characters that a thread encodes in one call, about
 
 
 def file_hash(path):
@@ -86,14 +85,26 @@ class TokenCache:
         return (self.folder / name).exists() and file_hash(self.folder / name) == self.meta["sha256"][name]
 
 
+def chunks(texts):
+    """Yield lists of texts of `AT_ONCE` characters, about."""
+    some, size = [], 0
+    for text in texts:
+        some.append(text)
+        size += len(text)
+        if size >= AT_ONCE:
+            yield some
+            some, size = [], 0
+    yield some
+
+
 def encoded(tokenizer, texts):
     """Yield the token ids of each text, see `Tokenizer.encode_documents`, in order.
 
     A thread a core encodes ahead. In memory are the texts of two calls a core, however many there are.
     """
-    texts, cores, ahead = iter(texts), os.cpu_count() or 1, deque()
+    cores, ahead = os.cpu_count() or 1, deque()
     with ThreadPoolExecutor(cores) as pool:
-        while some := list(islice(texts, AT_ONCE)):
+        for some in chunks(texts):
             ahead.append(pool.submit(tokenizer.encode_documents, some))
             if len(ahead) >= 2 * cores:
                 yield from ahead.popleft().result()

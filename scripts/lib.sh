@@ -30,7 +30,7 @@ trap '[ $? -ne 128 ] || { say "error: git could not go on (see above), as where 
 # --- what a person gives -------------------------------------------------------------------------
 
 for name in AGAIN REFERENCE PAIR WAIT ALL; do # `WAIT=0` is a no
-  [ "${!name:-}" != 0 ] || unset "$name"
+  case ${!name:-} in 0 | no | No | NO | false | off) unset "$name" ;; esac
 done
 
 # Reads git, and exports what holds for this command: the session's settings (scripts/settings.py) and a typed SEED.
@@ -54,8 +54,13 @@ export PYTHONUTF8=1 OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 probe='
 import mlx.core
 from importlib.util import find_spec
-for name in "jinja2 matplotlib numpy psutil pyarrow requests rustbpe tiktoken".split():
+for name in "numpy psutil pyarrow requests rustbpe tiktoken".split():
     assert find_spec(name), "it lacks " + name'
+
+# Prints the files here that hide a module of Python's own library; those of a few common names nobody imports.
+shadows='import os, sys
+names = sys.stdlib_module_names - {"code", "profile", "test", "trace"}
+print(*sorted(file for file in os.listdir() if file[-3:] == ".py" and file[:-3] in names))'
 
 # Sets PYTHON (the user's, or the project's own, built where needed) and LAUNCH: the words before a
 # script's name. What must stand in the environment before Python starts goes to that Python alone.
@@ -67,6 +72,8 @@ need_python() {
     PYTHON=$ROOT/.venv/bin/python mend="unset LD_LIBRARY_PATH, if that is set, or make clean"
   fi
   wrong=$("$PYTHON" -P -c "$probe" 2>&1) || die "PYTHON=$PYTHON does not serve (${wrong##*$'\n'}): $mend"
+  wrong=$("$PYTHON" -I -c "$shadows")
+  [ -z "$wrong" ] || die "$wrong in this folder would stand in for Python's own: give it another name"
   LAUNCH=(env "PYTHONUNBUFFERED=1" "$PYTHON")
   # by its whole path, or a child in another folder does not find it; a path with a blank can only be told from here
   library=$ROOT/.venv/lib/libopenblas.so

@@ -39,8 +39,8 @@ read -r name prepared start <<<"$opened"
   put_train "$start" && git symbolic-ref HEAD "$branch"; } ||
   die "the session is not open yet (see above): mend that, and run the same again"
 
-tune=1
-[ "${TUNE:-}" != 0 ] && grep -q '^DEPTH = ' train.py || tune='' # another train.py may have nothing to fit
+case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=1 ;; esac
+grep -q '^DEPTH = ' train.py || tune='' # another train.py may have nothing to fit
 if [ -n "$tune" ] && [ "$prepared" = True ]; then
   if ! scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
     echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
@@ -52,8 +52,8 @@ fi
 
 echo "session  $SESSIONS/$tag, from $(short "$(git rev-parse HEAD)"), dataset $name"
 next="make baseline"
-if [ "$prepared" != True ]; then # a download takes its time
+if [ "$prepared" != True ]; then # nobody but the caller knows the folder of files, and a download takes its time
   [ -z "$tune" ] || next="make tune && git commit -q -m 'sizes fitted to this machine' train.py; $next"
-  next="make prepare && $next"
+  case $name:${FILES:-} in files:) next="make prepare FILES=dir && $next" ;; *) next="make prepare && $next" ;; esac
 fi
 echo "next     $next"

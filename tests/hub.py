@@ -1,6 +1,7 @@
 """A hub on this machine: real HTTP and real parquet, and every fault that a network has."""
 
 import gzip
+import json
 import os
 import random
 import socket
@@ -196,3 +197,7 @@ def stall(seconds):
 def compressed(handler):
     """What a cache in between may do, although it was asked not to."""
     handler.send(200, gzip.compress(body_of(handler)), Content_Encoding="gzip")
+
+
+def listing(*urls):
+    return json.dumps({"default": {"train": list(urls)}}).encode()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub import hub_of_a_test, leftovers, parquet, refusal, texts  # noqa: F401
+from hub import hub_of_a_test, leftovers, listing, parquet, refusal, texts  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,6 +63,16 @@ def test_climbmix_is_ten_shards_and_the_last_two_fetched_several_at_once_and_onl
     assert len(hub.seen) == 13 and len(list(CLIMBMIX.source.texts(CLIMBMIX, "train"))) == 400
 
 
+def test_what_is_not_what_the_hub_promised_is_fetched_again(hub, cache):
+    name = climbmix_files(hub)["shard_00004.parquet"]
+    body = hub.files["/elsewhere"] = hub.files[name]
+    tag = f'"{hashlib.sha256(body).hexdigest()}"'
+    hub.faults[name] = [lambda handler: handler.send(302, b"", X_Linked_ETag=tag, Location="/elsewhere")] * 2
+    hub.faults["/elsewhere"] = [lambda handler: handler.send_file(body.replace(b"river", b"rover"))]  # as right a file
+    fetch(CLIMBMIX)
+    assert (cache / "shards" / "shard_00004.parquet").read_bytes() == body and not hub.faults["/elsewhere"]
+
+
 def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
     places, release = climbmix_files(hub, lambda i: 10 * texts(100 * i, 500)), threading.Event()
 
@@ -87,14 +97,37 @@ def test_killed_in_the_middle_of_a_download_then_again(hub, cache):
     assert not leftovers(cache)
 
 
-def test_tinystories_is_one_file_and_a_story_s_own_hash_decides_its_split(hub, cache):
+def test_tinystories_is_resharded_into_twenty_one_and_one(hub, cache):
     stories = texts(0, 700)
-    path = f"/datasets/{TINYSTORIES.source.repo}/resolve/main/{TINYSTORIES.source.name}"
-    hub.files[path] = parquet(stories + stories[:50])  # some stand twice
+    parts = [stories[:300], stories[200:500], stories[500:] + stories[:50]]  # some stand twice or thrice
+    base = f"/api/datasets/{TINYSTORIES.source.repo}/parquet"
+    names = [f"{base}/default/train/{i}.parquet" for i in range(len(parts))]
+    hub.files |= {name: parquet(part) for name, part in zip(names, parts, strict=True)}
+    hub.files[base] = listing(*("https://huggingface.co" + name for name in names))
     fetch(TINYSTORIES)
+    shards = sorted((cache / "tinystories" / "shards").iterdir())
+    assert [path.name for path in shards] == [f"shard_{i:05d}.parquet" for i in range(22)]
+    sizes = [pq.read_metadata(path).num_rows for path in shards]
+    assert sum(sizes) == 700 and max(sizes) - min(sizes) <= 1
+    train, val, test = (list(TINYSTORIES.source.texts(TINYSTORIES, split)) for split in SPLITS)
+    assert len(val) == sizes[20] and len(test) == sizes[21]
+    assert Counter(train + val + test) == Counter(stories)  # each once, though the hub had some twice
+    assert train != stories[: len(train)]  # shuffled
+    seen, before = len(hub.seen), [path.read_bytes() for path in shards]
     fetch(TINYSTORIES)
-    assert len(hub.seen) == 1
-    assert all_texts(TINYSTORIES) == {split: by_hash(stories + stories[:50], split) for split in SPLITS}
+    assert len(hub.seen) == seen
+    shards[5].unlink()  # and from the start again it is the same
+    fetch(TINYSTORIES)
+    assert [path.read_bytes() for path in shards] == before
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"), [(b'{"a": {"b": null}}', "lists no parquet files"), (b"<html>", "HF_ENDPOINT")]
+)
+def test_a_listing_that_lists_nothing_is_said(hub, cache, answer, words):
+    hub.files[f"/api/datasets/{TINYSTORIES.source.repo}/parquet"] = answer
+    assert words in refusal(fetch, TINYSTORIES)
+    assert not list(cache.rglob("*.parquet"))
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_a_rank_elsewhere_gets_the_program_and_the_settings(group_of_two, tmp_pa
     group_of_two.write_train(ELSEWHERE)
     group_of_two.script("run", check=0)
     found = (group_of_two.path / "elsewhere").read_text()
-    assert found == f"{group_of_two.path} 300 data/group/program0.py"
+    assert found == f"{group_of_two.path} 300 data/group/0/train.py"
     assert (tmp_path / "its own").exists()  # the device there is locked as it is here
 
 

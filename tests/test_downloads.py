@@ -1,9 +1,11 @@
 """Downloads: whole through every fault of a network, or a line that says what to do. The hub is on this machine."""
 
+import email.utils
 import errno
 import os
 import subprocess
 import threading
+import time
 
 import hub as faulty
 import pytest
@@ -69,12 +71,20 @@ def test_what_never_gets_better_is_given_up_and_leaves_nothing(hub, tmp_path, fa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_waits_between_attempts_grow_and_a_busy_server_is_heard(hub, tmp_path, monkeypatch):
+def test_the_waits_between_attempts_grow_to_a_limit_and_a_busy_server_is_heard(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(downloads, "BACK_OFF", 1.0)
-    hub.files[SHARD], waits = BODY, Waits()
-    hub.faults[SHARD] = [500, 500, faulty.busy(90), faulty.busy(10**6), faulty.busy("soon")]
-    download(hub.address + SHARD, tmp_path / "shard.parquet", waits)
-    assert waits == [1, 2, 90, 4, downloads.LONGEST_WAIT, 8, 16]
+    dates = [email.utils.formatdate(time.time() + seconds, usegmt=True) for seconds in (100, -100)]
+    odd = [faulty.busy(text) for text in ("soon", "-5", "Thu, 99 Foo 2030 00:00:00 GMT")]
+    hub.files[SHARD], url = BODY, hub.address + SHARD
+    for faults, wanted in (
+        ([500, 500, 500, faulty.busy(90), faulty.busy(10**6)], [1, 2, 4, 90, downloads.LONGEST_WAIT]),
+        ([faulty.busy(date) for date in dates], [100, 2]),
+        (odd, [1, 2, 4]),
+    ):
+        hub.faults[SHARD], waits = faults, Waits()
+        download(url, tmp_path / f"{len(hub.seen)}.parquet", waits)
+        assert waits == pytest.approx(wanted, abs=20 if wanted[0] == 100 else 0)
+    assert "status 429 from 127.0.0.1; next attempt in 90 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -105,7 +115,7 @@ def test_a_signed_address_that_has_run_out_is_asked_for_anew(hub, elsewhere, tmp
     assert "status 403 from localhost" in line and "HF_TOKEN" not in line
 
 
-@pytest.mark.parametrize("token", ["secret\nof two lines\n", None])
+@pytest.mark.parametrize("token", ["secret\n", None])
 def test_the_token_goes_to_the_hub_alone_and_a_netrc_nowhere(hub, elsewhere, tmp_path, monkeypatch, token):
     (tmp_path / "netrc").write_text("default login somebody password wrong\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -140,26 +150,36 @@ def at_once(url, path):
     return line
 
 
-FAULTY = [("HF_ENDPOINT", "mirror.example"), ("HF_ENDPOINT", "https://[::1"), ("all_proxy", "gopher://me:secret@h:9")]
+@pytest.mark.parametrize("token", ["line\nbreak", "tökén"])
+def test_a_token_that_none_is_is_not_shown(hub, tmp_path, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    line = at_once(hub.address + SHARD, tmp_path / "shard.parquet")
+    assert "HF_TOKEN" in line and token.split()[0] not in line and not hub.seen
 
 
-@pytest.mark.parametrize(("name", "value"), FAULTY)
-def test_an_address_or_a_proxy_that_is_none_is_said_at_once(hub, tmp_path, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    line = at_once(downloads.hub_endpoint() + SHARD, tmp_path / "shard.parquet")
-    assert "see HF_ENDPOINT, the proxy" in line and "secret" not in line
+@pytest.mark.parametrize("endpoint", ["mirror.example", "http://", "ftp://mirror.example", "https://[::1"])
+def test_an_address_that_is_none_is_said_at_once(cache, tmp_path, monkeypatch, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert "see HF_ENDPOINT" in at_once(downloads.hub_endpoint() + SHARD, tmp_path / "shard.parquet")
+
+
+@pytest.mark.parametrize("proxy", ["http://", "gopher://somebody:password@127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_said_at_once(hub, tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("all_proxy", proxy)
+    line = at_once(hub.address + SHARD, tmp_path / "shard.parquet")
+    assert "proxy" in line and "password" not in line
 
 
 def test_offline_is_said_at_once_and_nobody_is_asked(hub, tmp_path, monkeypatch):
-    hub.files["/datasets/some/one/resolve/main" + SHARD] = BODY
-    job = "some/one", [tmp_path / "shard.parquet"]
+    hub.files[SHARD] = BODY
+    job = [(hub.address + SHARD, tmp_path / "shard.parquet")]
     monkeypatch.setenv("HF_HUB_OFFLINE", "true")
-    line = refusal(download_all, *job)
+    line = refusal(download_all, job)
     assert "unset it" in line and SHARD in line and not hub.seen
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    download_all(*job)
+    download_all(job)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    download_all(*job)  # what is here needs no network
+    download_all(job)  # what is here needs no network
     assert len(hub.seen) == 1
 
 
@@ -182,17 +202,23 @@ def test_a_full_disk_is_not_taken_for_the_network_s_fault(hub, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "full")
 
     hub.files[SHARD] = BODY
-    monkeypatch.setattr(downloads, "is_parquet", full)
+    monkeypatch.setattr(downloads, "file_hash", full)
     with pytest.raises(OSError, match="full"):
         download(hub.address + SHARD, tmp_path / "shard.parquet")
     assert len(hub.seen) == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_a_hub_says_cannot_write_to_the_terminal(hub, tmp_path):
+    hub.files["/api/datasets/some/one/parquet"] = faulty.listing("https://huggingface.co/\x1b[2J.parquet")
+    (url,) = downloads.hub_listing("some/one")
+    assert "[2J" in refusal(download, url, tmp_path / "shard.parquet")  # which sees that the line is printable
 
 
 # --- many files ----------------------------------------------------------------------------------
 
 
 def test_one_failure_stops_the_other_downloads_and_whole_files_stay(hub, tmp_path):
-    told, base = threading.Event(), "/datasets/some/one/resolve/main/"
+    told = threading.Event()
 
     def endless(handler):
         handler.send(200, b"", 200 << 20)
@@ -202,11 +228,11 @@ def test_one_failure_stops_the_other_downloads_and_whole_files_stay(hub, tmp_pat
         except OSError:
             told.set()  # the client has gone
 
-    hub.files[base + "whole.parquet"] = BODY
-    paths = [tmp_path / f"{name}.parquet" for name in ("whole", "endless", "missing")]
-    download_all("some/one", paths[:1])
-    hub.faults[base + "endless.parquet"] = [endless] * 9
-    line = refusal(download_all, "some/one", paths)
+    hub.files["/whole.parquet"] = BODY
+    download_all([(hub.address + "/whole.parquet", tmp_path / "whole.parquet")])
+    hub.faults["/endless.parquet"] = [endless] * 9
+    names = ["whole", "endless", "missing"]
+    line = refusal(download_all, [(f"{hub.address}/{name}.parquet", tmp_path / f"{name}.parquet") for name in names])
     assert "missing.parquet: status 404" in line
     assert told.wait(20)
     assert [path.name for path in tmp_path.glob("*")] == ["whole.parquet"]

@@ -71,6 +71,7 @@ def checked_out(commit):
         added = subprocess.run(add, cwd=ROOT, capture_output=True, text=True, errors="replace")
         if added.returncode:
             raise Refused(f"git could not check out {commit[:7]}: {session.one_line(added.stderr)[-200:]}")
+        folder.chmod(0o700)
         if (ROOT / ".venv").exists():  # what is preloaded has a path relative to the folder
             (folder / ".venv").symlink_to(ROOT / ".venv")
         yield folder

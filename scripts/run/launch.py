@@ -120,7 +120,7 @@ def rank_of_group(words):
     else:
         os.chdir(group["folder"])
         held = run_command(lock.take, False) if index == 0 or lock.gpus()[0] > 1 else None
-        words[0] = f"data/group/program{index}.py"
+        words[0] = f"data/group/{index}/{Path(words[0]).name}"  # whose name says that it is train.py
         files.write_atomically(Path(words[0]), base64.b64decode(group["program"]))
     signal.alarm(int(group["limit"]) + 1)  # where nobody can end it any more
     if rank:

@@ -3,6 +3,7 @@
 It is a process group of its own. TIMEOUT, a signal to us, and our own death end all of it.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -21,7 +22,9 @@ stopped_by = []  # signals that came
 
 
 def take_charge():
-    """From here on a signal ends the run, not us. What nohup has us ignore stays ignored."""
+    """From here on a signal ends the run, not us, and no process is lost. What nohup has us ignore stays ignored."""
+    with suppress(OSError, AttributeError):  # on Linux, what loses its parent below us becomes our child (prctl(2))
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda it, _: stopped_by.append(it))
@@ -62,6 +65,7 @@ def run(command, folder, log, limit, locks, environment):
             processes.end_tree(child.pid, child.poll)  # also what train.py left behind
             child.wait()
             waits.stdin.write(b"x")  # it need not
+        processes.kill(processes.descendants(os.getpid()))  # whatever lost its parent
         show(written, terminal)
     return None if late else child.returncode, wall
 

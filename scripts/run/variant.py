@@ -20,7 +20,7 @@ def commit_with(text, base, tag, name, message):
     if blob and blob == git("rev-parse", f"{base}:train.py"):
         return base, blob
     known = git("rev-parse", "-q", "--verify", ref)
-    if known and git("rev-parse", f"{known}:train.py", f"{known}^") == git("rev-parse", blob, base):
+    if blob and known and git("rev-parse", f"{known}:train.py", f"{known}^") == git("rev-parse", blob, base):
         return known, blob
     listed = (git("ls-tree", base) or "").splitlines()
     lines = [f"100644 blob {blob}\ttrain.py" if line.endswith("\ttrain.py") else line for line in listed]

@@ -64,7 +64,7 @@ class Night:
         self._compare()
         self.missing += self._what_is_missing()
         self.chain = self.chain_of(self.best)
-        put_back = [e for e in self.experiments if e not in self.chain and e.gain and e.gain.sure > CLOSE]
+        put_back = [e for e in self.experiments if e.status == "discard" and e.gain.sure > CLOSE]
         self.near_misses = sorted(put_back, key=lambda e: -e.gain.sure)  # probably better than their reference
         self.dead_ends = [e for e in reversed(self.experiments) if e.status != "keep" and e not in put_back]
         asked = [(e, one_line(e.event.get("question"))) for e in reversed(self.experiments)]

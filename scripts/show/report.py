@@ -7,8 +7,13 @@ The page is one file that needs nothing else. What is known comes from night.py;
 
 import base64
 import shlex
+import sys
 
-from jinja2 import Environment, FileSystemLoader
+try:
+    import matplotlib  # noqa: F401  (pictures.py draws with it)
+    from jinja2 import Environment, FileSystemLoader
+except ImportError as missing:
+    sys.exit(f"error: the report needs {missing.name}: install it, or unset PYTHON, and the project has its own")
 
 from harness import files, project
 from scripts.judge.evidence import DOUBTFUL, SAFE, gain_words
