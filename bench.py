@@ -4,7 +4,7 @@
 
 It measures train.py's own model, optimizer and step, and prepare.py's own batches and evaluation. It prints a line for
 each figure, with its change since the last bench of this machine and dataset; identical runs differ by 3 to 5 %. The
-profile is archived in data/bench_*.json. It takes less than a minute, and longer on a slow machine.
+profile is archived in data/bench_*.json. It takes one to two minutes.
 """
 
 import json
@@ -73,19 +73,11 @@ def training(rows, seconds, total=None, **options):
     return trainer, micro_batches, figures
 
 
-def parts(trainer, micro_batches):
-    gradients = trainer.gradients(micro_batches)
-    return {
-        "gradients_ms": 1e3 * median_seconds(lambda: mx.eval(trainer.gradients(micro_batches))),
-        "update_ms": 1e3 * median_seconds(lambda: mx.eval(trainer.update(*gradients), trainer.state)),
-    }
-
-
-def evaluation(trainer, batches=4):
-    """Projected from some batches a stream; the checks of prepare.py come on top of it."""
+def evaluation(trainer):
+    """Projected from four batches a stream; the checks of prepare.py come on top of it."""
     dataset, at_once, start = prepare.get_dataset(train.DATASET), train.EVAL_BATCH_SIZE, time.perf_counter()
     rows = prepare.evaluation_rows(prepare.TokenCache.load(dataset), dataset)
-    packing, part = time.perf_counter() - start, rows[: batches * at_once * len(trainer.streams)]
+    packing, part = time.perf_counter() - start, rows[: 4 * at_once * len(trainer.streams)]
     tokenizer = prepare.Tokenizer.load(dataset)
     mx.reset_peak_memory()
     taken = median_seconds(lambda: prepare.score_rows(trainer.model, part, tokenizer, at_once))
@@ -109,8 +101,7 @@ def in_child(**options):
 
 def archive(kind, **content):
     """Write data/KIND_*.json; returns its name."""
-    now = datetime.now().astimezone()
-    path = project.STORE / f"{kind}_{now:%Y%m%d_%H%M%S}.json"
+    path, now = files.free_name(project.STORE, kind, ".json"), datetime.now().astimezone()
     content = {"timestamp": now.isoformat(timespec="seconds"), "device": machine.describe(), **content}
     files.write_atomically(path, json.dumps({"format_version": 1, **content}, indent=1))
     return path.name
@@ -137,7 +128,10 @@ def main():
     print("train.py on {name} ({backend}, BLAS: {blas}, mlx {mlx}), load {load:.1f}".format(**device, load=load))
     print(f"last column: the change since the bench of {before['timestamp']}" if before else "the first bench here")
     trainer, micro_batches, figures = training(train.DEVICE_BATCH_SIZE, 5.0)
-    figures |= parts(trainer, micro_batches) | evaluation(trainer)
+    gradients = trainer.gradients(micro_batches)
+    figures["gradients_ms"] = 1e3 * median_seconds(lambda: mx.eval(trainer.gradients(micro_batches)))
+    figures["update_ms"] = 1e3 * median_seconds(lambda: mx.eval(trainer.update(*gradients), trainer.state))
+    figures |= evaluation(trainer)
     for name, (label, unit, decimals) in FIGURES.items():
         old = before.get("figures", {}).get(name)
         change = f"{100 * (figures[name] / old - 1):+9.1f} %" if old else ""

@@ -99,10 +99,6 @@ class GPTConfig:
         short = self.windows[layer % len(self.windows)] == "S" and layer < self.depth - 1
         return math.ceil(self.sequence_length / 2) if short else self.sequence_length
 
-    def has_value_embedding(self, layer):
-        """Every other layer, the last one always."""
-        return layer % 2 == (self.depth - 1) % 2
-
 
 def uniform(*shape):
     """Initial weights (…, out, in) of standard deviation MATRIX_INIT * in^-0.5."""
@@ -191,7 +187,7 @@ class Attention(nn.Module):
         n, gate = config.n_embd, (config.n_head, GATE_CHANNELS)
         self.qkv, self.out = uniform(3, n, n), mx.zeros((n, n))
         self.shift = mx.zeros(n)  # of the mix before this
-        if config.has_value_embedding(layer):
+        if layer % 2 == (config.depth - 1) % 2:  # in every other layer, the last one always
             self.value_embedding = uniform(config.vocab_size, n)
             self.ngrams = [NGrams(config, layer, n) for n in NGRAMS if config.ngram_rows]
             self.value_gates = [mx.zeros(gate) for _ in [self.value_embedding, *self.ngrams]]
@@ -433,7 +429,9 @@ class GPTOptimizer(optim.MultiOptimizer):
                 first, second = (1 - beta ** (step + 1) for beta in optimizer.betas)
                 optimizer.learning_rate *= second**0.5 / first
         muon = self.groups["matrices"].state
-        muon["momentum"], muon["decay"] = mx.array(momentum(step)), mx.array(WEIGHT_DECAY * (1 - progress))
+        start, end, steps = MOMENTUM
+        muon["momentum"] = mx.array(start + (end - start) * min(1.0, step / steps))
+        muon["decay"] = mx.array(WEIGHT_DECAY * (1 - progress))
 
 
 # --- schedules -----------------------------------------------------------------------------------
@@ -444,11 +442,6 @@ def learning_rate_factor(progress):
     up = progress / WARMUP if WARMUP else 1.0
     down = (1 - progress) / WARMDOWN if WARMDOWN else 1.0
     return min(up, FINAL_LR + (1 - FINAL_LR) * min(1.0, down))
-
-
-def momentum(step):
-    start, end, steps = MOMENTUM
-    return start + (end - start) * min(1.0, step / steps)
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""The text of a dataset: how it is fetched, read and split. The datasets by name stand in data_sources.py.
-
-No document is in two splits.
-"""
+"""The text of a dataset, fetched, read and split: no document is in two splits. data_sources.py names the datasets."""
 
 import hashlib
 import json
@@ -58,11 +55,7 @@ def split_of(text, share):
 
 
 def passages(text, limit):
-    """Cut `text` at blank lines into passages of about `limit` characters; only blanks are dropped.
-
-    Packing crops a document that is longer than a row, so long files are cut beforehand, where a reader would cut
-    them.
-    """
+    """Cut `text` at blank lines, as a reader would, into passages of about `limit` characters; only blanks go."""
     found = [""]
     for block in text.split("\n\n"):
         if found[-1] and len(found[-1]) + len(block) > limit:

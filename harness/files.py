@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +41,7 @@ def write_atomically(path, content):
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         if path.exists():
-            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            shutil.copymode(path, temporary)
         move_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,6 +70,7 @@ def append(path, text):
 @contextmanager
 def one_at_a_time(folder):
     """Hold the lock of a folder, and wait where another process does: the kernel drops a dead one's."""
+    make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -11,14 +11,11 @@ from zlib import crc32
 
 import mlx.core as mx
 
-from harness.fast import made_for
-
 CUDA = mx.default_device().type == mx.gpu and mx.cuda.is_available()
 
 # --- every backend ---------------------------------------------------------------------------------
 
 
-@made_for("01d356db")
 def relu_squared(x):
     """The gradient needs only the result, so x is not kept: 134 MB less a layer."""
 
@@ -33,7 +30,6 @@ def relu_squared(x):
     return forward(x)
 
 
-@made_for("1a826880")
 def loss_and_gradients(hidden, head, targets, *, SOFTCAP):
     """On CUDA 840 -> 140 us for 8,192 rows; on a CPU a step of two layers of 192 takes 24 % less processor time."""
     if not CUDA:
@@ -153,14 +149,6 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
 
 
 # One thread for four channels of a token.
-EMBED = """
-    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
-    if (n >= N) return;
-    auto row = load<4>(table + tokens[n] * (size_t)C + channel);
-    Pack<T, 4> x;
-    for (int m = 0; m < 4; ++m) x.x[m] = (T)row.x[m];
-    store(out + n * C + channel, x);
-"""
 EMBED_VJP = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
     if (n >= N) return;
@@ -169,21 +157,18 @@ EMBED_VJP = """
 """
 
 
-@made_for("a3323e7f")
 def embed(table, tokens, *, COMPUTE_DTYPE):
-    """The gradient is added up four channels at a time: 440 -> 80 us."""
-    constants = {"N": tokens.size, "C": table.shape[1], "T": COMPUTE_DTYPE}
-    threads = tokens.size * table.shape[1] // 4
+    """Few rows are cast, not each that is looked up; the gradient is added up four channels at a time: 440 -> 80 us."""
 
     @mx.custom_function
     def forward(table):
-        inputs, outputs = {"table": table, "tokens": tokens}, {"out": ((*tokens.shape, table.shape[1]), COMPUTE_DTYPE)}
-        return launch("embed", EMBED, threads, inputs, outputs, constants)[0]
+        return table.astype(COMPUTE_DTYPE)[tokens]
 
     @forward.vjp
     def backward(table, g, _):
         inputs, outputs = {"g": g, "tokens": tokens}, {"out": (table.shape, table.dtype)}
-        return launch("embed_vjp", EMBED_VJP, threads, inputs, outputs, constants, init_value=0)[0]
+        constants = {"N": tokens.size, "C": table.shape[1]}
+        return launch("embed_vjp", EMBED_VJP, g.size // 4, inputs, outputs, constants, init_value=0)[0]
 
     return forward(table)
 
@@ -280,7 +265,6 @@ MIX_VJP = """
 """
 
 
-@made_for("78921afa")
 def mix(x, y, x0=None, a=None, b=None, shift=None):
     """One pass over memory, and one backward."""
     (B, T, C), none, one = x.shape, mx.zeros(1, x.dtype), mx.ones(1)
@@ -366,7 +350,6 @@ HEADS_VJP = """
 """
 
 
-@made_for("10a735d1")
 def heads(qkv, *, ROPE_BASE):
     """One pass over memory, and one backward."""
     B, T, _, H, D = qkv.shape

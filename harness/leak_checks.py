@@ -29,8 +29,8 @@ LEAK = 0.001  # bits per byte that a leak may be worth
 MOVED = 0.05**2  # mean square, over the variance of the nats
 SURE = 5.0  # t
 PLACES = 64  # that are asked about since the model does strangely well there
-EXCHANGES = 32, 128, 512  # at other places: in any case; in time; and in time while it may be a leak, and is not sure
-FEW = 32  # one, and one of so many, does not count for `moved`: rounding flips a choice between experts now and then
+EXCHANGES = 32, 128, 512  # at random places: at least; while time is left; at most, while a leak is likely, not sure
+FEW = 32  # of so many moves the largest is left out, and always one: rounding may flip a choice between experts
 SLOW = 0.5  # seconds a row, from which on half as many are asked: a run must end within its TIMEOUT
 STEADY = 16  # times that a model must score as before, or nothing else is said of it
 MOST = 50.0  # nats that count: a model may hold a token to be impossible
@@ -67,10 +67,7 @@ def cut_points(length, count, rng):
 
 
 def strangely_good(nats, targets, count, rng):
-    """(rows, positions) of `count` places drawn where a token costs little that costs much by its frequency.
-
-    nats: (n, T) of the targets (n, T).
-    """
+    """(rows, positions) of `count` places where a target (n, T) costs few nats (n, T), and much by its frequency."""
     counts = np.bincount(targets.reshape(-1))
     gain = np.maximum(1e-6, np.log(counts.sum() / counts[targets]) - nats)
     weight = (gain**2 / (nats + 0.05))[:, :-1]

@@ -19,6 +19,8 @@ def describe():
     """Plain facts about the machine and the software: results of unlike ones are not compared."""
     info = mx.device_info()
     memory = info.get("memory_size") or info.get("total_memory") or allowed(lambda: psutil.virtual_memory().total)
+    maps = allowed(lambda: Path("/proc/self/maps").read_text()) or ""  # whose matrix product the CPU backend calls
+    blas = "Accelerate" if platform.system() == "Darwin" else "OpenBLAS" if "libopenblas" in maps else "reference"
     return {
         "name": info.get("device_name", platform.machine()),
         "memory_gb": round(memory / 2**30) if memory else None,
@@ -26,16 +28,8 @@ def describe():
         "python": platform.python_version(),
         "mlx": mx.__version__,
         "backend": "cpu" if mx.default_device().type != mx.gpu else "metal" if mx.metal.is_available() else "cuda",
-        "blas": blas_library(),
+        "blas": blas,
     }
-
-
-def blas_library():
-    """Whose matrix product MLX's CPU backend calls in this process."""
-    if platform.system() == "Darwin":
-        return "Accelerate"
-    loaded = allowed(lambda: Path("/proc/self/maps").read_text())
-    return "OpenBLAS" if "libopenblas" in (loaded or "") else "reference"
 
 
 def cores():

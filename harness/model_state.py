@@ -43,10 +43,7 @@ def same(old, new):
 
 @contextmanager
 def kept(tree):
-    """Within it arrays may change or be replaced: afterwards all are as before, and MLX's random numbers.
-
-    Yields a copy of what the tree holds.
-    """
+    """Within it arrays may change: afterwards all are as before, random numbers too. Yields a copy of what it holds."""
     before, key = copies_of(tree), mx.random.state[0].tolist()
     try:
         yield before

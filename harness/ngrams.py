@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from harness import kernels
-from harness.fast import made_for
 
 
 class Table(nn.Module):
@@ -33,10 +32,6 @@ class Table(nn.Module):
         if kernels.CUDA and self.weight.shape[2] % 8 == 0:
             return rows_at(self.weight, slots)
         return mx.concatenate([part[at] for part, at in zip(self.weight, slots, strict=True)], axis=-1)
-
-
-def tables_of(model):
-    return [module for module in model.modules() if isinstance(module, Table)]
 
 
 def give(tables, rows):
@@ -109,7 +104,6 @@ ADAGRAD = """
 """
 
 
-@made_for("6cff6518")
 def adagrad(tables, squares, slots, gradient, rate):
     """Gradients are added up for the rows that were looked up alone; tables are read and written once."""
     (_, rows, C), N = tables.shape, slots.shape[1]
@@ -147,7 +141,6 @@ ADD_GATED_VJP = """{
 }"""
 
 
-@made_for("2b72986d")
 def add_gated(v, gates, rows, *, GATE_MAX):
     """In one pass for all tables, and in another backward."""
     v, numbers = v.transpose(0, 2, 1, 3), range(len(rows))
@@ -192,7 +185,6 @@ GATED_NORM_VJP = """
 """
 
 
-@made_for("b0d6fd63")
 def gated_norm(y, gate, *, GATE_MAX):
     """In one pass, and in another backward, which takes the norm anew."""
     source = OF_HEAD + NORM_OF_HEAD

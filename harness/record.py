@@ -85,10 +85,6 @@ def packed(values):
     return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
 
 
-def unpacked(text):
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
-
-
 # --- what a run says -------------------------------------------------------------------------------
 
 
@@ -164,19 +160,6 @@ def differences(new, old):
         facts |= {f"device.{name}": value for name, value in (record.get("device") or {}).items()}
     unlike = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return [f"{key} is {str(a.get(key))[:60]}, was {str(b.get(key))[:60]}" for key in unlike]
-
-
-def bpb(record):
-    return record["result"]["val_bpb"]
-
-
-def tok_sec(record):
-    return record["training"]["avg_tok_sec"]
-
-
-def runs_of(blob, like):
-    """All valid runs of the program `blob` (see `blob_hash`) that may be compared with the record `like`."""
-    return [r for r in archived() if r["train_blob"] == blob and not differences(r, like)]
 
 
 # --- pairs: two runs that saw the same text ------------------------------------------------------------

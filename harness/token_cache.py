@@ -44,10 +44,7 @@ class TokenCache:
 
     @classmethod
     def read(cls, dataset):
-        """The dataset's prepared tokens, or None where they are missing, damaged or of another definition of it.
-
-        The tokens themselves are not read.
-        """
+        """The prepared tokens, unread; None where they are missing, damaged or of another definition of the dataset."""
         folder = cache_dir(dataset) / "tokens"
         try:
             cache = cls(folder, json.loads((folder / "meta.json").read_text()))
@@ -159,7 +156,6 @@ def prepare(dataset):
     """Fetch the dataset, train its tokenizer, write its token cache; nothing where all is there and whole."""
     root = cache_dir(dataset)
     try:
-        files.make_folder(root)
         with files.one_at_a_time(root):  # who waits finds all ready
             files.remove_leftovers(root)
             cache = is_prepared(dataset) and TokenCache.load(dataset)
@@ -171,10 +167,7 @@ def prepare(dataset):
 
 
 def prepare_anew(dataset, root):
-    """Fetch, write tokens and tokenizer into a temporary folder, and put it in place of the one in `root`.
-
-    What a power cut takes of it, the hashes tell the next `prepare`.
-    """
+    """Fetch, write tokens and tokenizer into a temporary folder, and put it in place of the one in `root`."""
     dataset.source.fetch(dataset)
     new, held_out = root / f"tokens.{os.getpid()}.part", set()
     new.mkdir()

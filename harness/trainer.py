@@ -32,7 +32,8 @@ class Trainer:
 
     def __init__(self, model, optimizer, loss_fn, streams, compiled):
         self.model, self.optimizer, self.loss_fn = model, optimizer, loss_fn
-        self.streams, self.tables, self.state = streams, ngrams.tables_of(model), [model.state, optimizer.state]
+        self.streams, self.state = streams, [model.state, optimizer.state]
+        self.tables = [module for module in model.modules() if isinstance(module, ngrams.Table)]
         mx.eval(self.state)
         self.accumulate, self.update = self._accumulate, self._update
         if compiled:
@@ -46,10 +47,7 @@ class Trainer:
         return loss
 
     def gradients(self, micro_batches):
-        """[(loss, gradients), …], one a stream, of which the sum is the mean; and what was looked up in tables.
-
-        The second is for ngrams.update.
-        """
+        """[(loss, gradients), …], a stream each, whose sum is the mean; and what ngrams.update needs of tables."""
         parts = math.gcd(len(micro_batches[0]), len(self.streams))
         totals, looked_up, share = [None] * parts, [], mx.array(1 / (parts * len(micro_batches)))
         for tokens in micro_batches:

@@ -93,8 +93,6 @@ helper() { # NAME [OPTION …]: a Python module of this folder
 # --- git -----------------------------------------------------------------------------------------
 
 SESSIONS=autoresearch # a session is the branch autoresearch/TAG
-# What nobody changes during a session. Words without blanks, so it may stand unquoted.
-FROZEN="Makefile harness prepare.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 
 # Sets HEAD (empty without git, a repository of our own or a commit), BRANCH (empty where detached),
 # TAG (the session's, else the branch) and START (the commit where the session began, else empty).
@@ -114,7 +112,7 @@ read_git() {
   fi
 }
 
-# Succeeds where no git is at work in this clone, or in a folder that it does not tell; fails where processes are hidden.
+# Succeeds where no git is at work in this clone. One whose folder is hidden counts, and so does a hidden list.
 no_git_runs='
 import pathlib, psutil, sys
 gits = [p.info for p in psutil.process_iter(["name", "status", "cwd"]) if p.info["name"] == "git"]
@@ -157,16 +155,3 @@ put_train() {
 }
 
 short() { printf '%.7s' "$1"; }
-
-# Refuses what differs from where the session began (outside a session: from the commit), and says the mend.
-refuse_changed_files() {
-  local base=${START:-$HEAD} where="the last commit" changed commit=''
-  [ -z "$START" ] || where="where the session began"
-  # shellcheck disable=SC2086  # FROZEN is a list
-  changed=$(git diff --name-only "$base" -- $FROZEN | tr '\n' ' ')
-  [ -n "$changed" ] || return 0
-  # shellcheck disable=SC2086
-  git diff --quiet "$base" "$HEAD" -- $FROZEN || commit=" && git commit -m 'put back'"
-  die "only train.py may change, and this differs from $where: ${changed% }. Put back:" \
-    "git restore --source=$(short "$base") --staged --worktree -- ${changed% }$commit"
-}

@@ -11,13 +11,22 @@
 #       killed · 128 + n a signal (Ctrl-C: 130) interrupted it
 . "$(dirname "$0")/lib.sh"
 
+# What nobody changes during a session. Words without blanks, so it may stand unquoted.
+FROZEN="Makefile harness prepare.py data_sources.py bench.py scripts pyproject.toml requirements.lock requirements-cuda.lock"
 case ${AGAIN:+1}${REFERENCE:+1}${PAIR:+1} in 11*) die "AGAIN, REFERENCE and PAIR exclude each other: give one" ;; esac
 export_settings
 refuse_off_branch
 if [ -n "$HEAD" ]; then
   [ "$(git rev-parse -q --verify HEAD:train.py)" = "$(git hash-object train.py)" ] ||
     die "train.py is not committed, so the run could not be reproduced: git commit -m 'what it tries' train.py"
-  refuse_changed_files
+  base=${START:-$HEAD} where="where the session began" put_back=''
+  [ -n "$START" ] || where="the last commit"
+  # shellcheck disable=SC2086  # FROZEN is a list
+  changed=$(git diff --name-only "$base" -- $FROZEN | tr '\n' ' ')
+  # shellcheck disable=SC2086
+  git diff --quiet "$base" "$HEAD" -- $FROZEN || put_back=" && git commit -m 'put back'"
+  [ -z "$changed" ] || die "only train.py may change, and this differs from $where: ${changed% }. Put back:" \
+    "git restore --source=$(short "$base") --staged --worktree -- ${changed% }$put_back"
   tracked=$(git ls-files -- results.tsv run.log data internal | cut -d / -f 1 | sort -u | tr '\n' ' ')
   [ -z "$tracked" ] || die "git tracks results (${tracked% }), and a reset would take them along:" \
     "git rm -r -q --cached -- ${tracked% } && git commit -q -m 'results stay outside of git'"

@@ -64,8 +64,8 @@ class Session:
         """{name: text} of what it was opened with; empty outside a session."""
         stored = files.read_json(self.folder / "settings.json")
         if stored is None and git("rev-parse", "-q", "--verify", f"refs/experiments/{self.tag}/start"):
-            raise Refused(f"'{self.tag}' has no settings: bring data/ along from where it was opened; one of an earlier "
-                          "form of this tool make report shows, and make setup TAG=name opens another")  # fmt: skip
+            raise Refused(f"'{self.tag}' has no settings: bring data/ along from where it was opened; one of an "
+                          "earlier form of this tool make report shows; make setup TAG=name opens another")  # fmt: skip
         return stored or {}
 
     # --- the table ---
@@ -148,13 +148,8 @@ class Session:
                 rows[event["row"]] = event
         return rows
 
-    def numbered(self):
-        """The numbers of the experiments whose commits git keeps reachable."""
-        refs = (git("for-each-ref", "--format=%(refname)", f"refs/experiments/{self.tag}/") or "").split()
-        return [int(name) for ref in refs if (name := ref.rpartition("/")[2]).isdecimal()]
-
     def newest(self):
-        """The newest run of a candidate, or None: neither of the reference alone, nor for `make holdout`."""
+        """The newest run of a candidate, or None. Runs of the reference, of holdout and of ablate do not count."""
         return next((a for a in reversed(self.attempts()) if a["role"] == "candidate"), None)
 
     def candidate(self):
@@ -203,12 +198,6 @@ def record_of(attempt):
     return next((run for run in record.archived() if run["run_id"] == attempt["run_id"]), None)
 
 
-def one_writer():
-    """One writer at a time in the archive."""
-    files.make_folder(STORE)
-    return files.one_at_a_time(STORE)
-
-
 # --- programs as text ------------------------------------------------------------------------------
 
 
@@ -225,6 +214,32 @@ def essence(text):
         return None
     code = re.sub(r'(?ms)^ *(""".*?"""|\'\'\'.*?\'\'\')(?:\n|\Z)', "", code)  # docstrings
     return re.sub(r"(?m)^ *(\w+\.)*seed\([^()]*\)(?:\n|\Z)", "", code)
+
+
+def on_dataset(text, dataset):
+    """The text of a train.py that trains on a dataset."""
+    return re.sub(r"(?m)^(DATASET\s*=\s*)[\"']\w+[\"']", rf'\1"{dataset}"', text, count=1)
+
+
+def commit_with(text, base, tag, name, message):
+    """(commit, blob of train.py) of the commit `base` with `text` as train.py, under refs/experiments/TAG/NAME.
+
+    Where that is the text of `base`, it is that commit itself, without a ref.
+    """
+    ref = f"refs/experiments/{tag}/{name}"
+    blob = git("hash-object", "-w", "--stdin", text=text)
+    if blob and blob == git("rev-parse", f"{base}:train.py"):
+        return base, blob
+    known = git("rev-parse", "-q", "--verify", ref)
+    if blob and known and git("rev-parse", f"{known}:train.py", f"{known}^") == git("rev-parse", blob, base):
+        return known, blob
+    listed = (git("ls-tree", base) or "").splitlines()
+    lines = [f"100644 blob {blob}\ttrain.py" if line.endswith("\ttrain.py") else line for line in listed]
+    tree = git("mktree", text="\n".join(lines) + "\n")
+    commit = tree and git("commit-tree", tree, "-p", base, "-m", message)
+    if not commit or git("update-ref", ref, commit) is None:
+        raise Refused(f"git could not write .git/{ref}: a full disk, or a read-only folder? Mend that, and again")
+    return commit, blob
 
 
 # --- words -----------------------------------------------------------------------------------------

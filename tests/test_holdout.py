@@ -50,7 +50,7 @@ def test_another_budget_and_another_text_tell_what_is_left_and_move_nothing_else
     assert "with DATASET=tinystories the best wins, 200 % of the night's gain is left" in done
 
     told = session.make("brief", check=0).stdout.splitlines()
-    looks = [line for line in told if line.startswith("held out") and "with" in line]
+    looks = [line for line in told if line.startswith("held out ") and "=" in line]
     assert len(looks) == 2 and [x for x in told if x not in looks][1:-1] == standing[1:-1]  # the rest is as it was
     session.script("run", REFERENCE="1", check=0)
     assert (session.attempt["budget"], session.attempt["seed"]) == (300, 43)
@@ -60,7 +60,7 @@ def test_another_budget_and_another_text_tell_what_is_left_and_move_nothing_else
     session.make("sample", "PROMPT=Once", check=0)
     assert session.make("report", check=0).stderr == ""
     page = (session.path / "data" / "report.html").read_text()
-    words = ("on held-out text the best wins: +0.1000", "held-out gain BUDGET=1200", "the baseline wins",
+    words = ("on held-out text the best wins: +0.1000", "held out BUDGET=1200", "the baseline wins",
              "<i>worth now </i>", "expected 0.05 to 0.2", "right in 1 of 1",
              "Once &lt;/pre&gt;&lt;b&gt;upon&lt;/b&gt; a time")  # fmt: skip
     assert [w for w in words if w not in page] == []

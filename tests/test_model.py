@@ -205,7 +205,7 @@ def test_hashes_spread_n_grams_and_collide_in_one_table_at_a_time():
 def test_the_gradient_of_rows_is_that_of_the_whole_tables():
     """Summed over all places that looked a row up."""
     trainer, tokens = step_of(tiny(depth=3, ngram_rows=11)), tokens_of(4)
-    tables = ngrams.tables_of(trainer.model)
+    tables = trainer.tables
     assert len(tables) == 4
     _, [(seen, gradients)] = trainer.gradients([tokens])
     trainer.model.unfreeze()
@@ -451,7 +451,7 @@ CHANGED = {  # each function with a fast form, or called by one: an edit, and th
     "loss_and_gradients": ("grad(summed_loss", "grad(lambda *a: 2 * summed_loss(*a)", ["loss_and_gradients"]),
 }
 # kernels: those with the name of their fast form, and others
-FORWARD = {"embed", "mix", "heads", "add_gated", "gated_norm", "loss_and_gradients"}
+FORWARD = {"mix", "heads", "add_gated", "gated_norm", "loss_and_gradients"}
 BACKWARD = {"embed_vjp", "mix_vjp", "heads_vjp", "add_gated_vjp", "gated_norm_vjp"}
 BACKWARD |= {"rows_at", "owners", "sums_of_rows", "adagrad"}
 FORMS = {form for _, _, forms in CHANGED.values() for form in forms}
@@ -470,7 +470,7 @@ def edited(name, source=SOURCE):
 def out_of_use(module):
     """The fast forms that were made for other functions than the module's."""
     plain = {name: inspect.unwrap(getattr(module, name)) for name in FORMS}
-    return sorted(name for name in FORMS if fast.source_hash(plain[name]) != form_of(name).made_for)
+    return sorted(name for name in FORMS if fast.source_hash(plain[name]) != fast.MADE_FOR[name])
 
 
 def notes(forms):
@@ -484,7 +484,7 @@ def test_every_fast_form_is_made_for_the_function_that_it_stands_at():
     assert {name for _, name in pairs} == FORMS
     for name in FORMS:
         form, source = form_of(name), fast.source_hash(plain(name))
-        assert form.made_for == source, f"does the form of {name} still compute the same? then: @made_for({source!r})"
+        assert fast.MADE_FOR[name] == source, f"does the form of {name} still compute the same? then: {source!r}"
         named = {p.name for p in inspect.signature(form).parameters.values() if p.kind is p.KEYWORD_ONLY}
         assert named <= set(vars(train)), name
 

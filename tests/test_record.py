@@ -1,5 +1,6 @@
 """The record of a run: whole at any moment, sealed, and never lost; and what ends a run before it has one."""
 
+import base64
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 import prepare
@@ -225,7 +227,7 @@ def test_a_run_leaves_a_complete_record_and_prints_it(small, data, monkeypatch, 
     rates = curve["tok_sec"]  # the last one is no artefact
     assert rates[-1] < 10 * sorted(rates)[len(rates) // 2]
     assert set(found["machine"]) >= set("cores other_cores step_ms paused_seconds".split())
-    rows = record.unpacked(result["row_bits"])
+    rows = np.frombuffer(base64.b64decode(result["row_bits"]), "<f4")
     assert rows.sum() / result["eval_bytes"] == pytest.approx(result["val_bpb"], rel=1e-5)
     printed = capsys.readouterr().out.split("---\n")[1].splitlines()
     assert [line.split(": ")[0] for line in printed] == SUMMARY.split()

@@ -110,7 +110,7 @@ def test_every_view_tells_the_same_gain_and_it_is_the_difference_of_two_val_bpb(
         if int(number) > COUNT - 10:
             assert re.search(rf"(?m)^ *{number}[* ] .*{re.escape(gain)}", screen)
         best = float(bpb) if status == "keep" else best
-    standing = re.search(rf"(?m)^best .*gain ({GAIN}); after the winner's curse ({GAIN})$", table).groups()
+    standing = re.search(rf"(?m)^gain +({GAIN}); after the winner's curse ({GAIN})$", table).groups()
     assert all(gain in brief and gain in text for gain in standing) and standing[0] in screen
 
 
@@ -196,7 +196,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
     if damage is by_hand:
         assert "held out +0.0123" in night.make("brief", check=0).stdout
         both = "\n" + night.make("results", "ALL=1", check=0).stdout
-        assert both.count("\nbaseline ") == 2 and "\nt\n" in both and "\nother\n" in both
+        assert both.count("\nval_bpb ") == 2 and "\nt\n" in both and "\nother\n" in both
         refused = night.script("report", TAG="nov99", check=1).stderr
         assert refused.startswith("error: there is no session 'nov99'")
 
@@ -214,7 +214,7 @@ def test_a_night_that_has_hardly_begun_has_a_page(session):
 def test_the_brief_holds_what_an_agent_needs_in_sixty_lines(whole):
     told = whole.make("brief", check=0).stdout
     assert len(told.splitlines()) <= 60 and max(map(len, told.splitlines())) <= 125
-    for words in ("baseline ", "best ", "noise ", "kept, the oldest first:", "dead ends", "open questions",
+    for words in ("val_bpb ", "gain ", "noise ", "kept, the oldest first:", "dead ends", "open questions",
                   "held out not measured", "last run ", "; next: "):  # fmt: skip
         assert words in told
 

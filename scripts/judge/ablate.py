@@ -12,8 +12,7 @@ from pathlib import Path
 from scripts import session
 from scripts.judge.evidence import busy, gain_words, unused
 from scripts.run import experiment, plan
-from scripts.run.variant import commit_with
-from scripts.session import Refused, Session, options, run_command, tell
+from scripts.session import Refused, Session, commit_with, options, run_command, tell
 from scripts.show.night import Night
 
 

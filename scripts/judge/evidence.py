@@ -46,8 +46,8 @@ class Comparison:
     gain: float  # bits per byte; above 0 the new one is better
     error: float
     sure: float  # probability that it is better
-    faster: float  # share of throughput won
-    faster_error: float
+    faster: float = 0.0  # share of throughput won
+    faster_error: float = 0.0
 
 
 def gain_words(seen):
@@ -108,9 +108,7 @@ class Evidence:
 
     def shrunk(self, new, old):
         """`compare` with a prior on effects, learnt from all programs: what the winner's curse leaves."""
-        seen = self.compare(new, old)
-        found = self._shrinkage.difference(self.column[new], self.column[old])
-        return Comparison(*found, seen.faster, seen.faster_error)
+        return Comparison(*self._shrinkage.difference(self.column[new], self.column[old]))
 
     @cached_property
     def _shrinkage(self):
@@ -224,6 +222,6 @@ def of_session(attempts, rows, like):
     known = {r["train_blob"] for r in records}
     found = [Observation(row.blob or f"row {row.number}", -row.number, row.bpb, row.rate)
              for row in rows if row.status != "crash" and row.blob not in known]  # fmt: skip
-    facts = zip(records, loads, slots(loads), strict=True)
-    return records, found + [Observation(r["train_blob"], r["seed"], record.bpb(r), record.tok_sec(r), *where)
-                             for r, *where in facts]  # fmt: skip
+    found += [Observation(r["train_blob"], r["seed"], r["result"]["val_bpb"], r["training"]["avg_tok_sec"], *where)
+              for r, *where in zip(records, loads, slots(loads), strict=True)]  # fmt: skip
+    return records, found

@@ -11,8 +11,7 @@ from harness import project
 from scripts import session
 from scripts.judge.evidence import Evidence, Observation, gain_words, load, unused
 from scripts.run import experiment
-from scripts.run.variant import commit_with, on_dataset
-from scripts.session import Refused, Session, counted, options, record, run_command, tell
+from scripts.session import Refused, Session, commit_with, counted, on_dataset, options, run_command, tell
 from scripts.show import summary
 from scripts.show.night import Night
 
@@ -35,14 +34,6 @@ def where(night, dataset):
     return " ".join([*found, f"DATASET={dataset}"] if like.get("dataset", dataset) != dataset else found)
 
 
-def program_on(dataset, row, tag):
-    """(commit, blob) of a row's program as it trains on a dataset."""
-    text = on_dataset(row.text, dataset).strip() + "\n"
-    if text == row.text.strip() + "\n":
-        return row.commit, row.blob
-    return commit_with(text, row.commit, tag, f"on-{dataset}-{row.commit}", f"On {dataset}: {row.description}")
-
-
 def main(args):
     this_session = Session(args.tag)
     held = experiment.begin(this_session)
@@ -54,7 +45,11 @@ def main(args):
         raise Refused("the baseline is the best kept program: there is no gain to measure")
     dataset = args.dataset or project.dataset_of_train()
     there, count = where(night, dataset), args.runs or 3
-    programs = {name: program_on(dataset, row, args.tag) for name, row in (("baseline", first), ("best", best))}
+    programs = {"baseline": (first.commit, first.blob), "best": (best.commit, best.blob)}
+    for name, row in (("baseline", first), ("best", best)):
+        if (text := on_dataset(row.text, dataset)) != row.text:
+            there_too = args.tag, f"on-{dataset}-{row.commit}", f"On {dataset}: {row.description}"
+            programs[name] = commit_with(text.strip() + "\n", row.commit, *there_too)
     blobs = [blob for _, blob in programs.values()]
     used, looks = [a["seed"] for a in this_session.attempts() if a["train_blob"] in blobs], []
     for number in range(count):
@@ -67,7 +62,7 @@ def main(args):
                 print("\n".join(summary.failure(attempt)[:-1]))
                 experiment.exit_as(attempt)
             run = session.record_of(attempt)
-            bpbs[name], loads[name] = (record.bpb(run), attempt["test"]["bpb"]), load(run)
+            bpbs[name], loads[name] = (run["result"]["val_bpb"], attempt["test"]["bpb"]), load(run)
         both = [loads[name] for name in programs]
         looks.append([(seed, both, ends) for ends in zip(*(bpbs[name] for name in programs), strict=True)])
         gain = bpbs["baseline"][0] - bpbs["best"][0]  # that on test is told below, once the look is noted

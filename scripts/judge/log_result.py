@@ -19,11 +19,11 @@ from scripts.session import HEADER, JOURNAL, Refused, Session, counted, one_line
 
 
 def log(args):
-    with session.one_writer():
+    with files.one_at_a_time(project.STORE):
         this_session = Session(args.tag)
         this_session.link()
         attempt = this_session.candidate()
-        if not begun(attempt):
+        if not half_logged(attempt):
             refuse_untruthful(args.status, attempt)
             intent = intended(this_session, attempt, args)
             this_session.note("logging", id=attempt["id"], **intent)
@@ -33,25 +33,23 @@ def log(args):
     print(f"journal: {shown(journal)}")
 
 
-def begun(attempt):
+def half_logged(attempt):
     return attempt.get("logging") and not attempt.get("logged")
 
 
 def complete_begun(this_session):
     """What an earlier log-result was killed over is completed, before anything else goes on."""
-    if any(map(begun, this_session.attempts())):
-        with session.one_writer():
-            for attempt in filter(begun, this_session.attempts()):
-                if this_session.logged().get(attempt["row"], {}).get("id") == attempt["id"]:
-                    complete(this_session, attempt)
-                    session.say(f"note: row {attempt['row']} had been begun and cut short; it is completed")
+    with files.one_at_a_time(project.STORE):
+        for attempt in filter(half_logged, this_session.attempts()):
+            if this_session.logged().get(attempt["row"], {}).get("id") == attempt["id"]:
+                complete(this_session, attempt)
+                session.say(f"note: row {attempt['row']} had been begun and cut short; it is completed")
 
 
 def complete(this_session, attempt):
     """Write what was noted of a run's logging, as far as it is not there yet; returns the journal's path."""
     add_once(this_session.table, attempt["line"] + "\n", HEADER + "\n")
-    this_session.link()
-    journal = JOURNAL / (attempt.get("journal") or today())
+    journal = JOURNAL / attempt["journal"]
     add_once(journal, attempt["entry"], f"# Research journal, {journal.stem.removeprefix('log_')}\n")
     if attempt["commit"]:
         ref = f"refs/experiments/{this_session.tag}/{attempt['number']:03d}"
@@ -69,10 +67,6 @@ def add_once(path, text, header):
     if text.encode() not in there:
         end = b"" if there.endswith(b"\n") or not there else b"\n"  # a line that was cut short ends there
         files.write_atomically(path, there + end + text.encode())
-
-
-def today():
-    return f"log_{datetime.now():%Y-%m-%d}.md"
 
 
 def refuse_untruthful(status, attempt):
@@ -120,13 +114,15 @@ def intended(this_session, attempt, args):
     else:
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
-    number, journal, gain = 1 + max([len(rows), *this_session.numbered()]), today(), expected(attempt["commit"])
+    refs = session.git("for-each-ref", "--format=%(refname:lstrip=-1)", f"refs/experiments/{this_session.tag}/") or ""
+    number = 1 + max([len(rows), *map(int, filter(str.isdecimal, refs.split()))])  # of the commits kept reachable
+    gain = expected(attempt["commit"])
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
         "train_blob": attempt["train_blob"], "description": description,
         "verdict": decision and decision.word, "rule": decision and decision.rule,
         "reference": decision and decision.row and decision.row.commit,
-        "expected": gain, "journal": journal,
+        "expected": gain, "journal": f"log_{datetime.now():%Y-%m-%d}.md",
         "found": one_line(args.found), "question": one_line(args.open),
         "entry": entry(attempt, args, number, description, decision, gain),
     }  # fmt: skip
@@ -152,10 +148,10 @@ def entry(attempt, args, number, description, decision, gain):
         lines += [f"- {note}" for note in decision.notes]
     else:
         lines.append(f"- {attempt['status']}: {one_line(attempt['reason'])}")
-    made = f", record {attempt['run_id']}" if decision else ""
     if gain:
         lines.append("- expected: a gain of {:g} to {:g}".format(*gain))
-    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}{made}")
+    lines.append(f"- {attempt['tag']}, commit {attempt['commit'] or 'none'}, attempt {attempt['id']}, "
+                 f"record {attempt.get('run_id') or 'none'}")  # fmt: skip
     for name, text in (("found", one_line(args.found)), ("open", one_line(args.open))):
         if text:
             lines.append(f"- {name}: {text}")
@@ -188,10 +184,9 @@ def kept(args):
     if newest and newest["commit"] == args.kept and not newest.get("logged"):
         if newest["status"] == "running":
             raise Refused("the run has not ended yet")
-        if newest["status"] in ("crash", "invalid", "stale", "timeout") or verdict.can_be_a_row(
-            this_session, newest, rows
-        ):
-            word = "discard" if newest["status"] == "valid" else "crash"
+        failed = newest["status"] in ("crash", "invalid", "stale", "timeout")
+        if failed or verdict.can_be_a_row(this_session, newest, rows):
+            word = "crash" if failed else "discard"
             raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
     row = this_session.reference(rows, args.kept)
     for other in session.kept_rows(rows)[:1]:

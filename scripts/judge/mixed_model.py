@@ -11,6 +11,7 @@ With few repeats that widens every error, as Student's t does; with none the pri
 """
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -21,12 +22,7 @@ SIGMA = np.linspace(-3.5, 3.5, 51)  # log sigma over its prior median; the prior
 NULL, OTHER = 10.0, 1.0  # ideas without effect, and with one, that the prior takes as seen before the session
 SWEEPS = 20  # of coordinate ascent
 
-_erfc = np.vectorize(math.erfc, otypes=[float])
-
-
-def below(z):
-    """The normal distribution function."""
-    return _erfc(-np.asarray(z) / math.sqrt(2)) / 2
+below = np.vectorize(NormalDist().cdf, otypes=[float])  # the normal distribution function
 
 
 class MixedModel:
@@ -95,9 +91,7 @@ class MixedModel:
         return inverse[:, i, i] + inverse[:, j, j] - 2 * inverse[:, i, j]
 
     def difference(self, i, j):
-        """(how much lower the first program's mean is, its standard error: inf where they never met)."""
-        if i == j:
-            return 0.0, 0.0
+        """(how much lower the first program's mean is, its standard error)."""
         gains, gain, spread = self.means[:, j] - self.means[:, i], float(self.mean[j] - self.mean[i]), self.spread(i, j)
         return gain, math.sqrt(self.points @ (self.variance * spread + (gains - gain) ** 2))
 
@@ -156,14 +150,12 @@ class Shrinkage:
 
     def difference(self, i, j):
         """(expected gain of program i over j, its standard deviation, probability that it is above 0)."""
-        if i == j or not self.paths.size:
+        if not self.paths.size:
             return 0.0, 0.0, 0.5
         contrast = self.paths[i] - self.paths[j]
         gain, error = float(contrast @ self.steps), math.sqrt(contrast @ self.covariance @ contrast)
-        moved = np.flatnonzero(contrast)
-        if len(moved) > 1:
-            return gain, error, float(below(gain / max(error, 1e-12)))
-        better = self.better[moved[0]]  # one idea: exactly 0 is neither better nor worse
+        moved = np.flatnonzero(contrast)  # of one idea, exactly 0 is neither better nor worse
+        better = self.better[moved[0]] if len(moved) == 1 else below(gain / max(error, 1e-12))
         return gain, error, float(better)
 
 

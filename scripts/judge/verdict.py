@@ -1,10 +1,11 @@
 """The rule for keeping: a candidate against the newest kept program, by the model of evidence. It changes nothing.
 
-In this order: what is the reference over again is `again`; what another run may settle is `rerun`, of which program the
-model says; the rest is a table. What is paired (equal steps) stands in a note.
+First `again`: the program is the reference, or computes the same. Then `rerun`: the model says which run may settle it.
+The rest is a table. Differences at equal steps stand in a note.
 """
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -126,13 +127,7 @@ class Incomparable(Refused):
     """The runs differ in more than the experiment."""
 
 
-@dataclass
-class Side:
-    """A program by the model: mean val_bpb, tokens a second, and how many runs were made of it."""
-
-    bpb: float
-    rate: float
-    runs: int
+Side = namedtuple("Side", "bpb rate runs")  # of a program by the model: mean val_bpb, tokens a second, its runs
 
 
 @dataclass

@@ -87,7 +87,7 @@ def of_group():
 def run_once(this_session, held, role, commit, head, seed, pair=None):
     """Run a program once and note how it ended; returns the attempt.
 
-    held: the locks. role: candidate, reference or holdout; in `test` the last one holds its score of the test split.
+    held: the locks. role: candidate, reference, ablation or holdout, whose attempt has its test score under `test`.
     commit: what is checked out for it, or None for the folder at hand.
     """
     budget, timeout = project.settings()[0], project.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")

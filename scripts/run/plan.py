@@ -6,22 +6,21 @@ import uuid
 
 from harness import project
 from scripts import session
-from scripts.judge.evidence import unused
+from scripts.judge.evidence import of_session, unused
 from scripts.judge.verdict import can_be_a_row
-from scripts.session import ROOT, Refused, record
+from scripts.session import ROOT, Refused
 
 
 def seeds_of(this_session, blob):
     """The seeds of a program's runs that could be compared with one made now, a seed for each run."""
-    budget = project.settings()[0]
-    made = {a["run_id"]: a for a in this_session.attempts() if a["status"] == "valid" and a["role"] != "holdout"}
-    alike = [a for a in made.values() if a["budget"] == budget]
-    like = session.record_of(alike[-1]) if alike else None
-    return [r["seed"] for r in record.runs_of(blob, like) if r["run_id"] in made] if like else []
+    attempts, budget = this_session.attempts(), project.settings()[0]
+    made = [a for a in attempts if a["status"] == "valid" and a["role"] != "holdout" and a["budget"] == budget]
+    like = session.record_of(made[-1]) if made else None
+    return [run["seed"] for run in of_session(attempts, (), like)[0] if run["train_blob"] == blob]
 
 
 def refuse_seen(this_session, args):
-    """Refuse a train.py that was run before, and say what came of it; and whatever would push a result aside."""
+    """Refuse what was run before, a run that would push an unlogged result aside, and a second baseline."""
     blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), this_session.rows()[0]
     attempts = [a for a in this_session.attempts() if a["role"] == "candidate"]
     last = attempts[-1] if attempts and not attempts[-1].get("logged") else None
@@ -42,10 +41,7 @@ def refuse_seen(this_session, args):
 
 
 def refuse_modules(this_session, args):
-    """Refuse a train.py that imports a module of this folder which was not like this when the session began.
-
-    The commit's train.py alone must run again.
-    """
+    """Refuse a train.py that imports a module changed since the session began: train.py alone must run again."""
     base = f"refs/experiments/{this_session.tag}/start" if args.session else args.head
     text = (ROOT / "train.py").read_text("utf-8", "replace")
     imported = sorted(set(re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE))) if args.head else []

@@ -8,8 +8,7 @@ import json
 import prepare
 from harness import files, project
 from scripts import settings
-from scripts.run.variant import commit_with, on_dataset
-from scripts.session import HEADER, Refused, Session, one_writer, options, run_command
+from scripts.session import HEADER, Refused, Session, commit_with, on_dataset, options, run_command
 
 
 def main(args):
@@ -17,7 +16,7 @@ def main(args):
     session = Session(args.tag)
     if session.tag.lower() in ("none", "detached") or session.attempts():
         raise Refused(f"TAG={session.tag} is the name of other runs: choose another one")
-    with one_writer():
+    with files.one_at_a_time(project.STORE):
         files.write_atomically(session.folder / "settings.json", json.dumps(settings.in_force({})) + "\n")
         if not session.table.exists():
             files.write_atomically(session.table, HEADER + "\n")

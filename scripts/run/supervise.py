@@ -15,7 +15,7 @@ from harness import processes
 from harness.project import ROOT
 from scripts.run import lock
 
-TICK, GAP = 0.5, 5.0  # seconds between two looks at what runs; of a pause in which we were stopped ourselves (Ctrl-Z)
+TICK, GAP = 0.5, 5.0  # seconds between two looks; from GAP on we were stopped ourselves (Ctrl-Z), which does not count
 # Should we be killed without a chance to clean up, a process that waits for just that does it.
 GUARD = "import sys; from harness import processes; sys.stdin.read(1) or processes.end_tree(int(sys.argv[1]))"
 stopped_by = []  # signals that came

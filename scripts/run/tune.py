@@ -137,12 +137,6 @@ def in_words(constants):
     return ", ".join(f"{name} = {value}" for name, value in constants.items())
 
 
-def epoch_tokens(dataset):
-    """Tokens that an epoch serves: of a document in several pieces, its start and one more (batches.training_order)."""
-    cache = prepare.TokenCache.load(dataset)
-    return int(np.diff(cache.offsets("train"))[cache.pieces("train") <= 1].sum())
-
-
 def fit(budget, dataset, epoch):
     """Time sizes, in a table; returns (the choice, all that was timed). Exits where none can be had."""
     others = psutil.cpu_percent(interval=2.0) / 100  # now: what ran a moment ago, `make prepare` say, does not count
@@ -176,7 +170,8 @@ def fit(budget, dataset, epoch):
 
 def main():
     budget, dataset, path = project.settings()[0], prepare.get_dataset(train.DATASET), ROOT / "train.py"
-    epoch = epoch_tokens(dataset)
+    cache = prepare.TokenCache.load(dataset)
+    epoch = int(np.diff(cache.offsets("train"))[cache.pieces("train") <= 1].sum())  # see batches.training_order
     name, tuning = bench.last_archive("tune", dataset=dataset.name, budget=budget)
     if "--known" in sys.argv and tuning:
         files.write_atomically(path, written(path.read_text(), tuning["constants"]))

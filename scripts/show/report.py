@@ -20,7 +20,7 @@ from scripts.judge.evidence import DOUBTFUL, SAFE, gain_words
 from scripts.session import Refused, counted, one_line, options, run_command, shown
 from scripts.show import pictures
 from scripts.show.night import Night
-from scripts.show.terminal import noise
+from scripts.show.terminal import figures
 
 MEANING = {
     "safe": f"at least {100 * SAFE:g} % sure, after the winner's curse",
@@ -39,29 +39,6 @@ def sentence(night, safe):
     if "" in night.held_out:
         words += "; on held-out text {1}: {0}".format(*night.held_out[""])
     return f"{words}."
-
-
-def figures(night):
-    """[(name, value, what it means)] of those at the top."""
-    found = []
-    if night.gain:
-        runs = f"{counted(len(night.first.runs), 'run')} of the baseline, {len(night.best.runs)} of the best"
-        fell = f"{night.first.bpb:.6f} to {night.best.bpb:.6f}; {runs}"
-        left = f"the winner's curse leaves {gain_words(night.left)}"
-        found = [("gain, ± its standard error", gain_words(night.gain), f"{left}; {fell}")]
-    for where, (gain, *words) in night.held_out.items():
-        found.append((f"held-out gain {where}", gain, ", ".join(words)))
-    if night.gain and "" not in night.held_out:
-        found.append(("held-out gain", "not measured", "make holdout measures it on text that nothing selected on"))
-    if night.foresight:
-        value, _, why = night.foresight.partition(", ")
-        found.append(("expected gains", value, why))
-    if night.evidence:
-        value, _, why = noise(night.evidence).removeprefix("noise    ").partition(", ")
-        shared = sum(bool(run.load) for run in night.evidence.runs)
-        why += f"; the machine was shared during {counted(shared, 'run')}, which count for less" if shared else ""
-        found.append(("noise", value, why))
-    return found
 
 
 def home(night, safe):

@@ -10,7 +10,7 @@ from harness.files import printable
 from scripts import session
 from scripts.judge import verdict
 from scripts.judge.evidence import Evidence, busy, gain_words, of_session
-from scripts.session import ROOT, Refused, Session, counted, one_line, options, record, run_command
+from scripts.session import ROOT, Refused, Session, counted, one_line, options, run_command
 from scripts.show.terminal import noise
 
 EXIT = {"valid": 0, "crash": 2, "invalid": 2, "paused": 2, "stale": 3, "timeout": 124, "interrupted": 130}
@@ -30,7 +30,7 @@ def lines(this_session, attempt, baseline=False):
         waits = this_session.newest()
         if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(this_session.attempts(), rows, run)[1])
-            return [*found, *disturbed, noise(evidence), IDEA]
+            return [*found, *disturbed, f"noise    {'; '.join(noise(evidence))}", IDEA]
         attempt = waits
     try:
         decision = verdict.of_attempt(this_session, attempt, rows)
@@ -38,7 +38,7 @@ def lines(this_session, attempt, baseline=False):
         return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard, or make baseline AGAIN=1"]
     if decision.word == "again":
         found = found or [brief(attempt)]
-        return [*found, *disturbed, f"verdict  again: {decision.rule}", noise(decision.evidence), IDEA]
+        return [*found, *disturbed, f"verdict  again: {decision.rule}", f"noise    {'; '.join(noise(decision.evidence))}", IDEA]
     found += [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
     found += figures(decision)
     if row := decision.row:
@@ -77,7 +77,7 @@ def brief(attempt):
     """One line on a run that is one of several."""
     run = session.record_of(attempt)
     words = f"{attempt['role']:9} {(attempt['commit'] or '0' * 7)[:7]}  seed {attempt['seed']}"
-    return f"{words}  val_bpb {record.bpb(run):.6f}, {record.tok_sec(run):.0f} tok/s"
+    return f"{words}  val_bpb {run['result']['val_bpb']:.6f}, {run['training']['avg_tok_sec']:.0f} tok/s"
 
 
 # --- a run that failed ---------------------------------------------------------------------------------

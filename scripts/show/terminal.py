@@ -34,31 +34,39 @@ def brief(night):
     }.items():
         if entries:
             found += [title, *(f"  {text}" for text in entries)]
-    found += [f"expected gains: {night.foresight}"] if night.foresight else []
     return [cut(line, WIDTH) for line in [*found, *newest_run(night)]]
 
 
-def standing(night):
-    """What is missing, baseline, best, noise and held-out gain, a line each; table and screen have them, too."""
-    found, first, best = [f"note: {words}" for words in night.missing[:NOTES]], night.first, night.best
-    if not best:
-        return [*found, "nothing was kept yet: make baseline"]
-    found.append(f"baseline {first.bpb:.6f}  {first.commit}, {counted(len(first.runs), 'run')}")
+def figures(night):
+    """[(name, value, what it rests on)] of the whole night, for all views."""
+    if not night.best:
+        return []
+    ends = [night.first, night.best] if night.gain else [night.first]
+    runs = [f"{counted(len(e.runs), 'run')} of {e.commit}" for e in ends]
+    found = [("val_bpb", " to ".join(f"{e.bpb:.6f}" for e in ends), ", ".join(runs))]
     if night.gain:
-        found.append(f"best     {best.bpb:.6f}  {best.commit}, {counted(len(best.runs), 'run')}; gain "
-                     f"{gain_words(night.gain)}; after the winner's curse {gain_words(night.left)}")  # fmt: skip
-    found.append(noise(night.evidence))
+        found.append(("gain", gain_words(night.gain), f"after the winner's curse {gain_words(night.left)}"))
     for where, (gain, *words) in night.held_out.items():
-        found.append(f"held out {gain}{where and f' with {where}'}: {', '.join(words)}")
+        found.append((f"held out {where}".strip(), gain, ", ".join(words)))
     if night.gain and "" not in night.held_out:
-        found.append("held out not measured: make holdout does that")
-    return found
+        found.append(("held out", "not measured", "make holdout measures it on text that nothing selected on"))
+    if night.foresight:
+        found.append(("expected gains", *night.foresight.split(", ", 1)))
+    if shared := sum(bool(run.load) for run in night.evidence.runs):
+        found.append(("shared", f"{counted(shared, 'run')} beside other work", "they count for less"))
+    return [*found, ("noise", *noise(night.evidence))]
+
+
+def standing(night):
+    """What is missing, and the night's figures, a line each."""
+    lines = [f"{name:8} {value}; {why}" for name, value, why in figures(night)]
+    return [*(f"note: {words}" for words in night.missing[:NOTES]), *(lines or ["nothing was kept yet: make baseline"])]
 
 
 def noise(evidence):
-    """How far one run is off, in a line."""
+    """(how far one run is off, by what that is known)."""
     known = f"by {counted(evidence.df, 'repeat')}" if evidence.df else "a guess: make run REFERENCE=1 N=4 measures it"
-    return f"noise    of one run ± {evidence.sigma:.4f}, ± {evidence.same_seed:.4f} between equal seeds; {known}"
+    return f"± {evidence.sigma:.4f} of one run, ± {evidence.same_seed:.4f} between equal seeds", known
 
 
 def entry(e):
