@@ -4,7 +4,6 @@ Nothing here knows a dataset. What fails ends the program with one line that nam
 leaves nothing behind that could be taken for a whole file.
 """
 
-import hashlib
 import os
 import sys
 import threading
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import requests
 import urllib3
 
-from harness.files import make_folder, move_into_place, printable, remove_leftovers
+from harness.files import file_hash, make_folder, move_into_place, printable, remove_leftovers
 
 WORKERS = 8  # files at once
 ATTEMPTS = 8  # requests for one file, in all
@@ -120,11 +119,6 @@ def download(url, path, stop):
         move_into_place(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download_all(jobs):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -115,3 +116,8 @@ def what_failed(error):
 def printable(text):
     """Text from outside, an odd file name or a log, as it can stand in one line on a terminal."""
     return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -149,6 +149,14 @@ def launch(name, body, threads, inputs, outputs, constants, block=256, init_valu
 
 
 # One thread for four channels of a token.
+EMBED = """
+    const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
+    if (n >= N) return;
+    auto row = load<4>(table + tokens[n] * (size_t)C + channel);
+    Pack<T, 4> x;
+    for (int m = 0; m < 4; ++m) x.x[m] = (T)row.x[m];
+    store(out + n * C + channel, x);
+"""
 EMBED_VJP = """
     const size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x, n = i / (C / 4), channel = i % (C / 4) * 4;
     if (n >= N) return;
@@ -158,17 +166,19 @@ EMBED_VJP = """
 
 
 def embed(table, tokens, *, COMPUTE_DTYPE):
-    """Few rows are cast, not each that is looked up; the gradient is added up four channels at a time: 440 -> 80 us."""
+    """The gradient is added up four channels at a time: 440 -> 80 us."""
+    constants = {"N": tokens.size, "C": table.shape[1], "T": COMPUTE_DTYPE}
+    threads = tokens.size * table.shape[1] // 4
 
     @mx.custom_function
     def forward(table):
-        return table.astype(COMPUTE_DTYPE)[tokens]
+        inputs, outputs = {"table": table, "tokens": tokens}, {"out": ((*tokens.shape, table.shape[1]), COMPUTE_DTYPE)}
+        return launch("embed", EMBED, threads, inputs, outputs, constants)[0]
 
     @forward.vjp
     def backward(table, g, _):
         inputs, outputs = {"g": g, "tokens": tokens}, {"out": (table.shape, table.dtype)}
-        constants = {"N": tokens.size, "C": table.shape[1]}
-        return launch("embed_vjp", EMBED_VJP, g.size // 4, inputs, outputs, constants, init_value=0)[0]
+        return launch("embed_vjp", EMBED_VJP, threads, inputs, outputs, constants, init_value=0)[0]
 
     return forward(table)
 

@@ -21,11 +21,6 @@ from harness.tokenizer import Tokenizer
 AT_ONCE = 2**17  # characters that a thread encodes in one call, about
 
 
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def code():
     """A hash of the code that reads, splits, encodes and stores text: where it changed, `prepare` makes new tokens."""
     return project.code_hash(Path(module.__file__) for module in (corpus, tokenizer, sys.modules[__name__]))
@@ -79,7 +74,7 @@ class TokenCache:
 
     def is_whole(self, name):
         """Whether a file is as it was prepared."""
-        return (self.folder / name).exists() and file_hash(self.folder / name) == self.meta["sha256"][name]
+        return (self.folder / name).exists() and files.file_hash(self.folder / name) == self.meta["sha256"][name]
 
 
 def chunks(texts):
@@ -183,7 +178,7 @@ def prepare_anew(dataset, root):
             if meta[split]["tokens"] < needed:
                 mend = "add documents, or put long ones into .txt files, which are cut into passages"
                 sys.exit(f"error: dataset '{dataset.name}' has too little text: {split} needs {needed} tokens; {mend}")
-        meta["sha256"] = {path.name: file_hash(path) for path in sorted(new.iterdir())}
+        meta["sha256"] = {path.name: files.file_hash(path) for path in sorted(new.iterdir())}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(root / "tokens", ignore_errors=True)
         new.rename(root / "tokens")

@@ -151,7 +151,7 @@ def test_an_event_that_was_cut_short_does_not_count(this_session, cut):
 def test_a_damaged_line_among_the_events_is_passed_over(session):
     log = session.path / "data/sessions/t/events.jsonl"
     log.write_text('[]\n5\n{"event": "begin"}\nnull\n{"eve\n' + log.read_text() + '{"event": "end", "ti')
-    assert "baseline 1.500000" in session.script("results", check=0).stdout
+    assert "val_bpb  1.500000" in session.script("results", check=0).stdout
     assert session.experiment("prepare.finish(1.4)", "keep").returncode == 0 and len(session.rows) == 2
 
 

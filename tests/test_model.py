@@ -451,7 +451,7 @@ CHANGED = {  # each function with a fast form, or called by one: an edit, and th
     "loss_and_gradients": ("grad(summed_loss", "grad(lambda *a: 2 * summed_loss(*a)", ["loss_and_gradients"]),
 }
 # kernels: those with the name of their fast form, and others
-FORWARD = {"mix", "heads", "add_gated", "gated_norm", "loss_and_gradients"}
+FORWARD = {"embed", "mix", "heads", "add_gated", "gated_norm", "loss_and_gradients"}
 BACKWARD = {"embed_vjp", "mix_vjp", "heads_vjp", "add_gated_vjp", "gated_norm_vjp"}
 BACKWARD |= {"rows_at", "owners", "sums_of_rows", "adagrad"}
 FORMS = {form for _, _, forms in CHANGED.values() for form in forms}

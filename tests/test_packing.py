@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from harness import batches, token_cache
 from harness.batches import Batches, packed_rows
-from harness.token_cache import TokenCache, file_hash
+from harness.files import file_hash
+from harness.token_cache import TokenCache
 from harness.tokenizer import Tokenizer
 
 START = 9999  # the document start of the made-up documents here

@@ -30,7 +30,7 @@ def lines(this_session, attempt, baseline=False):
         waits = this_session.newest()
         if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(this_session.attempts(), rows, run)[1])
-            return [*found, *disturbed, f"noise    {'; '.join(noise(evidence))}", IDEA]
+            return [*found, *disturbed, "noise    {}; {}".format(*noise(evidence)), IDEA]
         attempt = waits
     try:
         decision = verdict.of_attempt(this_session, attempt, rows)
@@ -38,7 +38,8 @@ def lines(this_session, attempt, baseline=False):
         return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard, or make baseline AGAIN=1"]
     if decision.word == "again":
         found = found or [brief(attempt)]
-        return [*found, *disturbed, f"verdict  again: {decision.rule}", f"noise    {'; '.join(noise(decision.evidence))}", IDEA]
+        told = f"verdict  again: {decision.rule}", "noise    {}; {}".format(*noise(decision.evidence))
+        return [*found, *disturbed, *told, IDEA]
     found += [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
     found += figures(decision)
     if row := decision.row:
