@@ -86,7 +86,8 @@ def chunks(texts):
         if size >= AT_ONCE:
             yield some
             some, size = [], 0
-    yield some
+    if some:
+        yield some
 
 
 def encoded(tokenizer, texts):

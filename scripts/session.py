@@ -64,8 +64,8 @@ class Session:
         """{name: text} of what it was opened with; empty outside a session."""
         stored = files.read_json(self.folder / "settings.json")
         if stored is None and git("rev-parse", "-q", "--verify", f"refs/experiments/{self.tag}/start"):
-            raise Refused(f"'{self.tag}' has no settings: bring data/ along from where it was opened; one of an "
-                          "earlier form of this tool make report shows; make setup TAG=name opens another")  # fmt: skip
+            raise Refused(f"'{self.tag}' has no settings: bring data/ along from where it was opened; if an earlier "
+                          "form of it did that, make report shows it, make setup TAG=name opens one")  # fmt: skip
         return stored or {}
 
     # --- the table ---

@@ -64,7 +64,7 @@ make log-result STATUS=keep DESC="…"
 make results
 make brief
  git clone -q . ../elsewhere && cp -R .venv ../elsewhere && cd ../elsewhere
-git fetch origin 'refs/experiments/*:refs/experiments/*' && git checkout autoresearch/nov24
+git fetch origin && git fetch origin 'refs/experiments/*:refs/experiments/*' && git checkout autoresearch/nov24
 rsync -a OLD/data OLD/internal .
 git checkout autoresearch/nov24
 make brief

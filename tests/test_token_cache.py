@@ -100,8 +100,8 @@ def test_copies_in_the_source_never_reach_two_splits(hub, cache):
 
 def test_texts_are_encoded_in_order_and_few_are_in_memory(small, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    monkeypatch.setattr(token_cache, "AT_ONCE", 2)
-    ours, texts, taken = Tokenizer.load(small), [f"{n} " * 50 for n in range(61)], []
+    monkeypatch.setattr(token_cache, "AT_ONCE", 2000)  # characters: two texts
+    ours, texts, taken = Tokenizer.load(small), [f"{n} " * 500 for n in range(61)], []
     source = (taken.append(text) or text for text in texts)
     for number, ids in enumerate(token_cache.encoded(ours, source)):
         assert ours.encoding.decode(ids[1:].tolist()) == texts[number]
