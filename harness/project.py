@@ -32,6 +32,7 @@ def main_worktree(root):
 HOME = main_worktree(ROOT)
 DATA = ROOT / "data"  # of this folder: the newest run
 STORE = HOME / "data"  # of the clone: the archive of all runs
+LAST_WEIGHTS, BEST_WEIGHTS = DATA / "last_run.safetensors", DATA / "best.safetensors"  # of the newest kept program
 
 # --- settings, programs, harness -------------------------------------------------------------------
 

@@ -347,11 +347,11 @@ class Run:
 
 
 def save_weights(weights, train_blob):
-    """Keep what was trained in data/last_run.safetensors, so that an evaluation which dies loses no training.
+    """Keep what was trained, so that an evaluation which dies loses no training.
 
     The file names the program that it is of: after a pair data/last_run.json may be another's.
     """
-    path = project.DATA / "last_run.safetensors"
+    path = project.LAST_WEIGHTS
     try:
         files.make_folder(project.DATA)
         mx.save_safetensors(str(path.with_name(".part.safetensors")), weights, {"train_blob": train_blob})

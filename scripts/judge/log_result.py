@@ -168,9 +168,9 @@ def program_of_weights(path):
 
 def keep_weights(this_session, attempt):
     """The weights of the newest kept program stay, as data/best.safetensors; of a worktree in its clone, too."""
-    weights, best = (project.DATA / f"{name}.safetensors" for name in ("last_run", "best"))
-    if program_of_weights(weights) == attempt["train_blob"]:
-        files.move_into_place(weights, best)
+    best = project.BEST_WEIGHTS
+    if program_of_weights(project.LAST_WEIGHTS) == attempt["train_blob"]:
+        files.move_into_place(project.LAST_WEIGHTS, best)
         if project.HOME != project.ROOT:
             files.write_atomically(this_session.folder / best.name, best.read_bytes())
 

@@ -16,7 +16,7 @@ from scripts.session import Refused, Session, git, options, run_command
 
 
 def main(args):
-    this_session, weights = Session(args.tag), project.DATA / "best.safetensors"
+    this_session, weights = Session(args.tag), project.BEST_WEIGHTS
     held = experiment.begin(this_session)
     blob = program_of_weights(weights)
     row = next((row for row in reversed(this_session.rows()[0]) if blob and row.blob == blob), None)
