@@ -168,11 +168,10 @@ def program_of_weights(path):
 
 def keep_weights(this_session, attempt):
     """The weights of the newest kept program stay, as data/best.safetensors; of a worktree in its clone, too."""
-    best = project.BEST_WEIGHTS
     if program_of_weights(project.LAST_WEIGHTS) == attempt["train_blob"]:
-        files.move_into_place(project.LAST_WEIGHTS, best)
+        files.move_into_place(project.LAST_WEIGHTS, project.BEST_WEIGHTS)
         if project.HOME != project.ROOT:
-            files.write_atomically(this_session.folder / best.name, best.read_bytes())
+            files.write_atomically(this_session.folder / project.BEST_WEIGHTS.name, project.BEST_WEIGHTS.read_bytes())
 
 
 def kept(args):
