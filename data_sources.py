@@ -8,23 +8,21 @@ import sys
 
 from harness.corpus import Dataset, Folder, HubShards, ShuffledShards, StandardLibrary
 
-EVAL_UNIT = 524_288  # tokens; evaluation sizes are given as multiples of it
-
 DATASETS = {
     d.name: d
     for d in (
         # the running Python's own standard library; no network
         Dataset("stdlib", StandardLibrary(),
-                vocab_size=1024, sequence_length=256, eval_tokens=EVAL_UNIT // 2),
+                vocab_size=1024, sequence_length=256, eval_tokens=262_144),
         # web text, 10 of 6543 shards for training
         Dataset("climbmix", HubShards("karpathy/climbmix-400b-shuffle", train=10, val=6542, test=6541),
-                vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT),
+                vocab_size=8192, sequence_length=2048, eval_tokens=20_971_520),
         # short children's stories
         Dataset("tinystories", ShuffledShards("karpathy/tinystories-gpt4-clean", train=20, val=20, test=21),
-                vocab_size=2048, sequence_length=512, eval_tokens=3 * EVAL_UNIT),
+                vocab_size=2048, sequence_length=512, eval_tokens=1_572_864),
         # a folder of your own: FILES=dir with .parquet, .jsonl or .txt
         Dataset("files", Folder(),
-                vocab_size=8192, sequence_length=2048, eval_tokens=40 * EVAL_UNIT, eval_fraction=1 / 20),
+                vocab_size=8192, sequence_length=2048, eval_tokens=20_971_520, eval_fraction=1 / 20),
     )
 }  # fmt: skip
 

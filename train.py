@@ -4,7 +4,7 @@
 
 Data, the budget's clock, the metric and the record are the same for every experiment: prepare.py is the door to them.
 The model follows karpathy/nanochat's GPT; each idea names its source where it stands. Read from the top:
-constants, model, tables of n-grams, loss, optimizer, schedules, training.
+constants, model, tables of n-grams, loss, optimizer, schedules, training. How a step is carried out stands in harness/.
 
 `@fast(form)` runs `form`, a faster way to compute the same, in place of the function below it, as long as that
 function, and what it calls in this file, is unedited. Edit it, and your text is what runs.
@@ -41,11 +41,11 @@ EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 2)  # rows; all their logits exist
 
 ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
-WINDOWS = "SL" if CUDA else "L"  # block-local attention, a letter a layer: L one chunk of all the context, S two halves
+WINDOWS = "SL" if CUDA else "L"  # chunks, none slides; a letter a layer, repeated: L all the context, S two halves
 MLP_RATIO = 4  # hidden channels of an MLP, in widths
-GATE_CHANNELS = 32  # channels of a layer's normed input that a gate reads: the first; each n-gram gate the next as many
+GATE_CHANNELS = 32  # channels of a layer's normed input that a gate reads; a table's gate the next as many
 GATE_MAX = 2.0  # a gate lies between 0 and this, and starts at half of it
-NGRAM_ROWS = 0  # rows of a table of hashed n-grams, 0 for none; they pay where a budget sees its text about once
+NGRAM_ROWS = 0  # rows of a table of hashed n-grams, where text is seen about once; 0: no tables, and no gated_norm
 NGRAMS = (2, 3)  # tokens of an n-gram; two tables for each of these in every layer with a value embedding
 ROPE_BASE = 10000.0  # longest wavelength of the positions / 2π
 SOFTCAP = 15.0  # logits are bounded to ±SOFTCAP
@@ -71,7 +71,7 @@ FINAL_LR = 0.0  # ... to this share of their value
 
 COMPUTE_DTYPE = mx.bfloat16 if GPU else mx.float32  # activations and products; weights stay float32
 LOGITS_AT_ONCE = 2**26 if CUDA else 2**24 if GPU else 2**19  # elements of the logits that exist at once in training
-KERNELS = CUDA and HEAD_DIM in (64, 128)  # what the CUDA kernels for attention and the stream are written for
+KERNELS = CUDA and HEAD_DIM in (64, 128)  # those of heads, mix, embed and gates know these sizes
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -129,9 +129,9 @@ def rope(x):
 
 @fast(kernels.mix, when=KERNELS)
 def mix(x, y, x0=None, a=None, b=None, shift=None):
-    """What stands between two parts of a block: (new stream, its norm, x0 where it was given).
+    """Between two parts of a block: (new stream, its norm for the next part, x0 where it was given).
 
-    The stream x gains y, the output of the part before. Given the token embedding x0, it becomes a * x + b * x0
+    The stream x gains y, the output of the last part. Given the token embedding x0, it becomes a * x + b * x0
     (per-layer scalars, as in nanochat); x0 is returned so that all layers share one sum of its gradients. The norm
     gains a share of the previous token's, channel by channel (token shift, arXiv:2305.13048). x, y, x0: (B, T, n_embd);
     a, b: (1,), float32; shift: (n_embd,), float32.
@@ -165,6 +165,12 @@ def add_gated(v, gates, rows):
     return v.transpose(0, 2, 1, 3)
 
 
+@fast(ngrams.gated_norm, when=KERNELS)
+def gated_norm(y, gate):
+    """Output y (B, T, heads, head_dim) of each head, normed (arXiv:2410.05258) and gated (arXiv:2505.06708)."""
+    return GATE_MAX * mx.sigmoid(gate)[..., None] * norm(y)
+
+
 @fast(kernels.relu_squared)
 def relu_squared(x):
     """max(x, 0)² (Primer, arXiv:2109.08668)."""
@@ -180,7 +186,7 @@ def chunks_of(x, length):
 
 
 class Attention(nn.Module):
-    """Causal, across documents of a row. In every other layer tables add to a token's values (arXiv:2410.17897)."""
+    """Causal, across the documents of a row. In every other layer value embeddings add to values (arXiv:2410.17897)."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -189,7 +195,7 @@ class Attention(nn.Module):
         self.shift = mx.zeros(n)  # of the mix before this
         if layer % 2 == (config.depth - 1) % 2:  # in every other layer, the last one always
             self.value_embedding = uniform(config.vocab_size, n)
-            self.ngrams = [NGrams(config, layer, n) for n in NGRAMS if config.ngram_rows]
+            self.ngrams = [NGrams(config, layer, size) for size in NGRAMS if config.ngram_rows]
             self.value_gates = [mx.zeros(gate) for _ in [self.value_embedding, *self.ngrams]]
         if config.ngram_rows:
             self.out_gate = mx.zeros(gate)
@@ -199,9 +205,9 @@ class Attention(nn.Module):
         B, T, C = h.shape
         q, k, v = heads(linear(h, self.qkv).reshape(B, T, 3, self._heads, -1))
         if "value_embedding" in self:
-            found = [embed(self.value_embedding, tokens), *(table(tokens) for table in self.ngrams)]
-            parts = mx.split(h[..., : len(found) * GATE_CHANNELS], len(found), axis=-1)
-            v = add_gated(v, [linear(*pair) for pair in zip(parts, self.value_gates, strict=True)], found)
+            rows = [embed(self.value_embedding, tokens), *(table(tokens) for table in self.ngrams)]
+            parts = mx.split(h[..., : len(rows) * GATE_CHANNELS], len(rows), axis=-1)
+            v = add_gated(v, [linear(*pair) for pair in zip(parts, self.value_gates, strict=True)], rows)
         if T > self._window:  # block-local attention (arXiv:1801.10198): a query sees what precedes it in its chunk
             q, k, v = (chunks_of(z, self._window) for z in (q, k, v))
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale, mask="causal")
@@ -263,6 +269,7 @@ class NGrams(ngrams.Table):
     """Value embeddings of the n tokens that end at each position: a look-up, no arithmetic (Engram, arXiv:2601.07372).
 
     Two half-width tables, hashed differently: n-grams that share a row in one seldom do in both (arXiv:1709.03933).
+    Trainer differentiates by the rows of a batch and updates these alone, by `adagrad`.
     """
 
     def __init__(self, config, layer, n):
@@ -277,12 +284,6 @@ class NGrams(ngrams.Table):
             mixed = mixed ^ (mx.pad(tokens, [(0, 0), (back, 0)])[:, :length].astype(mx.uint32) * mx.array(factors))
         mixed = (mixed ^ (mixed >> 15)) * mx.array(2654435769, mx.uint32)  # Fibonacci hashing: 2^32 / golden ratio
         return (mixed >> 7) % self.weight.shape[1]
-
-
-@fast(ngrams.gated_norm, when=KERNELS)
-def gated_norm(y, gate):
-    """Output y (B, T, heads, head_dim) of each head, normed (arXiv:2410.05258) and gated (arXiv:2505.06708)."""
-    return GATE_MAX * mx.sigmoid(gate)[..., None] * norm(y)
 
 
 @fast(ngrams.adagrad, when=KERNELS)
@@ -425,7 +426,7 @@ class GPTOptimizer(optim.MultiOptimizer):
         for name, optimizer in self.groups.items():
             factor = (1 - NGRAM_WARMUP ** (step + 1)) ** 0.5 if name == "ngrams" else learning_rate_factor(progress)
             optimizer.learning_rate = self.rates[name] * factor
-            if isinstance(optimizer, optim.AdamW):  # bias correction: its averages begin at zero
+            if isinstance(optimizer, optim.AdamW):  # bias correction, which MLX leaves out by default
                 first, second = (1 - beta ** (step + 1) for beta in optimizer.betas)
                 optimizer.learning_rate *= second**0.5 / first
         muon = self.groups["matrices"].state
@@ -448,7 +449,7 @@ def learning_rate_factor(progress):
 
 
 def build(vocab_size, sequence_length, compiled=GPU, **sizes):
-    """A new model with its optimizer: (GPTConfig, Trainer). bench.py and tune.py use it too, with other sizes."""
+    """A new model with its optimizer: (GPTConfig, Trainer). bench.py uses it too, with other sizes."""
     config = GPTConfig(vocab_size=vocab_size, sequence_length=sequence_length, **sizes)
     model, streams = GPT(config), prepare.compute_streams()
     return config, Trainer(model, GPTOptimizer(model, config.n_embd, streams), loss_fn, streams, compiled)

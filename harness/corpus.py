@@ -48,9 +48,12 @@ def refuse_cache(name, damaged=None):
     sys.exit(UNFIT)
 
 
-def split_of(text, share):
-    """The split of a text by its own hash, `share` of all to val and as much to test: others do not change it."""
-    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+def split_of(key, share):
+    """The split of what `key` stands for, its text or its name, by the hash of that: others do not change it.
+
+    share: of all to val, and as much to test.
+    """
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return "val" if place < share else "test" if place < 2 * share else "train"
 
 

@@ -11,6 +11,9 @@ import numpy as np
 from harness import devices, machine
 from harness.run_checks import Refused
 
+SECONDS, SHARE = 60.0, 1 / 3  # of the budget: what scoring the validation rows may take, the less of both
+LEAST_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -26,11 +29,23 @@ class Evaluation:
     row_bytes: np.ndarray
 
 
+def select_rows(rows, chosen, row_seconds, budget):
+    """The rows (n, T + 1) that are scored, spread evenly over all `rows`.
+
+    chosen: "" for all; a number; or "auto": as many as are scored in time, where a row takes `row_seconds`, and at
+    least LEAST_ROWS. The first run of a session chooses for all that come after it.
+    """
+    if chosen == "auto":
+        chosen = max(LEAST_ROWS, min(SECONDS, SHARE * budget) / max(row_seconds, 1e-9))
+    count = min(len(rows), int(chosen or len(rows)))
+    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+
+
 def evaluate_bpb(model, rows, tokenizer, batch_size):
     """Bits per byte of `model` on rows uint16 (n, T + 1): the summed bits of all targets over their UTF-8 bytes.
 
     model: from token ids int32 (b, T) to logits (b, T, vocab_size). It sees ids and nothing else; log-softmax and loss
-    are computed here, in float32. rows: see `batches.evaluation_rows`; every rank of a group scores its part of them.
+    are computed here, in float32. rows: see `select_rows`; every rank of a group scores its part.
     batch_size: rows handed to the model at once.
 
     Returns an `Evaluation`. Raises `Refused` where the answers are no distributions.
@@ -92,7 +107,7 @@ def score_rows(model, rows, tokenizer, batch_size):
 
 
 def nats_of(model, ids, tokens, vocab_size, batch_size):
-    """What the model asks for some tokens at each position: -log p, float32 (n, T, k).
+    """What some tokens cost at each position: -log p in nats, float32 (n, T, k).
 
     ids: (n, T). tokens: (n, T, k). Batches all have `batch_size` rows, the last one filled up with rows that are not
     counted: a new shape may mean new kernels. Raises `Refused` where a logit is not a number.
@@ -106,8 +121,7 @@ def nats_of(model, ids, tokens, vocab_size, batch_size):
             part = slice(first + i * batch_size, first + (i + 1) * batch_size)
             if part.start < whole:
                 with mx.stream(stream):
-                    logits = logits_of(model, mx.array(ids[part]), vocab_size)
-                    results.append(nats_of_logits(logits, mx.array(tokens[part])))
+                    results.append(nats_of_batch(model, mx.array(ids[part]), mx.array(tokens[part]), vocab_size))
         mx.async_eval(results)  # together, or the streams would work one after the other
         found += [np.array(batch) for batch in ahead]
         ahead = results
@@ -116,15 +130,8 @@ def nats_of(model, ids, tokens, vocab_size, batch_size):
     return found
 
 
-def nats_of_logits(logits, tokens):
-    """-log softmax(logits) (b, T, vocab) at tokens (b, T, k), in float32."""
-    logits = logits.astype(mx.float32)
-    logits = logits - logits.max(axis=-1, keepdims=True)  # or the sum below would be rounded away beside large ones
-    return mx.stack([mx.fast.cross_entropy(logits, tokens[..., j]) for j in range(tokens.shape[-1])], axis=-1)
-
-
-def logits_of(model, ids, vocab_size):
-    """The model's logits (b, T, vocab_size) for ids (b, T): one row for every position."""
+def nats_of_batch(model, ids, tokens, vocab_size):
+    """-log softmax of the model's logits (b, T, vocab_size) for ids (b, T), at tokens (b, T, k), in float32."""
     logits, expected = model(ids), (*ids.shape, vocab_size)
     array = isinstance(logits, mx.array)
     if not array or logits.shape != expected or not mx.issubdtype(logits.dtype, mx.floating):
@@ -133,7 +140,9 @@ def logits_of(model, ids, vocab_size):
             f"shape: the model returned {got}, expected an mx.array of floating-point logits (batch, positions, "
             f"vocabulary) = {expected}: for every position one number for every token."
         )
-    return logits
+    logits = logits.astype(mx.float32)
+    logits = logits - logits.max(axis=-1, keepdims=True)  # or the sum below would be rounded away beside large ones
+    return mx.stack([mx.fast.cross_entropy(logits, tokens[..., j]) for j in range(tokens.shape[-1])], axis=-1)
 
 
 def finite(nats):

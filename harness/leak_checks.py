@@ -75,12 +75,9 @@ def strangely_good(nats, targets, count, rng):
 
 
 class LeakChecks:
-    """The questions about one model and its rows, asked when these were scored.
+    """The questions about one model and its rows, uint16 (n, T + 1), asked when these were scored.
 
-    Args:
-        model: what is evaluated. What it holds is remembered when this is made, before it is scored.
-        rows: uint16 (n, T + 1), what it is scored on.
-        batch_size: rows of a batch.
+    What the model holds is remembered when this is made, before it is scored.
     """
 
     def __init__(self, model, rows, tokenizer, batch_size):

@@ -48,7 +48,7 @@ def allowed(question):
 # --- what else went on -----------------------------------------------------------------------------
 
 TICK = 0.25  # seconds between two looks at the clock
-GAP = 2.0  # seconds between two looks, without work done: the process was stopped, or the machine slept
+GAP = 2.0  # seconds between two looks, without work done: it was stopped, or slept; see run_checks.paused
 BUSY = ("user", "system", "nice", "irq", "softirq", "steal")  # time of guests is in `user`
 
 

@@ -32,20 +32,21 @@ def seal_fits(record):
     return record.get("seal") == seal(record)
 
 
-def write(train, commit, **content):
+def write(train_blob, commit, **content):
     """Complete a run's record, archive it, and make it data/last_run.json; returns it.
 
     A reader of data/last_run.json sees the old record or the new one, whole.
-    train: the hash of the program that ran. commit: what was checked out, or None. content: see `Run._end`.
+    train_blob: the hash of the program that ran. commit: what was checked out, or None. content: see `Run._end`;
+    megabytes and gigabytes in it are 2^20 and 2^30 bytes.
     """
     now = datetime.now().astimezone()
     record = {
         "format_version": 2,
         "run_id": f"{now:%Y%m%d_%H%M%S}-{uuid.uuid4().hex[:12]}",
-        "attempt": os.environ.get("AUTORESEARCH_PROGRESS", "").split(" ")[0],  # whose record this is, see experiment.py
+        "attempt": os.environ.get("AUTORESEARCH_ATTEMPT", ""),  # whose record this is, see experiment.py
         "timestamp": now.isoformat(timespec="seconds"),
         "commit": commit,
-        "train_blob": train,
+        "train_blob": train_blob,
         **content,
     }
     record["seal"] = seal(record)
@@ -99,12 +100,11 @@ def tell_step(curve, budget):
     """On a terminal, one line that is overwritten; once a second a note for `make watch`. curve: see `binned`."""
     (before, _, fewer, _), (now, loss, tokens, _) = curve[-2] if len(curve) > 1 else (0.0, 0.0, 0, 0.0), curve[-1]
     share, rate, left = 100 * now / budget, (tokens - fewer) / max(now - before, 1e-9), max(0.0, budget - now)
-    note = os.environ.get("AUTORESEARCH_PROGRESS")
+    note, attempt = (os.environ.get(f"AUTORESEARCH_{name}") for name in ("PROGRESS", "ATTEMPT"))
     if note and int(now) > int(before):
-        attempt, path = note.split(" ", 1)
         figures = {"step": len(curve) - 1, "seconds": now, "budget": budget, "loss": loss, "tok_sec": rate}
         with suppress(OSError):  # a reader takes what is not whole for nothing
-            Path(path).write_text(json.dumps({"attempt": attempt, **figures}))
+            Path(note).write_text(json.dumps({"attempt": attempt, **figures}))
     if sys.stdout.isatty() or os.environ.get("AUTORESEARCH_TERMINAL"):
         line = f"\rstep {len(curve) - 1}  {share:5.1f} %  loss {loss:.4f}  {rate:,.0f} tok/s  {left:.0f} s left  "
         print(line, end="", flush=True)

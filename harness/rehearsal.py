@@ -30,7 +30,7 @@ def rehearse(model, tokens, tokenizer, batch_size, seconds=math.inf):
                 model_state.shake(model)
                 return ask(model, rows, tokenizer, batch_size, seconds)
         except Refused as refused:
-            if not str(refused).startswith("finite: "):
+            if not str(refused).startswith("finite: "):  # evaluation.finite
                 raise
         return ask(model, rows, tokenizer, batch_size, seconds)  # shaken too much for it: as it was built, then
 

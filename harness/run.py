@@ -10,7 +10,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import psutil
 from mlx.utils import tree_flatten
 
@@ -18,7 +17,7 @@ from data_sources import get_dataset
 from harness import devices, files, machine, model_state, project, record, run_checks
 from harness.batches import Batches, evaluation_rows
 from harness.corpus import cache_dir
-from harness.evaluation import evaluate_bpb
+from harness.evaluation import evaluate_bpb, select_rows
 from harness.leak_checks import LeakChecks
 from harness.rehearsal import rehearse
 from harness.run_checks import Refused, harness_reads
@@ -29,8 +28,6 @@ from harness.token_cache import TokenCache, Tokenizer
 BEGAN = machine.allowed(lambda: psutil.Process().create_time()) or time.time()
 PROCESS_START = time.monotonic() - max(0.0, time.time() - BEGAN)
 HARNESS = project.harness_hash()  # of the files as they are when this process begins
-EVAL_SECONDS, EVAL_SHARE = 60.0, 1 / 3  # of the budget: what scoring the validation rows may take, the less of both
-LEAST_ROWS = 64
 CHECK_SECONDS, CHECK_SHARE = 3.0, 0.05  # of the budget: what leak checks may take, the more of both
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
 
@@ -50,18 +47,6 @@ def mode():
         case ["--check" | "--holdout"] | ["--weights", _] | ["--sample", _, _]:
             return words[0][2:], words[1:]
     sys.exit(f"error: train.py does not understand {' '.join(words)}: it takes --check, or --weights FILE")
-
-
-def rows_to_score(rows, chosen, row_seconds, budget):
-    """The rows (n, T + 1) that are scored, spread evenly over all `rows`.
-
-    chosen: "" for all; a number; or "auto": as many as are scored in time, where a row takes `row_seconds`, and at
-    least LEAST_ROWS. The first run of a session chooses for all that come after it.
-    """
-    if chosen == "auto":
-        chosen = max(LEAST_ROWS, min(EVAL_SECONDS, EVAL_SHARE * budget) / max(row_seconds, 1e-9))
-    count = min(len(rows), int(chosen or len(rows)))
-    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
 def refuse_unusable(model, batch_size):
@@ -235,7 +220,7 @@ class Run:
     # --- the end ---
 
     def finish(self, model, batch_size, config):
-        """Evaluate, write the record, print the summary. Exits with 2 where a check refuses the run.
+        """Evaluate, write the record, print its figures. Exits with 2 where a check refuses the run.
 
         model: an `nn.Module`, see `evaluate_bpb`. batch_size: rows at once in evaluation. config: dict of plain values
         for the record's `model`; holds at least `depth` and `n_embd`.
@@ -283,7 +268,7 @@ class Run:
         with harness_reads():
             rows = evaluation_rows(self.cache, self.dataset, split)
         self._all_rows = len(rows)
-        return rows_to_score(rows, os.environ.get("AUTORESEARCH_ROWS"), self._row_seconds, self.budget)
+        return select_rows(rows, os.environ.get("AUTORESEARCH_ROWS"), self._row_seconds, self.budget)
 
     def _evaluate(self, model, batch_size):
         """The `Evaluation` of the validation rows. Raises `Refused` where a leak check fails."""
@@ -324,7 +309,7 @@ class Run:
                 "row_bits": record.packed(evaluation.row_bits),
             }
         written = record.write(
-            train=self.train_blob,
+            train_blob=self.train_blob,
             commit=project.git("rev-parse", "--verify", "HEAD"),
             status="invalid" if reason else "valid",
             reason=reason,
@@ -339,7 +324,7 @@ class Run:
             training=training,
             machine=self._machine,
             result=result,
-            curve=record.binned(self._curve[:-1] or self._curve),  # the last end is noted otherwise
+            curve=record.binned(self._curve[:-1] or self._curve),  # finish() read the last end, no next step
         )
         record.tell(written)
         if reason:

@@ -104,7 +104,7 @@ def mean_in_chunks(loss_and_gradients, hidden, head, targets, at_once):
             losses.append(loss)
             hidden_gradients.append(gradients[0])
             head_gradient = head_gradient + gradients[1]
-        return mx.stack(losses).sum() / n, mx.concatenate(hidden_gradients), head_gradient
+        return mx.stack(losses).sum() / n, mx.concatenate(hidden_gradients), head_gradient  # of the sum; see backward
 
     @mean.vjp
     def backward(primals, cotangents, outputs):
@@ -116,7 +116,7 @@ def mean_in_chunks(loss_and_gradients, hidden, head, targets, at_once):
 class StackedOptimizer(optim.Optimizer):
     """Updates all matrices of one shape together, as one stack (n, rows, columns); stacks are spread over `streams`.
 
-    A parameter is a matrix or a stack of them. In the update tall matrices are transposed, so that rows <= columns.
+    A parameter is a matrix or a stack of them. In the update tall and square ones are transposed: rows <= columns.
     A subclass has init_stack(n, rows, columns), which returns a stack's state, and update_stack(gradient, weight,
     aspect, state), which returns its new weights; aspect: float (n, 1, 1), rows over columns before transposing.
     """

@@ -123,7 +123,12 @@ class Session:
         return found
 
     def attempts(self):
-        """Every run that was begun here, the oldest first, with how it ended and where it was logged."""
+        """Every run that was begun here, the oldest first: a dict of all that its events hold, and their times.
+
+        begin: see `experiment.run_once`; end: status, reason, wall_seconds, run_id, test; logging: row, line, verdict
+        and so on (`log_result.intended`). Times: `started`, `end`, `logging`, `logged`. Without an end its status is
+        `running` or `interrupted`.
+        """
         attempts = {}
         for event in self.events():
             content = {key: value for key, value in event.items() if key not in ("event", "time")}

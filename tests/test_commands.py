@@ -85,6 +85,8 @@ make run REFERENCE=1 N=4
 make run
  make log-result STATUS=keep DESC="a gate"
 make ablate
+make holdout N=1
+make holdout N=1 BUDGET=1200
 make holdout N=3
 make report
 """

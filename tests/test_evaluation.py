@@ -10,8 +10,7 @@ import pytest
 from gallery import evaluate, rows_of
 
 import prepare
-from harness.evaluation import bits_per_byte
-from harness.run import rows_to_score
+from harness.evaluation import bits_per_byte, select_rows
 
 V = 512
 
@@ -134,7 +133,7 @@ def test_a_session_scores_as_many_rows_as_its_first_run_has_time_for(session):
 
 def test_rows_are_spread_over_all_and_never_too_few():
     rows = np.arange(1000)[:, None]
-    assert (rows_to_score(rows, "", 9.0, 30.0) == rows).all() and len(rows_to_score(rows, "7", 9.0, 30.0)) == 7
-    some = rows_to_score(rows, "auto", 0.1, 30.0)[:, 0]
+    assert (select_rows(rows, "", 9.0, 30.0) == rows).all() and len(select_rows(rows, "7", 9.0, 30.0)) == 7
+    some = select_rows(rows, "auto", 0.1, 30.0)[:, 0]
     assert len(some) == 100 and some[0] == 0 and some[-1] == 999 and np.diff(some).min() > 8
-    assert len(rows_to_score(rows, "auto", 0.1, 900.0)) == 600 and len(rows_to_score(rows, "auto", 9.0, 30.0)) == 64
+    assert len(select_rows(rows, "auto", 0.1, 900.0)) == 600 and len(select_rows(rows, "auto", 9.0, 30.0)) == 64

@@ -13,14 +13,14 @@ def test_baseline_against_best_in_turn_with_fresh_seeds(session):
     done = session.make("holdout", "N=2", check=0)
     assert "as the night saw it, on validation  +0.1000 ± " in done.stdout
     assert "fresh runs, on test                 +0.1000 ± " in done.stdout
-    assert "looked at 1 time in" in done.stdout
+    assert "look 1 at the test split" in done.stdout
     begun = [event for event in session.events if event["event"] == "begin" and event["role"] == "holdout"]
     assert [event["seed"] for event in begun] == [43, 43, 44, 44]
     first, best = (row[0] for row in session.rows[:2])
     assert [event["commit"] for event in begun] == [first, best, best, first]  # in turn
     assert (session.git("rev-parse", "HEAD"), (session.path / "train.py").read_text()) == (head, text)
     assert session.git("worktree", "list").count("\n") == 0 and len(session.rows) == 3
-    assert "looked at 2 times in" in session.make("holdout", "N=1", check=0).stdout
+    assert "look 2 at the test split" in session.make("holdout", "N=1", check=0).stdout
 
 
 # What the budget and the text make of a change: at four times the budget it loses, on other text it gains twice.

@@ -59,6 +59,10 @@ def test_another_run_is_made_while_it_may_settle_it():
     assert word(0.02, sure=0.97, share=0.5, next="new") == "rerun"  # the fewer runs, the surer one must be
     assert word(0.02, sure=0.97, share=1.0, next="new") == "keep"
     assert word(0.02, sure=0.9987, share=0.01, next="new") == "keep"  # there is an end to that
+    almost = {"sure": 0.97, "share": 0.5, "harmless": 0.9999, "next": "new"}
+    assert word(0.004, faster=0.12, **almost) == "keep"  # whatever its gain turns out to be
+    assert word(0.004, faster=0.12, unearned=("judge", "a step teaches less"), **almost) == "rerun"
+    assert word(0.004, faster=0.12, **{**almost, "harmless": 0.97}) == "rerun"
 
 
 def test_a_loss_that_matters_is_looked_at_where_the_code_is_shorter_or_faster():

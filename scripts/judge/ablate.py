@@ -1,7 +1,5 @@
 """What each kept change is still worth: taken back alone from the best program, and run beside it.
 
-usage: ablate.py --tag TAG --head COMMIT [--runs N]
-
 A change is taken back by git's three-way merge of train.py. What is left is a program of its own, run N times with the
 seeds of the best, in turn. What was run before is not run again: a command that was killed goes on where it was.
 """

@@ -29,7 +29,7 @@ CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
 
 @dataclass(frozen=True)
 class Observation:
-    """A run. load: 0 on a quiet machine, see `load`; slot: what runs beside the same load share."""
+    """A run. load: 0 on a quiet machine, see `load`; slot: equal for runs beside the same load, else None."""
 
     program: str
     seed: int
@@ -75,17 +75,13 @@ class Evidence:
         usual = abs(np.median(bpbs)) or 1.0
         self._bpb = MixedModel(self.runs, self.column, bpbs, NOISE * usual, COST * usual)
         self.sigma, self.same_seed = self._bpb.sigma, self._bpb.same_seed
+        quiet = [run.program for run in self.runs if not run.load]
+        self.df = len(quiet) - len(set(quiet))  # degrees of freedom by which sigma is known: undisturbed repeats
 
     @cached_property
     def _rate(self):
         logs = np.log([max(run.rate, 1e-9) for run in self.runs])
         return MixedModel(self.runs, self.column, logs, SPEED, STEPS, rhos=np.zeros(1))
-
-    @property
-    def df(self):
-        """Degrees of freedom by which sigma is known: undisturbed runs that repeat a program."""
-        quiet = [run.program for run in self.runs if not run.load]
-        return len(quiet) - len(set(quiet))
 
     def mean(self, program):
         """val_bpb of a program by the model: mean(old) - mean(new) is the gain of compare(new, old)."""
@@ -160,7 +156,7 @@ class Evidence:
 
 
 def unused(seeds, first=SEED):
-    """The seed that another run takes beside runs with these seeds: the first one that none of them had."""
+    """The seed that another run takes beside runs with these seeds: the first that none had, so work can be resumed."""
     return next(seed for seed in range(first, first + len(seeds) + 1) if seed not in seeds)
 
 
@@ -191,7 +187,7 @@ def busy(run):
 def load(run):
     """How much a run lost to other work: minus the logarithm of the share of the machine that was left to it."""
     why, seen = busy(run), run["machine"] or {}
-    share = seen["other_cores"] / seen["cores"] if why and why.startswith("other processes") else 0.5
+    share = seen["other_cores"] / seen["cores"] if why and why.startswith("other processes") else 0.5  # see `busy`
     return -math.log(1 - min(share, 0.95)) if why else 0.0
 
 

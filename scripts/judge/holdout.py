@@ -1,7 +1,5 @@
 """The night's gain, measured anew, on text that nobody selected on.
 
-usage: holdout.py --tag TAG --head COMMIT [--runs N] [--dataset NAME]
-
 Baseline and best kept program, N times in turn with equal seeds that neither has had, each in a worktree of its own,
 scored on the validation split and on the test split. Every look at the test split is noted in the session. A look with
 another budget than the session's, or on another dataset, tells what is left of the gain there, by its own runs alone.
@@ -11,7 +9,7 @@ from harness import project
 from scripts import session
 from scripts.judge.evidence import Evidence, Observation, gain_words, load, unused
 from scripts.run import experiment
-from scripts.session import Refused, Session, commit_with, counted, on_dataset, options, run_command, tell
+from scripts.session import Refused, Session, commit_with, on_dataset, options, run_command, tell
 from scripts.show import summary
 from scripts.show.night import Night
 
@@ -75,8 +73,7 @@ def main(args):
             f"  as the night saw it, on validation  {gain_words(seen)}",
             f"  fresh runs, on validation           {gain_words(fresh)}",
             f"  fresh runs, on test                 {gain_words(test)}",
-            f"{there and f'with {there} '}{', '.join(Night(args.tag).held_out[there][1:])}",
-            f"the test split was looked at {counted(len(night.looks) + 1, 'time')} in this session"]  # fmt: skip
+            f"{there and f'with {there} '}{', '.join(Night(args.tag).held_out[there][1:])}"]  # fmt: skip
     print("\n".join(told), flush=True)
     experiment.notify("\n".join(told))
 

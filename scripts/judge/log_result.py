@@ -55,8 +55,10 @@ def complete(this_session, attempt):
         ref = f"refs/experiments/{this_session.tag}/{attempt['number']:03d}"
         if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
             raise Refused(f"git could not write .git/{ref}: a full disk, or a read-only folder? Mend that, and again")
-    if attempt["row_status"] == "keep":
-        keep_weights(this_session, attempt)
+    if attempt["row_status"] == "keep" and program_of_weights(project.LAST_WEIGHTS) == attempt["train_blob"]:
+        files.move_into_place(project.LAST_WEIGHTS, project.BEST_WEIGHTS)
+        if project.HOME != project.ROOT:  # a worktree's, in its clone, too
+            files.write_atomically(this_session.folder / project.BEST_WEIGHTS.name, project.BEST_WEIGHTS.read_bytes())
     this_session.note("logged", id=attempt["id"])
     return journal
 
@@ -109,13 +111,14 @@ def intended(this_session, attempt, args):
         same = [row for row in rows if row.blob == attempt["train_blob"] and row.status == args.status]
         if same:
             raise Refused(f"row {same[0].number} is this program's, and repeats add no row: make discard")
+        # val_bpb and speed by all runs of the program, memory by this one
         new, memory = decision.new, decision.run["training"]["peak_memory_mb"] / 1024
         figures = f"{new.bpb:.6f}\t{memory:.1f}\t{round(new.rate)}"
     else:
         figures = "0.000000\t0.0\t0"
     line = f"{(attempt['commit'] or '0' * 7)[:7]}\t{figures}\t{args.status}\t{description}"
     refs = session.git("for-each-ref", "--format=%(refname:lstrip=-1)", f"refs/experiments/{this_session.tag}/") or ""
-    number = 1 + max([len(rows), *map(int, filter(str.isdecimal, refs.split()))])  # of the commits kept reachable
+    number = 1 + max([len(rows), *map(int, filter(str.isdecimal, refs.split()))])  # of ref and journal
     gain = expected(attempt["commit"])
     return {
         "row": len(rows) + 1, "number": number, "line": line, "row_status": args.status, "commit": attempt["commit"],
@@ -164,14 +167,6 @@ def program_of_weights(path):
         size = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(min(size, 2**24)))["__metadata__"]["train_blob"]
     return None
-
-
-def keep_weights(this_session, attempt):
-    """The weights of the newest kept program stay, as data/best.safetensors; of a worktree in its clone, too."""
-    if program_of_weights(project.LAST_WEIGHTS) == attempt["train_blob"]:
-        files.move_into_place(project.LAST_WEIGHTS, project.BEST_WEIGHTS)
-        if project.HOME != project.ROOT:
-            files.write_atomically(this_session.folder / project.BEST_WEIGHTS.name, project.BEST_WEIGHTS.read_bytes())
 
 
 def kept(args):

@@ -15,7 +15,7 @@ from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
-BAR, ENOUGH = 1.5, 3.0  # standard errors asked of a gain: after all runs (93 % sure); to stop at any time
+BAR, ENOUGH = 1.5, 3.0  # standard errors asked of a gain: when no run is left (93 % sure); to stop before
 CLEAR = 0.005  # bits per byte: a gain that may cost throughput, and a loss that matters
 WEAK = 2.0  # sigmas: a loss matters from CLEAR on, or from so many sigmas where that is more
 SMALL = 0.003  # bits per byte: a loss that much throughput may pay for
@@ -72,12 +72,13 @@ def rule(facts):
         return "again", "its losses are the reference's, step by step: the change has no effect", None
     better, worse = facts.seen.sure >= asked(facts.share), facts.seen.sure <= 1 - asked(1.0)
     harmless = facts.same or facts.harmless >= asked(facts.share)
-    if facts.next and not (better or facts.same):
+    word, why = table(better, worse, harmless, gain, faster, facts.fewer_lines)
+    settled = better or facts.same or (word == "keep" and harmless and not facts.unearned)  # whatever its gain
+    if facts.next and not settled:
         least, run, _ = NEXT[facts.next]
         may_pay = not harmless and (facts.fewer_lines or faster > FASTER)
         if facts.promise >= least or (may_pay and facts.harmless_promise >= least):
             return "rerun", f"{run} may settle it", facts.next
-    word, why = table(better, worse, harmless, gain, faster, facts.fewer_lines)
     if facts.unearned and faster > 0:
         without = table(better, worse, harmless, gain, 0.0, facts.fewer_lines)
         if without[0] != word:
@@ -91,17 +92,17 @@ def rule(facts):
 def table(better, worse, harmless, gain, faster, fewer_lines):
     """What is left to decide: (verdict, why). harmless: a loss that matters is ruled out."""
     if better and faster >= -SLOWER:
-        return "keep", "val_bpb improved, and throughput did not fall by more than 15 %"
+        return "keep", f"val_bpb improved, and throughput did not fall by more than {100 * SLOWER:g} %"
     if better and gain < CLEAR:
-        return "discard", f"val_bpb improved by less than {CLEAR}, throughput fell by more than 15 %"
+        return "discard", f"val_bpb improved by less than {CLEAR}, throughput fell by more than {100 * SLOWER:g} %"
     if better:
-        return "judge", f"val_bpb improved by {CLEAR} or more, throughput fell by more than 15 %"
+        return "judge", f"val_bpb improved by {CLEAR} or more, throughput fell by more than {100 * SLOWER:g} %"
     if harmless and faster > FASTER:
-        return "keep", "no loss that matters, throughput rose by more than 10 %"
+        return "keep", f"no loss that matters, throughput rose by more than {100 * FASTER:g} %"
     if harmless and fewer_lines and faster >= -SIMPLER_COSTS:
         return "keep", "no loss that matters, with fewer lines (simpler)"
     if worse and gain > -SMALL and faster > MUCH_FASTER:
-        return "keep", f"val_bpb worse by less than {SMALL}, throughput rose by more than 25 %"
+        return "keep", f"val_bpb worse by less than {SMALL}, throughput rose by more than {100 * MUCH_FASTER:g} %"
     return "discard", "val_bpb worse" if worse else "not proven"
 
 
@@ -159,7 +160,10 @@ def of_attempt(this_session, attempt, rows):
         verdict.word, verdict.rule = "keep", "nothing was kept before: it becomes what all is compared with"
         return verdict
     old_runs = [r for r in records if r["train_blob"] == old]
-    refuse_unlike(row, run, old_runs)
+    if not any(r["run_id"] != run["run_id"] for r in old_runs):  # where it has runs, one must be comparable
+        known = [r for r in record.archived() if r["train_blob"] == row.blob and r["run_id"] != run["run_id"]]
+        if known and (unlike := record.differences(run, known[-1])):
+            raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
     verdict.rule = again(new, old)
     if verdict.rule:
         return verdict
@@ -196,14 +200,6 @@ def again(new, old):
 
 def code_lines(blob):
     return len((session.essence(session.text_of(blob) or "") or "").splitlines())
-
-
-def refuse_unlike(row, run, old_runs):
-    """Refuse a comparison where the reference has runs, and none that may be compared with this one."""
-    known = [r for r in record.archived() if r["train_blob"] == row.blob and r["run_id"] != run["run_id"]]
-    if known and not any(r["run_id"] != run["run_id"] for r in old_runs):
-        if unlike := record.differences(run, known[-1]):
-            raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
 
 
 def can_be_a_row(this_session, attempt, rows):

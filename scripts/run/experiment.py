@@ -1,11 +1,9 @@
 """Run train.py as an experiment: once, again, or in a pair; note how it ended, and say so.
 
-usage: experiment.py --tag TAG [--head COMMIT] [--session] [--again | --reference | --pair] [--runs N] [--baseline]
-
 The path of a run:
 
     make run              what was typed becomes environment variables
-    scripts/run.sh        is it committed, is nothing else changed; then this with the environment's Python
+    scripts/run.sh        is it committed, is nothing else changed; the session's settings; then this
     experiment.py         takes the device (lock.py), says which runs are made (plan.py), and makes them
     supervise.py          starts train.py, watches it to its end, and leaves nothing of it behind
     launch.py             with NPROC or HOSTS alone: through mlx.launch, a train.py on each device
@@ -15,8 +13,11 @@ The path of a run:
     make log-result       judge/log_result.py: the row, the journal, the commit's ref
 
 The environment takes to train.py: AUTORESEARCH_BUDGET, _SEED, _FILES, _COLUMN, _CACHE (settings), _ROWS (of
-evaluation), _PROGRESS (whose record it is; a file for how far it is), _TERMINAL (it may show that). launch.py adds
-_GROUP.
+evaluation), _ATTEMPT (whose record it is), _PROGRESS (a file for how far it is), _TERMINAL (it may show that).
+launch.py adds _GROUP.
+
+An attempt is what the session notes of a run (session.py); a record what train.py left of it (harness/record.py); a
+row what was logged; a program a train.py, by the hash of its blob.
 """
 
 import os
@@ -100,14 +101,14 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
             "launcher": os.getpid(), "lock": list(held)[-1],
         }  # fmt: skip
         this_session.note("begin", **attempt)
-        launcher = ["-m", "scripts.run.launch", str(ROOT)] if of_group() else []
-        command = [sys.executable, *launcher, "train.py", *["--holdout"] * holdout]
-        rows = rows_scored(this_session, budget, project.dataset_of_train(folder / "train.py"))
-        progress = f"{attempt['id']} {PROGRESS}"
-        known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_ROWS": rows, "AUTORESEARCH_PROGRESS": progress}
+        through = ["-m", "scripts.run.launch", str(ROOT)] if of_group() else []
+        command = [sys.executable, *through, "train.py", *["--holdout"] * holdout]
+        rows = rows_setting(this_session, budget, project.dataset_of_train(folder / "train.py"))
+        known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_ROWS": rows, "AUTORESEARCH_ATTEMPT": attempt["id"],
+                 "AUTORESEARCH_PROGRESS": str(PROGRESS)}  # fmt: skip
         code, wall = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
         status, reason, run = outcome(attempt, code, wall, timeout, files.read_json(last))
-        if run and commit:
+        if run and commit:  # its folder goes; data/last_run.json is always the newest run's
             files.write_atomically(project.DATA / "last_run.json", last.read_text())
         ended = {"status": status, "reason": reason, "wall_seconds": round(wall, 1), "run_id": run and run["run_id"]}
         if holdout and status == "valid":
@@ -116,7 +117,7 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
     return {**attempt, **ended, "row": None}
 
 
-def rows_scored(this_session, budget, dataset):
+def rows_setting(this_session, budget, dataset):
     """How many rows of evaluation a run scores: as the session's first one on this text chose; "auto" for that one."""
     for attempt in this_session.attempts():
         run = session.record_of(attempt) if (attempt["status"], attempt["budget"]) == ("valid", budget) else None
@@ -150,7 +151,7 @@ def outcome(attempt, code, wall, timeout, found):
         return "timeout", f"it ran past TIMEOUT={timeout:g} s and was killed", None
     foreign = why_foreign(attempt, found)
     if not foreign and found["status"] != "valid":
-        return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found
+        return "paused" if found["reason"].startswith("paused:") else "invalid", found["reason"], found  # run_checks.py
     if code and shutil.disk_usage(ROOT).free < ROOM:
         return "paused", f"the disk is full, and train.py ended with exit {code}: free some space", None
     if code == processes.UNFIT:

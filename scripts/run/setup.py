@@ -1,7 +1,4 @@
-"""Open a session, for scripts/setup.sh: its settings, its table, and the commit that it starts from.
-
-usage: setup.py --tag TAG --head COMMIT [--dataset NAME]    prints the dataset, whether it is prepared, and that commit
-"""
+"""Open a session, for scripts/setup.sh. Prints its dataset, whether that is prepared, and the commit it starts from."""
 
 import json
 

@@ -64,7 +64,7 @@ def run(command, folder, log, limit, locks, environment):
                 late = child.returncode is None and wall > limit
             processes.end_tree(child.pid, child.poll)  # also what train.py left behind
             child.wait()
-            waits.stdin.write(b"x")  # it need not
+            waits.stdin.write(b"x")  # all has ended: the guard may go
         processes.kill(processes.descendants(os.getpid()))  # whatever lost its parent
         show(written, terminal)
     return None if late else child.returncode, wall

@@ -27,20 +27,12 @@ MEMORY_SHARE = 2 / 3  # of what is free now; the rest is the system's
 
 
 def tokens_needed(parameters):
-    """Tokens that a model must see to be worth its size. parameters: those in matrix products.
-
-    A power law through what was measured: 5 M parameters (depth 4) lead from 8 M tokens on, 29 M (depth 8) equal 14 M
-    (depth 6) at 107 M tokens, 54 M (depth 10) lead at 252 M, not at 65 M, and lead 91 M (depth 12) just at 163 M.
-    """
+    """Tokens that a model must see to be worth its size. parameters: those in matrix products."""
     return 66e6 * (parameters / 29.4e6) ** 1.3
 
 
 def step_size(tokens, sequence_length):
-    """Tokens an optimizer step, a power of two, where a budget holds `tokens`: grows with their root.
-
-    Best were 2^14 at 8 and 16 M tokens, 2^15 at 36 M, 2^16 at 107 and 252 M; half of that for short contexts (2^12
-    at 4 and 6 M tokens of 256 a row).
-    """
+    """Tokens an optimizer step, a power of two, where a budget holds `tokens`: grows with their root."""
     power = 14 + 0.5 * (math.log2(tokens) - 23.6) - (sequence_length < 1024)
     return max(sequence_length, 2 ** round(min(max(power, 11), 17)))
 
@@ -55,11 +47,7 @@ SEEN_ONCE = {"depth": 6, "aspect_ratio": 96, "ngram_rows": 2**19}  # width 640
 
 
 def is_seen_once(tokens, epochs):
-    """Whether SEEN_ONCE pays: tables of n-grams learn by heart, and what they learn serves where no text comes again.
-
-    Measured on an H200 alone, at 80 M tokens (60 s) and 401 M (300 s), each 0.9 times through the text: 0.040 and 0.054
-    ahead, with steps of 2^17. Other sizes, and what comes of a second pass, were not.
-    """
+    """Whether SEEN_ONCE pays: tables of n-grams learn by heart, and that serves where no text comes again."""
     return 60e6 <= tokens <= 600e6 and epochs <= 1.2
 
 

@@ -64,6 +64,10 @@ class Night:
         self._compare()
         self.missing += self._what_is_missing()
         self.chain = self.chain_of(self.best)
+        # the program that is taken apart: the best, or the one that was begun with
+        self.apart = next((e for e in self.kept if self.ablations and e.program == self.ablations[0]["of"]), self.best)
+        self.idle = [e for e in self.kept if e.worth and e.worth.sure < DOUBTFUL]  # carry nothing, as far as measured
+        self.tried = counted(max(0, len(self.experiments) - 1), "experiment")  # the baseline is none
         put_back = [e for e in self.experiments if e.status == "discard" and e.gain.sure > CLOSE]
         self.near_misses = sorted(put_back, key=lambda e: -e.gain.sure)  # probably better than their reference
         self.dead_ends = [e for e in reversed(self.experiments) if e.status != "keep" and e not in put_back]
@@ -124,16 +128,6 @@ class Night:
     # --- what it says ---
 
     @property
-    def apart(self):
-        """The program that is taken apart: the best, or the one that was begun with."""
-        return next((e for e in self.kept if self.ablations and e.program == self.ablations[0]["of"]), self.best)
-
-    @property
-    def idle(self):
-        """Kept changes that carry nothing, as far as it was measured."""
-        return [e for e in self.kept if e.worth and e.worth.sure < DOUBTFUL]
-
-    @property
     def foresight(self):
         """How often the gain that was expected held the gain that came, in words; empty where nobody said any."""
         said = [(e.event["expected"], e.gain.gain) for e in self.experiments if e.event.get("expected") and e.gain]
@@ -154,20 +148,16 @@ class Night:
 
     @property
     def held_out(self):
-        """{where: (gain on the test split, which wins, what is left)} of the newest looks; "": as in the night."""
+        """{where: (gain on the test split, which wins, what is left, which look)}, the newest; "": as in the night."""
         found = {}
-        for look in self.looks:
+        for number, look in enumerate(self.looks, 1):
             gain, error = look["test"]
             best = "the best" if self.best and look["best"] == self.best.commit else look["best"]
             wins = f"{best if gain > 0 else 'the baseline'} wins" if abs(gain) > 2 * error else "not settled which wins"
             left = f"{100 * gain / look['night']:.0f} %" if gain > 0 else "nothing"
-            found[look.get("where", "")] = f"{gain:+.4f} ± {error:.4f}", wins, f"{left} of the night's gain is left"
+            words = wins, f"{left} of the night's gain is left", f"look {number} at the test split"
+            found[look.get("where", "")] = f"{gain:+.4f} ± {error:.4f}", *words
         return found
-
-    @property
-    def tried(self):
-        """How many experiments were made, in words; the baseline is none."""
-        return counted(max(0, len(self.experiments) - 1), "experiment")
 
     @property
     def circumstances(self):

@@ -17,7 +17,7 @@ STYLE = {
     "axes.labelcolor": COLOURS["quiet"], "xtick.color": COLOURS["quiet"], "ytick.color": COLOURS["quiet"],
     "savefig.facecolor": COLOURS["paper"], "axes.facecolor": "none",
 }  # fmt: skip
-LISTED = 8  # of the kept changes, the newest, which stand as text in the picture
+LISTED = 8  # of the kept changes, those that gained most, which stand as text in the picture
 KINDS = {  # status or trust: what it is called, its marker, size in points, inside, edge
     "discard": ("discarded", "o", 6, "dot", "paper"), "crash": ("crashed", "x", 6, "bad", "bad"),
     "safe": ("safe", "o", 9, "good", "paper"), "doubtful": ("doubtful", "o", 8, "paper", "good"),
@@ -52,7 +52,8 @@ def progress(night, kind):
             axis.plot([e.number for e in found], heights, marker, clip_on=False, zorder=4, **look)
     figure.legend(loc="upper right", bbox_to_anchor=(0.995, 0.99), ncols=len(KINDS), frameon=False, fontsize=10)
     if alone:
-        kept = [f"{e.number:3}  {e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain[1:][-LISTED:]]
+        most = sorted(chain[1:], key=lambda e: -e.gain.gain)[:LISTED]
+        kept = [f"{e.number:3}  {e.gain.gain:+.4f}  {cut(one_line(e.description), 40)}" for e in chain if e in most]
         look = {"fontsize": 9.5, "backgroundcolor": COLOURS["paper"], "transform": axis.transAxes}
         axis.text(0.015, 0.06, "\n".join(kept), **look)  # below the steps
         fell = f"val_bpb {night.first.bpb:.4f} → {night.best.bpb:.4f}" if night.gain else "no gain yet"

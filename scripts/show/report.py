@@ -1,7 +1,5 @@
 """Write the morning's page, data/report.html, and the picture data/progress.png.
 
-usage: report.py --tag TAG
-
 The page is one file that needs nothing else. What is known comes from night.py; here it is only said.
 """
 

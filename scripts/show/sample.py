@@ -1,7 +1,5 @@
 """Show a few lines of text from the best weights; the report shows the newest ones, too.
 
-usage: sample.py --tag TAG [--prompt TEXT]
-
 The weights are those of the newest kept program (data/best.safetensors), which is checked out in a folder of its own.
 """
 

@@ -1,7 +1,4 @@
-"""What the agent is told when a run has ended: at most 15 lines, the last of them what to type next.
-
-usage: summary.py --tag TAG    (make verdict: of the newest run)
-"""
+"""What the agent is told when a run has ended: at most 15 lines, the last of them what to type next."""
 
 import re
 from itertools import dropwhile
@@ -31,7 +28,7 @@ def lines(this_session, attempt, baseline=False):
         if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(this_session.attempts(), rows, run)[1])
             return [*found, *disturbed, "noise    {}; {}".format(*noise(evidence)), IDEA]
-        attempt = waits
+        attempt = waits  # what follows is about the candidate
     try:
         decision = verdict.of_attempt(this_session, attempt, rows)
     except verdict.Incomparable as refused:

@@ -1,7 +1,4 @@
-"""A session in a terminal: the brief for an agent that lost the thread, the table, and a screen that follows a run.
-
-usage: terminal.py --tag TAG [--view brief | results | watch] [--all]
-"""
+"""A session in a terminal: the brief for an agent that lost the thread, the table, and a screen that follows a run."""
 
 import os
 import shutil
