@@ -72,13 +72,13 @@ def rule(facts):
         return "again", "its losses are the reference's, step by step: the change has no effect", None
     better, worse = facts.seen.sure >= asked(facts.share), facts.seen.sure <= 1 - asked(1.0)
     harmless = facts.same or facts.harmless >= asked(facts.share)
-    word, why = table(better, worse, harmless, gain, faster, facts.fewer_lines)
-    settled = better or facts.same or (word == "keep" and harmless and not facts.unearned)  # whatever its gain
-    if facts.next and not settled:
+    pays = harmless and faster > FASTER and not facts.unearned  # it is kept, whatever its gain turns out to be
+    if facts.next and not (better or facts.same or pays):
         least, run, _ = NEXT[facts.next]
         may_pay = not harmless and (facts.fewer_lines or faster > FASTER)
         if facts.promise >= least or (may_pay and facts.harmless_promise >= least):
             return "rerun", f"{run} may settle it", facts.next
+    word, why = table(better, worse, harmless, gain, faster, facts.fewer_lines)
     if facts.unearned and faster > 0:
         without = table(better, worse, harmless, gain, 0.0, facts.fewer_lines)
         if without[0] != word:
