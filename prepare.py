@@ -19,11 +19,6 @@ from harness.project import dataset_of_train
 from harness.run import Run
 from harness.token_cache import TokenCache, Tokenizer, is_prepared, prepare
 
-__all__ = [
-    "Batches", "Run", "TokenCache", "Tokenizer", "compute_streams", "evaluate_bpb", "evaluation_rows", "get_dataset",
-    "is_prepared", "prepare", "score_rows",
-]  # fmt: skip
-
 
 def main():
     parser = argparse.ArgumentParser(description="Fetch a dataset, train its tokenizer, write its token cache.")

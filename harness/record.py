@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.files import free_name, make_folder, read_json, what_failed, write_atomically
+from harness.files import make_folder, read_json, what_failed, write_atomically
 from harness.project import DATA, STORE
 
 # --- records -------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def write(train_blob, commit, **content):
     text = json.dumps(record, indent=1)
     try:
         make_folder(STORE)
-        write_atomically(free_name(STORE, "run", ".json"), text)
+        write_atomically(STORE / f"run_{record['run_id']}.json", text)
         write_atomically(DATA / "last_run.json", text)
     except OSError as error:
         sys.exit(f"error: the record could not be written to {STORE}: {what_failed(error)}")

@@ -139,7 +139,7 @@ refuse_off_branch() {
   local session=$TAG
   [ -n "$HEAD" ] && [ -z "$START" ] || return 0
   [ -n "$BRANCH" ] ||
-    session=$(git for-each-ref --merged=HEAD --format='%(refname:lstrip=2)' 'refs/experiments/*/start' | sed -n '1s,/start$,,p')
+    session=$(git for-each-ref --merged=HEAD --sort=-committerdate --format='%(refname:lstrip=2)' 'refs/experiments/*/start' | sed -n '1s,/start$,,p')
   [ -z "$session" ] || ! git rev-parse -q --verify "refs/experiments/$session/start" >/dev/null ||
     die "this is off the session's branch: git checkout $SESSIONS/$session"
 }

@@ -243,7 +243,7 @@ def commit_with(text, base, tag, name, message):
     tree = git("mktree", text="\n".join(lines) + "\n")
     commit = tree and git("commit-tree", tree, "-p", base, "-m", message)
     if not commit or git("update-ref", ref, commit) is None:
-        raise Refused(f"git could not write .git/{ref}: a full disk, or a read-only folder? Mend that, and again")
+        raise Refused(f"git could not write .git/{ref}: a full disk, no user.name, read-only? Mend it, and again")
     return commit, blob
 
 

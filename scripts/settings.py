@@ -25,7 +25,8 @@ def typed():
                 text = f"{project.positive(name, text):.12g}"
             elif name in ("NPROC", "DEVICE"):
                 text = str(project.whole(name, text, least=int(name == "NPROC")))
-            found[name] = str(Path(text).absolute()) if name == "FILES" else text
+            file = name == "FILES" or (name == "HOSTS" and text.endswith(".json"))
+            found[name] = str(Path(text).expanduser().absolute()) if file else text
     return found
 
 

@@ -253,7 +253,8 @@ def test_a_program_is_train_py_alone(checkout):
     checkout.git("add", "mine.py")
     checkout.git("commit", "-q", "-m", "mine")
     checkout.make("setup", "TAG=t", check=0)
-    checkout.write_train("import os.path, mine\nfrom os import path as utils\nprepare.finish(mine.LOSS)")
+    said = "''' as we know\n  from plot to plot '''"
+    checkout.write_train(f"{said}\nimport os.path, mine\nfrom os import path as utils\nprepare.finish(mine.LOSS)")
     for name in ("plot.py", "utils.py", "lib/deep/__init__.py"):  # nobody imports them
         (checkout.path / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout.path / name).write_text("import mine")
@@ -311,11 +312,19 @@ def closed_pipe():
     return writes
 
 
+def test_what_is_edited_between_two_runs_is_not_run_as_what_was_typed(session):
+    session.write_train("prepare.finish(1.4)\nopen(__file__, 'a').write('# the next idea')")
+    told = session.script("run", check=1, AGAIN="1", N="2").stderr
+    assert "train.py was edited since this was typed" in told and told.count("\n") == 1
+    assert session.attempt["status"] == "valid" and [e["event"] for e in session.events][-2:] == ["begin", "end"]
+
+
 @pytest.mark.slow
 def test_in_a_session_no_result_is_pushed_aside_before_it_is_logged(session):
     session.experiment("prepare.finish(1.4)")
     session.write_train("prepare.finish(1.3)")
-    assert "not logged yet: make log-result" in session.script("run", check=1).stderr
+    for given in ({}, {"AGAIN": "1"}, {"PAIR": "1"}):
+        assert "not logged yet: make log-result" in session.script("run", check=1, **given).stderr
     session.script("log-result", STATUS="keep", DESC="x", check=0)
     session.experiment("raise SystemExit(1)")
     assert session.experiment("prepare.finish(1.2)").returncode == 0  # mending a crash goes on
@@ -385,3 +394,7 @@ AGAIN = [("1-x", "reference", " PAIR=1"), (None, "reference", " REFERENCE=1"), (
 def test_what_stood_still_is_run_again_as_it_was(pair, role, more):
     attempt = {"status": "paused", "pair": pair, "role": role, "commit": None, "reason": "the machine slept"}
     assert summary.failure(attempt)[-1] == f"next     make run{more}"
+    again = {**attempt, "seed": 43}  # another seed than a plain run takes, which would be refused
+    assert summary.failure(again)[-1] == f"next     make run{more or ' AGAIN=1'}"
+    failed = {**attempt, "status": "crash"}
+    assert (summary.failure(failed)[-1] == f"next     make run{more}") == (role == "reference")

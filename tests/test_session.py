@@ -2,8 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+
+from scripts import settings
 
 
 def test_setup_opens_a_session(checkout):
@@ -65,6 +68,24 @@ def test_setup_asks_for_an_author_before_the_first_experiment_does(checkout):
     assert done.stderr.count("\n") == 1
     checkout.run("sh", "-c", done.stderr.split("commits: ")[1], check=0)
     checkout.script("setup", TAG="t", check=0)
+
+
+def test_a_first_row_may_be_one_that_is_put_back(checkout):
+    checkout.make("setup", "TAG=t", check=0)
+    checkout.experiment("prepare.finish(1.4)", "discard")
+    assert "next: make discard" in checkout.make("brief", check=0).stdout
+    checkout.write_train("prepare.finish(1.3)")
+    assert "next: make run" in checkout.make("brief", check=0).stdout
+
+
+def test_files_that_are_given_count_from_where_they_were_typed(monkeypatch):
+    given = {"HOSTS": "hosts.json", "FILES": "~/texts", "COLUMN": "body.json"}
+    for name in settings.NAMES:
+        monkeypatch.delenv(name, raising=False)
+    for name, text in given.items():
+        monkeypatch.setenv(name, text)
+    found = {"HOSTS": str(Path.cwd() / "hosts.json"), "FILES": str(Path.home() / "texts"), "COLUMN": "body.json"}
+    assert settings.typed() == found
 
 
 def test_without_a_session(checkout):
@@ -146,6 +167,8 @@ def test_each_session_has_its_own_table_and_reference(session):
     session.make("setup", "TAG=other", check=0)
     session.make("baseline", "AGAIN=1", check=0)
     assert [row[5] for row in session.rows] == ["baseline"]
+    weights = (session.path / "data" / "sessions" / "t" / "best.safetensors").read_bytes()
+    assert json.loads(weights[8:])["__metadata__"]["train_blob"] == session.git("rev-parse", f"{kept}:train.py")
     session.git("checkout", "-q", "autoresearch/t")
     assert "kept in t" in session.make("results", check=0).stdout
     done = session.experiment("prepare.finish(1.45)")

@@ -13,6 +13,8 @@ from scripts.run import experiment, plan
 from scripts.session import Refused, Session, commit_with, options, run_command, tell
 from scripts.show.night import Night
 
+FAILED = ("crash", "invalid", "timeout", "stale")  # without a change: it is told, and not run again
+
 
 def taken_back(night, change):
     """train.py of the program that is taken apart without one change; None where later changes stand on its lines."""
@@ -43,7 +45,7 @@ def is_due(this_session, blob, seed):
     """Whether a program lacks an undisturbed run with this seed, or one that was made here; none that failed is due."""
     for attempt in this_session.attempts():
         if attempt["train_blob"] == blob and attempt["role"] != "holdout":
-            if attempt["role"] == "ablation" and attempt["status"] in ("crash", "invalid"):
+            if attempt["role"] == "ablation" and attempt["status"] in FAILED:
                 return False
             run = session.record_of(attempt) if (attempt["status"], attempt["seed"]) == ("valid", seed) else None
             if run and (attempt["role"] == "ablation" or not busy(run)):
@@ -54,8 +56,8 @@ def is_due(this_session, blob, seed):
 def main(args):
     this_session = Session(args.tag)
     held, night = experiment.begin(this_session), Night(args.tag)
-    if not (args.head and night.chain[1:]):
-        raise Refused("nothing was kept after the baseline: there is no change to take back")
+    if not (args.head and night.chain[1:] and night.apart.text):
+        raise Refused("the best is the baseline, or git does not know it: there is no change to take back")
     note_programs(night, this_session)
     night = Night(args.tag)
     whole = night.apart
@@ -68,8 +70,8 @@ def main(args):
             if is_due(this_session, blob, seed):
                 pair = f"ablation {seed}"  # made in turn, as the two of a pair are
                 attempt = experiment.run_once(this_session, held, "ablation", commit, args.head, seed, pair)
-                tell(f"{commit[:7]}  seed {seed}: {attempt['status']}")
-                if attempt["status"] not in ("valid", "crash", "invalid"):
+                tell(f"{commit[:7]}  seed {seed}: {attempt['status']} {session.one_line(attempt['reason'])}".rstrip())
+                if attempt["status"] not in ("valid", *FAILED):
                     experiment.exit_as(attempt)
     print("\n".join(table(Night(args.tag))))
 
@@ -86,7 +88,7 @@ def table(night):
     for e in night.idle:
         found.append(f"{e.number} carries nothing, it seems. To try the best without it:")
         found.append(f"    git checkout {tried[e.number]['commit'][:7]} -- train.py && "
-                     f"git commit -q -m 'without {e.number}' && make run")  # fmt: skip
+                     f"git commit -q -m 'without {e.number}' && make run AGAIN=1")  # fmt: skip
     return found
 
 

@@ -1,10 +1,8 @@
-"""Log the newest run: its row in results.tsv, its entry in today's journal, its commit kept reachable.
+"""make log-result (see scripts/log-result.sh).
 
-usage: log_result.py --tag TAG --status=keep --description=… [--found=… --open=… --new-table]    or --kept COMMIT
-
---new-table: archive rows that cannot be compared. --kept: only print what was kept before COMMIT (discard.sh).
-No figure is ever typed by hand. What is about to be written is noted first (session.events), so that a call which
-was cut short is completed by the next one, and nothing is written twice.
+What is about to be written is noted first (session.events), so that a call which was cut short is completed by the next
+one, and nothing is written twice. --new-table: archive rows that cannot be compared. --kept: only print what was kept
+before COMMIT (discard.sh).
 """
 
 import json
@@ -56,9 +54,9 @@ def complete(this_session, attempt):
         if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
             raise Refused(f"git could not write .git/{ref}: a full disk, or a read-only folder? Mend that, and again")
     if attempt["row_status"] == "keep" and program_of_weights(project.LAST_WEIGHTS) == attempt["train_blob"]:
+        # in the session's own folder as well: another session's best, or an end of this worktree, leaves it
+        files.write_atomically(this_session.folder / project.BEST_WEIGHTS.name, project.LAST_WEIGHTS.read_bytes())
         files.move_into_place(project.LAST_WEIGHTS, project.BEST_WEIGHTS)
-        if project.HOME != project.ROOT:  # a worktree's, in its clone, too
-            files.write_atomically(this_session.folder / project.BEST_WEIGHTS.name, project.BEST_WEIGHTS.read_bytes())
     this_session.note("logged", id=attempt["id"])
     return journal
 
@@ -108,7 +106,7 @@ def intended(this_session, attempt, args):
             raise Refused(f"{decision.rule}, and repeats add no row: change train.py, or make discard")
         if args.new_table and decision.row:
             raise Refused('there is a baseline already: make log-result STATUS=… DESC="…" logs this run as an idea')
-        same = [row for row in rows if row.blob == attempt["train_blob"] and row.status == args.status]
+        same = [row for row in rows if row.blob == attempt["train_blob"] and row.status == args.status != "keep"]
         if same:
             raise Refused(f"row {same[0].number} is this program's, and repeats add no row: make discard")
         # val_bpb and speed by all runs of the program, memory by this one

@@ -55,7 +55,7 @@ def begin(this_session):
         if not os.access(folder, os.W_OK):  # found out now, not when the budget is spent
             raise Refused(f"{session.shown(folder)} is read-only: chmod u+w {session.shown(folder)}")
         files.remove_leftovers(folder)
-    session.git("worktree", "prune")  # their folders may have gone
+    session.git("worktree", "prune", "--expire=1.month.ago")  # their folders may have gone
     supervise.take_charge()
     return held
 
@@ -100,6 +100,8 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
             "train_blob": project.blob_hash(folder / "train.py"), "budget": budget, "seed": seed,
             "launcher": os.getpid(), "lock": list(held)[-1],
         }  # fmt: skip
+        if head and not commit and attempt["train_blob"] != session.git("rev-parse", f"{head}:train.py"):
+            raise Refused("train.py was edited since this was typed: commit it, or put it back, and type it again")
         this_session.note("begin", **attempt)
         through = ["-m", "scripts.run.launch", str(ROOT)] if of_group() else []
         command = [sys.executable, *through, "train.py", *["--holdout"] * holdout]

@@ -24,6 +24,11 @@ def refuse_seen(this_session, args):
     blob, (budget, seed), rows = project.blob_hash(ROOT / "train.py"), project.settings(), this_session.rows()[0]
     attempts = [a for a in this_session.attempts() if a["role"] == "candidate"]
     last = attempts[-1] if attempts and not attempts[-1].get("logged") else None
+    if last and args.session and last["train_blob"] != blob and can_be_a_row(this_session, last, rows):
+        commit = last["commit"][:7]
+        raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
+    if args.again or args.pair:
+        return
     word = "baseline" if args.baseline else "run"
     if args.baseline and args.session and session.kept_rows(rows):
         raise Refused("this session has its baseline: make run tries the present train.py")
@@ -31,9 +36,6 @@ def refuse_seen(this_session, args):
     if last and last["train_blob"] == blob and made:
         if last["status"] not in ("running", "interrupted", "paused") or made[-1]["status"] == "valid":
             raise Refused(f"this train.py was just run ({last['status']}): make log-result, or make {word} AGAIN=1")
-    elif last and args.session and last["train_blob"] != blob and can_be_a_row(this_session, last, rows):
-        commit = last["commit"][:7]
-        raise Refused(f'the result of {commit} is not logged yet: make log-result STATUS=… DESC="…" comes first')
     for row in rows:
         tried = [a for a in attempts if a["train_blob"] == blob]
         if row.blob == blob and (not tried or (budget, seed) in [(a["budget"], a["seed"]) for a in tried]):
@@ -44,7 +46,8 @@ def refuse_modules(this_session, args):
     """Refuse a train.py that imports a module changed since the session began: train.py alone must run again."""
     base = f"refs/experiments/{this_session.tag}/start" if args.session else args.head
     text = (ROOT / "train.py").read_text("utf-8", "replace")
-    imported = sorted(set(re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.MULTILINE))) if args.head else []
+    statement = r"(?m)^\s*(?:import|from(?=\s+[\w.]+\s+import\b))\s+(\w+)"
+    imported = sorted(set(re.findall(statement, text))) if args.head else []
     for name in [*imported, *(f"{module}.py" for module in imported)]:
         if (ROOT / name).exists():
             known = session.git("ls-tree", "--name-only", base, name)
@@ -64,11 +67,10 @@ def plan(this_session, args):
             seeds.append(unused([*used, *seeds]) if chosen is None else chosen)
         return [(role, commit, seed, None) for seed in seeds]
 
-    if args.again:
-        return repeats("candidate", None, seeds_of(this_session, blob))
-    if not (args.reference or args.pair):
+    if not args.reference:
         refuse_seen(this_session, args)
-        return [("candidate", None, seed, None)]
+    if not (args.reference or args.pair):
+        return repeats("candidate", None, seeds_of(this_session, blob) if args.again else [])
     row = this_session.reference(this_session.rows()[0], args.head)
     if row is None or not row.blob or not args.head:
         raise Refused("there is no reference yet, or git does not know it: make baseline makes one")

@@ -1,6 +1,7 @@
 """Open a session, for scripts/setup.sh. Prints its dataset, whether that is prepared, and the commit it starts from."""
 
 import json
+import os
 
 import prepare
 from harness import files, project
@@ -9,12 +10,14 @@ from scripts.session import HEADER, Refused, Session, commit_with, on_dataset, o
 
 
 def main(args):
+    given = settings.in_force({})
+    os.environ |= {settings.TO_PYTHON[name]: text for name, text in given.items() if name in settings.TO_PYTHON}
     dataset = prepare.get_dataset(args.dataset or project.dataset_of_train())  # an unknown name ends here
     session = Session(args.tag)
     if session.tag.lower() in ("none", "detached") or session.attempts():
         raise Refused(f"TAG={session.tag} is the name of other runs: choose another one")
     with files.one_at_a_time(project.STORE):
-        files.write_atomically(session.folder / "settings.json", json.dumps(settings.in_force({})) + "\n")
+        files.write_atomically(session.folder / "settings.json", json.dumps(given) + "\n")
         if not session.table.exists():
             files.write_atomically(session.table, HEADER + "\n")
         session.link()

@@ -68,7 +68,7 @@ class Night:
         self.apart = next((e for e in self.kept if self.ablations and e.program == self.ablations[0]["of"]), self.best)
         self.idle = [e for e in self.kept if e.worth and e.worth.sure < DOUBTFUL]  # carry nothing, as far as measured
         self.tried = counted(max(0, len(self.experiments) - 1), "experiment")  # the baseline is none
-        put_back = [e for e in self.experiments if e.status == "discard" and e.gain.sure > CLOSE]
+        put_back = [e for e in self.experiments if e.status == "discard" and e.gain and e.gain.sure > CLOSE]
         self.near_misses = sorted(put_back, key=lambda e: -e.gain.sure)  # probably better than their reference
         self.dead_ends = [e for e in reversed(self.experiments) if e.status != "keep" and e not in put_back]
         asked = [(e, one_line(e.event.get("question"))) for e in reversed(self.experiments)]
@@ -100,7 +100,9 @@ class Night:
             return
         alike, observations = of_session(self.attempts, valid, self.like)
         parents = {event["program"]: event["of"] for event in self.ablations}
-        self.evidence = Evidence(observations, parents | {e.program: e.before.program for e in valid if e.before})
+        # of a program that has several rows by its first, or two could be each other's
+        parents |= {e.program: e.before and e.before.program for e in reversed(valid)}
+        self.evidence = Evidence(observations, parents)
         for e in valid:
             e.runs = [run for run in alike if run["train_blob"] == e.blob]
             e.bpb, e.rate = self.evidence.mean(e.program), self.evidence.rate(e.program)
@@ -121,6 +123,9 @@ class Night:
         gone = sum(a["status"] == "valid" and a["run_id"] not in self.records for a in self.attempts)
         if gone:
             yield f"{gone} of {len(self.attempts)} runs have no record in data/, or a damaged one"
+        ran = {a["train_blob"] for a in self.attempts if a.get("run_id") in self.records}
+        if apart := [str(e.number) for e in self.experiments if e.status != "crash" and e.blob in ran and not e.runs]:
+            yield f"run elsewhere, or otherwise, so gains across are none: rows {cut(', '.join(apart), 30)}"
         for lacks, words in {"event": "by hand", "text": "git does not know the program, so no diff"}.items():
             if numbers := [str(e.number) for e in self.experiments if not getattr(e, lacks)]:
                 yield f"{words}: rows {cut(', '.join(numbers), 30)}"

@@ -14,7 +14,9 @@ from scripts.session import Refused, Session, git, options, run_command
 
 
 def main(args):
-    this_session, weights = Session(args.tag), project.BEST_WEIGHTS
+    this_session = Session(args.tag)
+    own = this_session.folder / project.BEST_WEIGHTS.name
+    weights = own if own.exists() else project.BEST_WEIGHTS  # of a session from before
     held = experiment.begin(this_session)
     blob = program_of_weights(weights)
     row = next((row for row in reversed(this_session.rows()[0]) if blob and row.blob == blob), None)

@@ -4,6 +4,7 @@ import re
 from itertools import dropwhile
 
 from harness.files import printable
+from harness.project import SEED
 from scripts import session
 from scripts.judge import verdict
 from scripts.judge.evidence import Evidence, busy, gain_words, of_session
@@ -87,8 +88,9 @@ def failure(attempt, baseline=False):
     found = [f"{status} (exit {EXIT[status]}) {(attempt['commit'] or '0' * 7)[:7]}: {one_line(attempt['reason'])}"]
     if attempt.get("logged"):
         return [*found, f"next     {then(None, attempt)}"]
-    if status in ("interrupted", "paused"):
+    if status in ("interrupted", "paused") or attempt["role"] == "reference":
         more = " PAIR=1" if attempt["pair"] else " REFERENCE=1" if attempt["role"] == "reference" else ""
+        more = more or " AGAIN=1" * (attempt.get("seed", SEED) != SEED)  # a plain run would be refused
         return [*found, f"next     {'make baseline' if baseline else 'make run' + more}"]
     if status != "invalid":
         found += [f"  | {line[:160]}" for line in printed(ROOT / "run.log")[-SHOWN:]]

@@ -86,8 +86,9 @@ def newest_run(night):
         state = f"{100 * now['seconds'] / now['budget']:.0f} %, {left:.0f} s left" if left > 0 else "evaluating"
         return [f"running  {name}: {state}; {step}, {now['tok_sec']:,.0f} tok/s"]
     newest = Session(night.tag).newest()
-    status = {e.blob: e.status for e in night.experiments}.get(session.git("rev-parse", "HEAD:train.py"), "keep")
-    due = "change train.py" if status == "keep" else "make discard"
+    here = session.git("rev-parse", "HEAD:train.py")
+    status = {e.blob: e.status for e in night.experiments}.get(here, "new" if here else "keep")
+    due = {"keep": "change train.py", "new": "make run"}.get(status, "make discard")
     if newest and not newest.get("logged"):
         due = "make verdict"
     return [f"last run {name}: {last['status']}; next: {due}"]
