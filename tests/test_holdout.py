@@ -13,7 +13,7 @@ def test_baseline_against_best_in_turn_with_fresh_seeds(session):
     done = session.make("holdout", "N=2", check=0)
     assert "as the night saw it, on validation  +0.1000 ± " in done.stdout
     assert "fresh runs, on test                 +0.1000 ± " in done.stdout
-    assert "look 1 at the test split" in done.stdout
+    assert "look 1 at the test split" in done.stdout and "beyond its noise" not in done.stdout
     begun = [event for event in session.events if event["event"] == "begin" and event["role"] == "holdout"]
     assert [event["seed"] for event in begun] == [43, 43, 44, 44]
     first, best = (row[0] for row in session.rows[:2])
@@ -21,6 +21,14 @@ def test_baseline_against_best_in_turn_with_fresh_seeds(session):
     assert (session.git("rev-parse", "HEAD"), (session.path / "train.py").read_text()) == (head, text)
     assert session.git("worktree", "list").count("\n") == 0 and len(session.rows) == 3
     assert "look 2 at the test split" in session.make("holdout", "N=1", check=0).stdout
+
+
+@pytest.mark.slow
+def test_a_night_that_saw_more_than_fresh_runs_show_is_told_so(session):
+    lucky = "from harness import project\nprepare.finish(1.3 if project.settings()[1] == 42 else 1.49)"
+    session.experiment(lucky, "keep")
+    told = session.make("holdout", "N=1", check=0).stdout
+    assert "fresh runs show 0.1900 less than it saw, beyond its noise" in told
 
 
 # What the budget and the text make of a change: at four times the budget it loses, on other text it gains twice.

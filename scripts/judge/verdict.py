@@ -179,8 +179,8 @@ def of_attempt(this_session, attempt, rows):
     if not other:
         verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")
     if equal:
-        words = "at equal steps, in the second quarter of the budget, training loss is better by"
-        verdict.notes.append(f"{words} {-equal[0]:+.4f} ± {equal[1]:.4f} nats a token")
+        words = f"{abs(equal[0]):.4f} ± {equal[1]:.4f} nats a token {'lower' if equal[0] < 0 else 'higher'}"
+        verdict.notes.append(f"at equal steps, in the second quarter of the budget, training loss is {words}")
     return verdict
 
 

@@ -5,6 +5,7 @@ Table, page, brief and screen say what is said here, so that they agree. It read
 """
 
 import difflib
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -160,8 +161,12 @@ class Night:
             best = "the best" if self.best and look["best"] == self.best.commit else look["best"]
             wins = f"{best if gain > 0 else 'the baseline'} wins" if abs(gain) > 2 * error else "not settled which wins"
             left = f"{100 * gain / look['night']:.0f} %" if gain > 0 else "nothing"
-            words = wins, f"{left} of the night's gain is left", f"look {number} at the test split"
-            found[look.get("where", "")] = f"{gain:+.4f} ± {error:.4f}", *words
+            left += " of the night's gain is left"
+            where, (fresh, off) = look.get("where", ""), look["fresh"]
+            if not where and self.gain and look["night"] - fresh > 2 * math.hypot(off, self.gain.error):
+                left += f"; fresh runs show {look['night'] - fresh:.4f} less than it saw, beyond its noise"
+            words = wins, left, f"look {number} at the test split"
+            found[where] = f"{gain:+.4f} ± {error:.4f}", *words
         return found
 
     @property
