@@ -55,7 +55,7 @@ def begin(this_session):
         if not os.access(folder, os.W_OK):  # found out now, not when the budget is spent
             raise Refused(f"{session.shown(folder)} is read-only: chmod u+w {session.shown(folder)}")
         files.remove_leftovers(folder)
-    session.git("worktree", "prune", "--expire=1.month.ago")  # their folders may have gone
+    session.git("worktree", "prune")  # their folders may have gone
     supervise.take_charge()
     return held
 
