@@ -41,7 +41,7 @@ say "environment: building .venv from $lock with $("$python" -V) ($python); take
 rm -rf .venv # an interrupted build has no stamp, and starts over
 "$python" -m venv .venv || die "$python could not make .venv (see above)"
 [ -z "$backend" ] || echo "$backend" >.venv/.backend
-.venv/bin/python -I -m pip install -q --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+.venv/bin/python -I -m pip install -qq --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
   -r "$lock" >&2 || die "pip could not install $lock (see above); run the same command again"
 
 preload=''
