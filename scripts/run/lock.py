@@ -1,11 +1,9 @@
-"""The lock of a device: one run at a time is on it.
+"""The lock of a device: one run at a time is on it. What a device is, and which is taken, says docs/devices.md.
 
 usage: lock.py -- COMMAND …     becomes COMMAND, which holds the lock
 
-A Mac or a CPU is one device. Of several NVIDIA GPUs each has a lock and an equal part of the processor cores: DEVICE
-says which, else the first free one is taken, or so many as NPROC says. CUDA_VISIBLE_DEVICES limits the choice. With
-WAIT, whoever finds a device taken waits for it. The lock belongs to whoever has its descriptor: the verb and the
-training under it. When both are dead the kernel drops it; no pid is trusted.
+The lock belongs to whoever has its descriptor: the verb and the training under it. When both are dead the kernel drops
+it; no pid is trusted.
 """
 
 import fcntl

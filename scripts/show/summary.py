@@ -39,11 +39,12 @@ def lines(this_session, attempt, baseline=False):
         told = f"verdict  again: {decision.rule}", "noise    {}; {}".format(*noise(decision.evidence))
         return [*found, *disturbed, *told, IDEA]
     found += [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
-    found += figures(decision)
+    told = figures(decision)
     if row := decision.row:
         runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
-        found.append(f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:60]}")
-    found += [f"note     {note}" for note in decision.notes] + disturbed
+        told.append(f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:60]}")
+    told += [f"note     {note}" for note in decision.notes]
+    found += (told[:1] if decision.word == "rerun" else told) + disturbed  # all of it when it is settled
     found.append(f"verdict  {decision.word}: {verdict.reason(decision)}")
     return found if baseline else [*found, f"next     {then(decision, attempt)}"]  # baseline.sh does the next step
 
