@@ -116,6 +116,15 @@ def test_a_load_makes_it_less_sure_by_what_loads_may_cost_and_repeats_beside_it_
     assert learnt.gain == pytest.approx(5 * SIGMA, rel=0.3) and learnt.error < alone.error / 3
 
 
+def test_what_makes_fewer_steps_is_noisier_and_leaves_the_others_as_sure_as_they_are():
+    """A baseline of 50 steps spread by 0.08, what came of it, of 400 steps, by 0.01."""
+    many = [*repeats("old", 1.5, 4), *repeats("new", 1.48, 3)]
+    few = [run("few", 1.6 + apart, seed) for seed, apart in ((42, 0.05), (43, -0.05), (44, 0.02))]
+    alike, noisier = Evidence([*few, *many]), Evidence([*(dataclasses.replace(r, noise=8.0) for r in few), *many])
+    assert noisier.compare("new", "old").error < alike.compare("new", "old").error / 2
+    assert noisier.compare("old", "few").error > 4 * noisier.compare("new", "old").error
+
+
 def test_programs_that_compute_the_same_differ_by_nothing():
     made = [run(name, 1.5 + luck, seed) for seed, luck in ((42, 0.01), (43, -0.02), (44, 0.0)) for name in ("a", "b")]
     seen = Evidence(made).compare("a", "b")

@@ -10,7 +10,13 @@ from harness import record
 
 def run(bpb=1.5, rate=1000.0, blob="old", seed=42, curve=None, **more):
     """As much of a record as a verdict reads."""
-    training = {"avg_tok_sec": rate, "tokens_per_step": 2048, "sequence_length": 64, **more.pop("training", {})}
+    training = {
+        "avg_tok_sec": rate,
+        "total_steps": 100,
+        "tokens_per_step": 2048,
+        "sequence_length": 64,
+        **more.pop("training", {}),
+    }
     return {"run_id": f"{blob}-{seed}-{bpb}", "train_blob": blob, "seed": seed, "budget": 100.0, "dataset": "stdlib",
             "token_cache": "t", "harness": "h", "device": {"backend": "cpu"}, "training": training,
             "result": {"val_bpb": bpb}, "curve": curve, "machine": {"other_cores": 0.0, "cores": 2}} | more  # fmt: skip

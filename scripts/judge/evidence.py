@@ -1,10 +1,6 @@
 """One model of all runs of a session: which of two programs is better, by how much, and how sure that is.
 
-    val_bpb of a run = its program + its seed + its load + noise of its own
-
-A seed is as lucky for one program as for another, and a load costs all runs beside it alike. So repeats, equal seeds
-and loads are no regimes of their own but entries of one covariance, and one fit compares all programs
-(judge/mixed_model.py). Throughput goes through the same model, as its logarithm, and without seeds.
+docs/noise.md explains it, mixed_model.py fits it. Throughput goes through it as its logarithm, and without seeds.
 """
 
 import math
@@ -37,6 +33,7 @@ class Observation:
     rate: float  # tokens a second
     load: float = 0.0
     slot: object = None
+    noise: float = 1.0  # of its val_bpb, in sigmas: fewer steps are noisier, see `of_session`
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Evidence:
     @cached_property
     def _rate(self):
         logs = np.log([max(run.rate, 1e-9) for run in self.runs])
-        return MixedModel(self.runs, self.column, logs, SPEED, STEPS, rhos=np.zeros(1))
+        return MixedModel(self.runs, self.column, logs, SPEED, STEPS, rhos=np.zeros(1), alike=True)
 
     def mean(self, program):
         """val_bpb of a program by the model: mean(old) - mean(new) is the gain of compare(new, old)."""
@@ -151,7 +148,8 @@ class Evidence:
             program = new if kind == "new" else old
             for _ in range(count):
                 seed = unused([run.seed for run in [*self.runs, *made] if run.program == program], first)
-                made.append(replace(self.runs[-1], program=program, seed=seed))
+                noise = next(run.noise for run in self.runs if run.program == program)
+                made.append(replace(self.runs[-1], program=program, seed=seed, noise=noise))
         return made
 
 
@@ -207,17 +205,19 @@ def of_session(attempts, rows, like):
     """(records, observations) of all runs of a session that may be compared with the record `like`, oldest first.
 
     Runs of `make holdout` are left out: they measure anew what the session found. A row whose program has no record
-    counts as one run with the row's figures, under the program's name or, without git, `row N`.
+    counts as one run with the row's figures, under the program's name or, without git, `row N`. Noise falls with the
+    steps of a run (docs/noise.md).
     """
     archive = {r["run_id"]: r for r in record.archived()} | ({like["run_id"]: like} if like else {})
     made = [a for a in attempts if a["status"] == "valid" and a["role"] != "holdout" and a.get("run_id") in archive]
     made = dict.fromkeys(a["run_id"] for a in made)
     records = [archive[run_id] for run_id in made if like and not record.differences(archive[run_id], like)]
     records = records or ([like] if like else [])
-    loads = [load(r) for r in records]
+    loads, steps = [load(r) for r in records], [r["training"]["total_steps"] for r in records]
+    noises = np.clip(np.median(steps) / steps, 0.2, 5.0) if steps else ()
     known = {r["train_blob"] for r in records}
     found = [Observation(row.blob or f"row {row.number}", -row.number, row.bpb, row.rate)
              for row in rows if row.status != "crash" and row.blob not in known]  # fmt: skip
     found += [Observation(r["train_blob"], r["seed"], r["result"]["val_bpb"], r["training"]["avg_tok_sec"], *where)
-              for r, *where in zip(records, loads, slots(loads), strict=True)]  # fmt: skip
+              for r, *where in zip(records, loads, slots(loads), noises, strict=True)]  # fmt: skip
     return records, found

@@ -14,13 +14,13 @@ from scripts.show import summary
 from scripts.show.night import Night
 
 
-def measured_anew(known, looks):
+def measured_anew(known, noises, looks):
     """`Comparison` of best and baseline by fresh runs alone.
 
-    known: runs that tell how noisy runs are. looks: of each pair (seed, the load beside the baseline's run and the
-    best's, their bits per byte).
+    known: runs that tell how noisy runs are. noises: of both, see `Observation`. looks: of each pair (seed, the load
+    beside the baseline's run and the best's, their bits per byte).
     """
-    anew = [Observation(("anew", i), seed, bpbs[i], 1.0, loads[i], f"look {number}")
+    anew = [Observation(("anew", i), seed, bpbs[i], 1.0, loads[i], f"look {number}", noises[i])
             for number, (seed, loads, bpbs) in enumerate(looks) for i in (0, 1)]  # fmt: skip
     return Evidence([*known, *anew]).compare(("anew", 1), ("anew", 0))
 
@@ -65,8 +65,9 @@ def main(args):
         looks.append([(seed, both, ends) for ends in zip(*(bpbs[name] for name in programs), strict=True)])
         gain = bpbs["baseline"][0] - bpbs["best"][0]  # that on test is told below, once the look is noted
         tell(f"pair {number + 1}: gain {gain:+.4f} on validation")
-    known = () if there else night.evidence.runs
-    seen, (fresh, test) = night.gain, (measured_anew(known, column) for column in zip(*looks, strict=True))
+    known, runs = () if there else night.evidence.runs, night.evidence.runs
+    noises = [next(run.noise for run in runs if run.program == e.program) for e in (first, best)]
+    seen, (fresh, test) = night.gain, (measured_anew(known, noises, column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks), "where": there, "night": seen.gain}
     this_session.note("holdout", **pair, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
     told = [f"baseline {first.commit} against best {best.commit}, bits per byte, with standard errors:",

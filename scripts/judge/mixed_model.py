@@ -1,13 +1,9 @@
-"""A linear mixed model of one figure of all runs: least squares, with what is unknown averaged over a grid.
+"""The linear mixed model of docs/noise.md: least squares, with what is unknown averaged over a grid.
 
-    figure of a run = its program + its seed + its load + noise of its own
-
-Each program and seed is a column of zeros and ones. A program's effect may be anything. A seed's is drawn from a normal
-distribution, so it is shrunk towards 0, as in ridge regression (Henderson 1975). A load's is what such a load usually
-costs, and what it costs beyond that: one part that all loads of the session share, and one of its slot, both in
-proportion to the load and drawn from normal distributions, too. How wide seeds, loads and noise are (rho, tau, kappa,
-sigma) is not known: every combination on a grid counts by its restricted likelihood (REML; Harville 1977) and a prior.
-With few repeats that widens every error, as Student's t does; with none the prior alone speaks.
+Each program and seed is a column of zeros and ones. A load's effect is what such a load usually costs, and beyond that
+one part that all loads of the session share and one of its slot, both in proportion to the load. How wide seeds, loads
+and noise are (rho, tau, kappa, sigma) is not known: every combination on a grid counts by its restricted likelihood and
+a prior.
 """
 
 import math
@@ -32,12 +28,13 @@ class MixedModel:
     inverse: covariance of all k effects, the programs first, in sigma², (G, k, k). variance: sigma², (G,).
     """
 
-    def __init__(self, runs, column, y, noise, cost, rhos=RHO):
+    def __init__(self, runs, column, y, noise, cost, rhos=RHO, alike=False):
         """runs: see `Observation`. column: {program: number}. y: the runs' figure.
 
         noise: prior median of sigma, in the unit of y. cost: what a load of 1 usually costs, and may cost more or less.
+        alike: whether all runs are as noisy, or each `run.noise` sigma, seeds as well.
         """
-        self.runs, self.column, p = runs, column, len(column)
+        self.runs, self.column, self.alike, p = runs, column, alike, len(column)
         loads = LOADS if any(run.load for run in runs) else LOADS[:1]
         self.grid = np.column_stack([np.repeat(rhos, len(loads)), np.tile(loads, (len(rhos), 1))])
         is_seed, design, own, prior, precision = self._equations(runs)
@@ -75,12 +72,13 @@ class MixedModel:
         names += [("load", None)] * any(run.load for run in runs)
         number, design = {name: i for i, name in enumerate(names)}, np.zeros((len(runs), len(names)))
         for i, run in enumerate(runs):
-            design[i, [number["program", run.program], number["seed", run.seed]]] = 1
+            design[i, [number["program", run.program], number["seed", run.seed]]] = 1, 1 if self.alike else run.noise
             if run.load:
                 design[i, [number["slot", run.slot], number["load", None]]] = run.load
         kind, (rho, tau, kappa) = np.array([name[0] for name in names]), self.grid.T[:, :, None]
         prior = (kind == "seed") / np.maximum(rho, 1e-6) + 2 * ((kind == "load") + (kind == "slot")) / tau**2
         own = 1 - rho + (kappa * [run.load for run in runs]) ** 2
+        own *= [1 if self.alike else run.noise**2 for run in runs]
         precision = (design.T / own[:, None, :]) @ design
         precision[:, range(len(names)), range(len(names))] += prior
         return kind == "seed", design, own, prior, precision
