@@ -6,7 +6,9 @@ before COMMIT (discard.sh).
 """
 
 import json
+import os
 import re
+import shutil
 from contextlib import suppress
 from datetime import datetime
 
@@ -54,8 +56,14 @@ def complete(this_session, attempt):
         if session.git("-c", "core.fsync=committed", "update-ref", ref, attempt["commit"]) is None:
             raise Refused(f"git could not write .git/{ref}: a full disk, or a read-only folder? Mend that, and again")
     if attempt["row_status"] == "keep" and program_of_weights(project.LAST_WEIGHTS) == attempt["train_blob"]:
-        # in the session's own folder as well: another session's best, or an end of this worktree, leaves it
-        files.write_atomically(this_session.folder / project.BEST_WEIGHTS.name, project.LAST_WEIGHTS.read_bytes())
+        own = this_session.folder / project.BEST_WEIGHTS.name  # it outlives the next session, and a worktree
+        linked = own.with_name(f".{own.name}.{os.getpid()}.tmp")
+        try:
+            os.link(project.LAST_WEIGHTS, linked)  # they may be gigabytes
+        except OSError:  # on another disk
+            shutil.copyfile(project.LAST_WEIGHTS, linked)
+        files.move_into_place(linked, own)
+        linked.unlink(missing_ok=True)  # a rename leaves it where a call that was cut short had come this far
         files.move_into_place(project.LAST_WEIGHTS, project.BEST_WEIGHTS)
     this_session.note("logged", id=attempt["id"])
     return journal

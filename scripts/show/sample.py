@@ -1,7 +1,4 @@
-"""Show a few lines of text from the best weights; the report shows the newest ones, too.
-
-The weights are those of the newest kept program (data/best.safetensors), which is checked out in a folder of its own.
-"""
+"""Show a few lines of text from the session's best weights, by their own program; the report shows them, too."""
 
 import subprocess
 import sys
