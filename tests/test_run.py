@@ -396,5 +396,6 @@ def test_what_stood_still_is_run_again_as_it_was(pair, role, more):
     assert summary.failure(attempt)[-1] == f"next     make run{more}"
     again = {**attempt, "seed": 43}  # another seed than a plain run takes, which would be refused
     assert summary.failure(again)[-1] == f"next     make run{more or ' AGAIN=1'}"
+    assert summary.failure({**again, "role": "candidate", "pair": None}, True)[-1] == "next     make baseline AGAIN=1"
     failed = {**attempt, "status": "crash"}
     assert (summary.failure(failed)[-1] == f"next     make run{more}") == (role == "reference")

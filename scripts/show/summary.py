@@ -92,7 +92,7 @@ def failure(attempt, baseline=False):
     if status in ("interrupted", "paused") or attempt["role"] == "reference":
         more = " PAIR=1" if attempt["pair"] else " REFERENCE=1" if attempt["role"] == "reference" else ""
         more = more or " AGAIN=1" * (attempt.get("seed", SEED) != SEED)  # a plain run would be refused
-        return [*found, f"next     {'make baseline' if baseline else 'make run' + more}"]
+        return [*found, f"next     make {'baseline' if baseline else 'run'}{more}"]
     if status != "invalid":
         found += [f"  | {line[:160]}" for line in printed(ROOT / "run.log")[-SHOWN:]]
     run = "make baseline: ideas are compared with it" if baseline else f"make run; or: {GIVE_UP}"
