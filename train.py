@@ -41,7 +41,7 @@ EVAL_BATCH_SIZE = max(1, DEVICE_BATCH_SIZE // 2)  # rows; all their logits exist
 
 ASPECT_RATIO = 64 if GPU else 96  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = 128 if GPU else 64  # channels of a head; fewer, larger heads are faster
-WINDOWS = "SL" if CUDA else "L"  # chunks, none slides; a letter a layer, repeated: L all the context, S two halves
+WINDOWS = "SL" if CUDA else "L"  # block-local, not sliding; a letter a layer, repeated: L all the context, S two halves
 MLP_RATIO = 4  # hidden channels of an MLP, in widths
 GATE_CHANNELS = 32  # channels of a layer's normed input that a gate reads; a table's gate the next as many
 GATE_MAX = 2.0  # a gate lies between 0 and this, and starts at half of it

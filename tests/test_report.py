@@ -157,6 +157,14 @@ def without_records(clone):
     return ["runs have no record in data/, or a damaged one"]
 
 
+def another_machine(clone):
+    paths = sorted((clone.path / "data").glob("run_*.json"))
+    for path in paths[: len(paths) // 2]:
+        changed = {**(ran := json.loads(path.read_text())), "device": {**ran["device"], "name": "another"}}
+        path.write_text(json.dumps({**changed, "seal": record.seal(changed)}))
+    return ["from another machine, text or budget"]
+
+
 def by_hand(clone):
     """Rows of a person's, lines cut short, a run that goes on, a look of an older form, another session's records."""
     session = clone.path / "data" / "sessions" / "t"
@@ -183,7 +191,7 @@ def table_alone(clone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [without_records, by_hand, table_alone])
+@pytest.mark.parametrize("damage", [without_records, another_machine, by_hand, table_alone])
 def test_what_is_missing_is_said_and_the_rest_is_shown(night, damage):
     missing = damage(night)
     done = night.run(night.env["PYTHON"], "-m", "scripts.show.report", "--tag=t", check=0)

@@ -1,9 +1,9 @@
 """The linear mixed model of docs/noise.md: least squares, with what is unknown averaged over a grid.
 
-Each program and seed is a column of zeros and ones. A load's effect is what such a load usually costs, and beyond that
-one part that all loads of the session share and one of its slot, both in proportion to the load. How wide seeds, loads
-and noise are (rho, tau, kappa, sigma) is not known: every combination on a grid counts by its restricted likelihood and
-a prior.
+Each program and seed is a column; seeds are shrunk towards 0 (Henderson 1975). A load's effect is what such a load
+usually costs, and beyond that one part that all loads of the session share and one of its slot, in proportion to the
+load. How wide seeds, loads and noise are (rho, tau, kappa, sigma) is not known: every combination on a grid counts by
+its restricted likelihood (Harville 1977) and a prior.
 """
 
 import math

@@ -126,7 +126,7 @@ class Night:
             yield f"{gone} of {len(self.attempts)} runs have no record in data/, or a damaged one"
         ran = {a["train_blob"] for a in self.attempts if a.get("run_id") in self.records}
         if apart := [str(e.number) for e in self.experiments if e.status != "crash" and e.blob in ran and not e.runs]:
-            yield f"run elsewhere, or otherwise, so gains across are none: rows {cut(', '.join(apart), 30)}"
+            yield f"from another machine, text or budget, gains beside them mislead: rows {cut(', '.join(apart), 30)}"
         for lacks, words in {"event": "by hand", "text": "git does not know the program, so no diff"}.items():
             if numbers := [str(e.number) for e in self.experiments if not getattr(e, lacks)]:
                 yield f"{words}: rows {cut(', '.join(numbers), 30)}"
@@ -160,13 +160,11 @@ class Night:
             gain, error = look["test"]
             best = "the best" if self.best and look["best"] == self.best.commit else look["best"]
             wins = f"{best if gain > 0 else 'the baseline'} wins" if abs(gain) > 2 * error else "not settled which wins"
-            left = f"{100 * gain / look['night']:.0f} %" if gain > 0 else "nothing"
-            left += " of the night's gain is left"
+            left = (f"{100 * gain / look['night']:.0f} %" if gain > 0 else "nothing") + " of the night's gain is left"
             where, (fresh, off) = look.get("where", ""), look["fresh"]
             if not where and self.gain and look["night"] - fresh > 2 * math.hypot(off, self.gain.error):
                 left += f"; fresh runs show {look['night'] - fresh:.4f} less than it saw, beyond its noise"
-            words = wins, left, f"look {number} at the test split"
-            found[where] = f"{gain:+.4f} ± {error:.4f}", *words
+            found[where] = f"{gain:+.4f} ± {error:.4f}", wins, left, f"look {number} at the test split"
         return found
 
     @property

@@ -1,7 +1,4 @@
-"""Write the morning's page, data/report.html, and the picture data/progress.png.
-
-The page is one file that needs nothing else. What is known comes from night.py; here it is only said.
-"""
+"""Write the morning's page, one file that needs nothing else, and its picture; what is known comes from night.py."""
 
 import base64
 import shlex
