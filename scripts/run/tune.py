@@ -43,12 +43,17 @@ def best_depth(tokens_of):
     return max(fed, default=min(tokens_of))
 
 
-SEEN_ONCE = {"depth": 6, "aspect_ratio": 96, "ngram_rows": 2**19}  # width 640
+ONCE = 1.2  # epochs: tables of n-grams learn by heart, and that serves where no text comes again
+PAYS = 0.8  # share of throughput that they must leave: they are worth a quarter more tokens
 
 
-def is_seen_once(tokens, epochs):
-    """Whether SEEN_ONCE pays: tables of n-grams learn by heart, and that serves where no text comes again."""
-    return 60e6 <= tokens <= 600e6 and epochs <= 1.2
+def with_tables(choice, tokens):
+    """A size with tables of n-grams for a budget of `tokens`, where these may pay, or None. choice: the ladder's."""
+    if choice["epochs"] > ONCE or not 5e6 <= tokens <= 600e6:
+        return None
+    if train.CUDA and tokens >= 60e6:
+        return {"depth": 6, "aspect_ratio": 96, "total": 2**17, "rows": 64, "ngram_rows": 2**19}  # width 640
+    return {key: choice[key] for key in ("depth", "total", "rows")} | {"ngram_rows": 2**17 if tokens < 12e6 else 2**18}
 
 
 # --- this machine ----------------------------------------------------------------------------------
@@ -149,9 +154,9 @@ def fit(budget, dataset, epoch):
     if choice is None:
         why = done[-1].get("why", "not one row fits into this machine's free memory").removeprefix("error: ")
         sys.exit(f"error: {why}; train.py keeps its constants")
-    if train.CUDA and is_seen_once(budget * choice["tok_sec"], choice["epochs"]):
-        size = timed(measure, limit_mb, done, rows=64, total=2**17, **SEEN_ONCE)  # with tables of n-grams
-        if size and is_seen_once(budget * size["tok_sec"], size["epochs"]):
+    if train.GPU and (size := with_tables(choice, budget * choice["tok_sec"])):
+        size = timed(measure, limit_mb, done, **size)
+        if size and size["epochs"] <= ONCE and size["tok_sec"] >= PAYS * choice["tok_sec"]:
             choice = size
     return choice, done
 
