@@ -141,13 +141,6 @@ def test_the_side_with_fewer_runs_is_run_and_the_caps_end_it():
     assert Evidence([*repeats("old", 1.5, 4), *repeats("new", 1.5, 3)]).next_run("new", "old") is None
 
 
-def test_the_share_of_information_grows_to_one():
-    shares = [
-        Evidence([*repeats("old", 1.5, 4), *repeats("new", 1.5, n)]).outlook("new", "old", 1.6)[0] for n in (1, 2, 3)
-    ]
-    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
-
-
 @pytest.mark.parametrize(("loads", "expected"), [
     ([0.0, 0.0], [None, None]),
     ([0.5, 0.6, 0.9, 0.9], [0, 0, 2, 2]),  # the same load, then another

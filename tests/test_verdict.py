@@ -17,7 +17,7 @@ SEEN, LOST, OPEN = 0.9999, 0.0001, 0.6
 
 def facts(gain=0.0, faster=0.0, sure=OPEN, **more):
     """Of a comparison for which no run is left, unless `next` is given; a loss that matters is ruled out or not."""
-    content = {"share": 1.0, "promise": 0.5, "matters": 0.005, "harmless": 0.99, "harmless_promise": 0.9, **more}
+    content = {"promise": 0.5, "matters": 0.005, "harmless": 0.99, "harmless_promise": 0.9, **more}
     error = content.pop("error", 0.002)
     return Facts(Comparison(gain, error, sure, faster, content.pop("faster_error", 0.001)), **content)
 
@@ -56,13 +56,11 @@ def test_another_run_is_made_while_it_may_settle_it():
     assert "reference" in rule(facts(next="old"))[1]
     assert word(next="new", promise=0.1) == "discard"  # hopeless
     assert word(0.02, sure=SEEN, next="new") == "keep"  # settled
-    assert word(0.02, sure=0.97, share=0.5, next="new") == "rerun"  # the fewer runs, the surer one must be
-    assert word(0.02, sure=0.97, share=1.0, next="new") == "keep"
-    assert word(0.02, sure=0.9987, share=0.01, next="new") == "keep"  # there is an end to that
-    almost = {"sure": 0.97, "share": 0.5, "harmless": 0.9999, "next": "new"}
+    assert word(0.02, sure=0.949, next="new") == "rerun" and word(0.02, sure=0.951, next="new") == "keep"
+    almost = {"sure": 0.9, "harmless": 0.97, "next": "new"}
     assert word(0.004, faster=0.12, **almost) == "keep"  # whatever its gain turns out to be
     assert word(0.004, faster=0.12, unearned=("judge", "a step teaches less"), **almost) == "rerun"
-    assert word(0.004, faster=0.12, **{**almost, "harmless": 0.97}) == "rerun"
+    assert word(0.004, faster=0.12, **{**almost, "harmless": 0.93}) == "rerun"
 
 
 def test_a_loss_that_matters_is_looked_at_where_the_code_is_shorter_or_faster():
@@ -85,10 +83,10 @@ def test_speed_that_is_not_sure_keeps_nothing():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(0.1, 1), st.floats(0, 1), st.floats(-0.14, 0.25), st.booleans())
-def test_what_is_surer_is_never_judged_worse(one, other, share, promise, faster, fewer_lines):
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(-0.14, 0.25), st.booleans())
+def test_what_is_surer_is_never_judged_worse(one, other, promise, faster, fewer_lines):
     rank = {"discard": 0, "rerun": 1, "keep": 2, "judge": 2}
-    words = [rank[word(0.01, faster, sure, share=share, promise=promise * sure, harmless=sure, next="new",
+    words = [rank[word(0.01, faster, sure, promise=promise * sure, harmless=sure, next="new",
                        harmless_promise=sure, fewer_lines=fewer_lines)] for sure in sorted((one, other))]  # fmt: skip
     assert words == sorted(words)
 
@@ -133,7 +131,7 @@ def test_first_comes_again_then_another_run_then_the_table(judged):
     same = {"old": "a = 1", "new": "# more\nmx.random.seed(7)\na = 1"}
     assert judged([run(1.2, blob="new")], old, texts=same).word == "again"
     found = judged([run(1.495, blob="new", seed=50)], old)
-    assert (found.word, found.next) == ("rerun", "make run AGAIN=1") and "% is asked for now" in verdict.reason(found)
+    assert (found.word, found.next) == ("rerun", "make run AGAIN=1") and "sure; 95 % is asked" in verdict.reason(found)
     assert judged([run(1.4, blob="new")], old).word == "keep"
     assert judged([run(1.6, blob="new")], old).word == "discard"
 

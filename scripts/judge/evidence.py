@@ -119,19 +119,15 @@ class Evidence:
 
         return min(self._left(new, old), key=error, default=None)
 
-    def outlook(self, new, old, bar, least=(0.0,)):
-        """(share of the information so far, for each of `least` the probability that all runs that are left show it).
+    def outlook(self, new, old, bar, least=0.0):
+        """Probability that all runs which the caps still allow show a gain of `bar` standard errors above `least`.
 
-        These are the runs that the caps still allow; what they show is a gain of `bar` standard errors above `least`.
-        The share is that of their squared error to the present one: the information time of group-sequential tests
-        (Lan and DeMets 1983). The probability is the predictive power (Spiegelhalter et al. 1986).
+        That is the predictive power (Spiegelhalter et al. 1986).
         """
         i, j, model = self.column[new], self.column[old], self._bpb
         now, then = model.spread(i, j), model.spread(i, j, self._planned(self._left(new, old), new, old))
-        gains = model.means[:, j] - model.means[:, i]
-        share = model.points @ (model.variance * then) / (model.points @ (model.variance * now))
-        promises = (model.probability(gains - one, now - then, bar * np.sqrt(then)) for one in least)
-        return float(share), *promises
+        gains = model.means[:, j] - model.means[:, i] - least
+        return float(model.probability(gains, now - then, bar * np.sqrt(then)))
 
     def _left(self, new, old):
         """How many runs the caps still allow, {kind: count}, on a machine as it was for the newest run."""

@@ -4,18 +4,18 @@ First `again`: the program is the reference, or computes the same. Then `rerun`:
 The rest is a table. Differences at equal steps stand in a note.
 """
 
-import math
 from collections import namedtuple
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
 from scripts import session
-from scripts.judge.evidence import Comparison, Evidence, gain_words, of_session, percent
+from scripts.judge.evidence import Comparison, Evidence, gain_words, of_session
 from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
-BAR, ENOUGH = 1.5, 3.0  # standard errors asked of a gain: when no run is left (93 % sure); to stop before
+SURE = 0.95  # how sure one must be
+BAR = NormalDist().inv_cdf(SURE)  # the same in standard errors
 CLEAR = 0.005  # bits per byte: a gain that may cost throughput, and a loss that matters
 WEAK = 2.0  # sigmas: a loss matters from CLEAR on, or from so many sigmas where that is more
 SMALL = 0.003  # bits per byte: a loss that much throughput may pay for
@@ -40,7 +40,6 @@ class Facts:
     """All that the rule looks at."""
 
     seen: Comparison
-    share: float  # of the information that all runs would give; the bar is BAR / sqrt(share) standard errors
     promise: float  # probability that the runs that are left show a gain
     matters: float  # bits per byte: the least difference that matters
     harmless: float  # probability that it loses less than that
@@ -53,14 +52,9 @@ class Facts:
     @classmethod
     def of(cls, evidence, new, old, **more):
         seen, matters = evidence.compare(new, old), max(CLEAR, WEAK * evidence.sigma)
-        share, promise, unharmed = evidence.outlook(new, old, BAR, (0.0, -matters))
+        promise, unharmed = (evidence.outlook(new, old, BAR, least) for least in (0.0, -matters))
         harmless, run = evidence.chance(new, old, -matters), evidence.next_run(new, old)
-        return cls(seen, share, promise, matters, harmless, unharmed, run, **more)
-
-
-def asked(share):
-    """How sure one must be now: the fewer runs of all, the surer (O'Brien and Fleming 1979; Haybittle 1971)."""
-    return NormalDist().cdf(min(BAR / math.sqrt(share), ENOUGH))
+        return cls(seen, promise, matters, harmless, unharmed, run, **more)
 
 
 def rule(facts):
@@ -70,8 +64,8 @@ def rule(facts):
         faster = 0.0
     if facts.same and not (facts.fewer_lines or faster > FASTER):
         return "again", "its losses are the reference's, step by step: the change has no effect", None
-    better, worse = facts.seen.sure >= asked(facts.share), facts.seen.sure <= 1 - asked(1.0)
-    harmless = facts.same or facts.harmless >= asked(facts.share)
+    better, worse = facts.seen.sure >= SURE, facts.seen.sure <= 1 - SURE
+    harmless = facts.same or facts.harmless >= SURE
     pays = harmless and faster > FASTER and not facts.unearned  # it is kept, whatever its gain turns out to be
     if facts.next and not (better or facts.same or pays):
         least, run, _ = NEXT[facts.next]
@@ -142,7 +136,6 @@ class Verdict:
     rule: str = ""
     next: str = ""  # what to type where it is `rerun`
     seen: Comparison | None = None
-    asked: float = 0.0  # how sure one must be now
     notes: list = field(default_factory=list)
 
 
@@ -175,12 +168,12 @@ def of_attempt(this_session, attempt, rows):
                      unearned=not_earned(run, other, equal))  # fmt: skip
     verdict.word, verdict.rule, following = rule(facts)
     verdict.next = NEXT[following][2] if following else ""
-    verdict.seen, verdict.asked = facts.seen, asked(facts.share)
+    verdict.seen = facts.seen
     if not other:
         verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")
     if equal:
         words = f"{abs(equal[0]):.4f} ± {equal[1]:.4f} nats a token {'lower' if equal[0] < 0 else 'higher'}"
-        verdict.notes.append(f"at equal steps, in the second quarter of the budget, training loss is {words}")
+        verdict.notes.append(f"at equal steps training loss is {words}")
     return verdict
 
 
@@ -213,11 +206,11 @@ def can_be_a_row(this_session, attempt, rows):
         return False
 
 
-def reason(verdict):
-    """The rule that decided, and what it rests on: gain, error, how sure it is; where it is open, what is asked."""
+def reason(verdict, gain=True):
+    """The rule that decided, and what it rests on: gain, error, how sure it is, and how sure it must be."""
     words = [verdict.rule]
-    if verdict.seen:
+    if verdict.seen and gain:
         words.append(f"gain {gain_words(verdict.seen)} sure")
-        if verdict.word == "rerun" or verdict.rule == "not proven":
-            words.append(f"{percent(verdict.asked)} % is asked for now")
+    if verdict.word == "rerun" or verdict.rule == "not proven":
+        words.append(f"{100 * SURE:g} % is asked")
     return "; ".join(words)
