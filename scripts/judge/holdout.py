@@ -2,7 +2,7 @@
 
 Baseline and best kept program, N times in turn with equal seeds that neither has had, each in a worktree of its own,
 scored on the validation split and on the test split. Every look at the test split is noted in the session. A look with
-another budget than the session's, or on another dataset, tells what is left of the gain there, by its own runs alone.
+another budget than the session's, or on another dataset, tells what is left of the gain there.
 """
 
 from harness import project
@@ -65,8 +65,9 @@ def main(args):
         looks.append([(seed, both, ends) for ends in zip(*(bpbs[name] for name in programs), strict=True)])
         gain = bpbs["baseline"][0] - bpbs["best"][0]  # that on test is told below, once the look is noted
         tell(f"pair {number + 1}: gain {gain:+.4f} on validation")
-    known, runs = () if there else night.evidence.runs, night.evidence.runs
-    noises = [next(run.noise for run in runs if run.program == e.program) for e in (first, best)]
+    runs, longer = night.evidence.runs, project.settings()[0] / (night.like or {}).get("budget", project.settings()[0])
+    noises = [next(run.noise for run in runs if run.program == e.program) / longer for e in (first, best)]
+    known = () if "DATASET" in there else runs  # where bits per byte are alike
     seen, (fresh, test) = night.gain, (measured_anew(known, noises, column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks), "where": there, "night": seen.gain}
     this_session.note("holdout", **pair, fresh=[fresh.gain, fresh.error], test=[test.gain, test.error])
