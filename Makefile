@@ -5,7 +5,7 @@
 # Variables that may also stand in the environment, and those that count on make's command line alone: their
 # names are common (a desktop exports OPEN), and a text or a switch is meant for one command.
 SETTINGS = PYTHON DATASET FILES COLUMN BUDGET TIMEOUT SEED ON_RESULT
-GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE TUNE ALL PROMPT
+GIVEN = BACKEND TAG STATUS DESC FOUND OPEN AGAIN REFERENCE PAIR N WAIT NPROC HOSTS DEVICE TUNE ALL PROMPT SCRIPT
 
 # $(call pass,NAME,origins that count): as it was typed, a `$` in it too. What does not count is hidden.
 define pass
@@ -31,7 +31,7 @@ $(VERBS):
 help:       ## list the targets
 prepare:    ## environment, dataset, tokenizer, token cache; nothing where all is there
 check:      ## ask the present train.py's model what a run asks it, without training: leaks, shape, memory
-bench:      ## profile the present train.py on this machine
+bench:      ## time the parts of a step of the present train.py; SCRIPT=probe.py: your own script, as fast as a run
 tune:       ## fit depth, step and batch size in train.py to this machine and BUDGET
 setup:      ## open a session: make setup TAG=nov24 [DATASET=climbmix]
 baseline:   ## prepare, run train.py as it is, log it as the baseline

@@ -43,7 +43,7 @@ case ${TUNE:-} in 0 | no | No | NO | false | off) tune='' ;; *) tune=1 ;; esac
 grep -q '^DEPTH = ' train.py || tune='' # another train.py may have nothing to fit
 if [ -n "$tune" ] && [ "$prepared" = True ]; then
   if ! scripts/tune.sh --known 2>&1 | sed 's/^error: /tune     /'; then
-    echo "tune     nothing fitted (see above): train.py keeps its presets; make tune fits them, and you commit it"
+    echo "tune     nothing was fitted: train.py keeps its presets"
   elif ! git diff --quiet -- train.py; then
     git commit -q -m "Session $tag: sizes fitted to this machine" train.py
     git update-ref "refs/experiments/$tag/start" HEAD

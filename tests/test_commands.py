@@ -95,6 +95,8 @@ make prepare DATASET=files FILES=dir
 make check
 make baseline
 make bench
+ echo "import train" > probe.py
+make bench SCRIPT=probe.py
 make sample
 uv run prepare.py
 uv run train.py

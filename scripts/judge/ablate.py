@@ -62,15 +62,16 @@ def main(args):
     night = Night(args.tag)
     whole = night.apart
     seeds = plan.seeds_of(this_session, whole.blob)
-    programs = {whole.blob: whole.commit} | {e["program"]: e["commit"] for e in night.ablations}
+    programs = {e["program"]: (e["commit"], f"without {e['change']}") for e in night.ablations}
+    programs = {whole.blob: (whole.commit, "with all"), **programs}
     for number in range(args.runs or 1):
         seed = seeds[number] if number < len(seeds) else unused(seeds[:number])
         seeds[number:] = seeds[number:] or [seed]
-        for blob, commit in programs.items():
+        for blob, (commit, name) in programs.items():
             if is_due(this_session, blob, seed):
                 pair = f"ablation {seed}"  # made in turn, as the two of a pair are
                 attempt = experiment.run_once(this_session, held, "ablation", commit, args.head, seed, pair)
-                tell(f"{commit[:7]}  seed {seed}: {attempt['status']} {session.one_line(attempt['reason'])}".rstrip())
+                tell(f"{name}, seed {seed}: {attempt['status']} {session.one_line(attempt['reason'])}".rstrip())
                 if attempt["status"] not in ("valid", *FAILED):
                     experiment.exit_as(attempt)
     print("\n".join(table(Night(args.tag))))

@@ -15,7 +15,7 @@ from datetime import datetime
 from harness import files, project
 from scripts import session
 from scripts.judge import verdict
-from scripts.session import HEADER, JOURNAL, Refused, Session, counted, one_line, options, run_command, shown
+from scripts.session import HEADER, JOURNAL, Refused, Session, counted, one_line, options, run_command
 
 
 def log(args):
@@ -28,9 +28,8 @@ def log(args):
             intent = intended(this_session, attempt, args)
             this_session.note("logging", id=attempt["id"], **intent)
             attempt |= intent
-        journal = complete(this_session, attempt)
+        complete(this_session, attempt)
     print(f"row {attempt['row']}: {attempt['line'].expandtabs(1)}")
-    print(f"journal: {shown(journal)}")
 
 
 def half_logged(attempt):
@@ -47,7 +46,7 @@ def complete_begun(this_session):
 
 
 def complete(this_session, attempt):
-    """Write what was noted of a run's logging, as far as it is not there yet; returns the journal's path."""
+    """Write what was noted of a run's logging, as far as it is not there yet."""
     add_once(this_session.table, attempt["line"] + "\n", HEADER + "\n")
     journal = JOURNAL / attempt["journal"]
     add_once(journal, attempt["entry"], f"# Research journal, {journal.stem.removeprefix('log_')}\n")
@@ -66,7 +65,6 @@ def complete(this_session, attempt):
         linked.unlink(missing_ok=True)  # a rename leaves it where a call that was cut short had come this far
         files.move_into_place(project.LAST_WEIGHTS, project.BEST_WEIGHTS)
     this_session.note("logged", id=attempt["id"])
-    return journal
 
 
 def add_once(path, text, header):

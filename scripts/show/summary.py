@@ -24,11 +24,11 @@ def lines(this_session, attempt, baseline=False):
     run, rows, found = session.record_of(attempt), this_session.rows()[0], []
     disturbed = [f"busy     {words}"] if run and (words := busy(run)) else []
     if attempt["role"] == "reference":  # made for the candidate that waits, if one does
-        found = [] if attempt["pair"] else [brief(attempt)]
-        waits = this_session.newest()
+        found, waits = [] if attempt["pair"] else [brief(attempt)], this_session.newest()
         if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(this_session.attempts(), rows, run)[1])
             return [*found, *disturbed, "noise    {}; {}".format(*noise(evidence)), IDEA]
+        found = [line.partition("  val_bpb")[0] for line in found]  # what it says is in the verdict
         attempt = waits  # what follows is about the candidate
     try:
         decision = verdict.of_attempt(this_session, attempt, rows)
@@ -38,14 +38,10 @@ def lines(this_session, attempt, baseline=False):
         found = found or [brief(attempt)]
         told = f"verdict  again: {decision.rule}", "noise    {}; {}".format(*noise(decision.evidence))
         return [*found, *disturbed, *told, IDEA]
-    found += [f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"]
-    told = figures(decision)
-    if row := decision.row:
-        runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
-        told.append(f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:60]}")
-    told += [f"note     {note}" for note in decision.notes]
-    found += (told[:1] if decision.word == "rerun" else told) + disturbed  # all of it when it is settled
-    found.append(f"verdict  {decision.word}: {verdict.reason(decision)}")
+    ran = f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"
+    again = decision.word == "rerun"  # then the figures are told when it is settled
+    found = found or [ran] if again else [*found, ran, *figures(decision), *against(decision), *disturbed]
+    found.append(f"verdict  {decision.word}: {verdict.reason(decision, gain=again)}")
     return found if baseline else [*found, f"next     {then(decision, attempt)}"]  # baseline.sh does the next step
 
 
@@ -59,11 +55,20 @@ def then(decision, attempt):
     return f'make log-result STATUS={status} DESC="…"' + "; make discard" * (status == "discard")
 
 
+def against(decision):
+    """What the program was compared with, and what else was seen."""
+    found = [f"note     {note}" for note in decision.notes]
+    if row := decision.row:
+        runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
+        found.insert(0, f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:40]}")
+    return found
+
+
 def figures(decision):
     """Five figures: val_bpb and throughput by all runs of the program, with what changed; the rest by this run."""
     training, result, seen = decision.run["training"], decision.run["result"], decision.seen
     some = result.get("eval_rows") != result.get("eval_rows_of")
-    rows = "{eval_rows} of {eval_rows_of} rows, ± {val_bpb_stderr:.4f} over rows".format(**result) if some else ""
+    rows = "{eval_rows} of {eval_rows_of} rows, ± {val_bpb_stderr:.4f}".format(**result) if some else ""
     gain, faster = (f"gain {gain_words(seen)}", f"{100 * seen.faster:+.1f} %") if seen else ("", "")
     shown = (("val_bpb", f"{decision.new.bpb:.6f}", gain),
              ("peak_memory_mb", f"{training['peak_memory_mb']:.1f}", ""),
@@ -74,7 +79,7 @@ def figures(decision):
 
 
 def brief(attempt):
-    """One line on a run that is one of several."""
+    """One line on a run that is one of several: what was measured."""
     run = session.record_of(attempt)
     words = f"{attempt['role']:9} {(attempt['commit'] or '0' * 7)[:7]}  seed {attempt['seed']}"
     return f"{words}  val_bpb {run['result']['val_bpb']:.6f}, {run['training']['avg_tok_sec']:.0f} tok/s"

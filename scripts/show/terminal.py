@@ -50,7 +50,7 @@ def figures(night):
     if night.foresight:
         found.append(("expected gains", *night.foresight.split(", ", 1)))
     if shared := sum(bool(run.load) for run in night.evidence.runs):
-        found.append(("shared", f"{counted(shared, 'run')} beside other work", "they count for less"))
+        found.append(("shared", f"{counted(shared, 'run')} beside other work", "counted for less"))
     return [*found, ("noise", *noise(night.evidence))]
 
 
@@ -62,7 +62,9 @@ def standing(night):
 
 def noise(evidence):
     """(how far one run is off, by what that is known)."""
-    known = f"by {counted(evidence.df, 'repeat')}" if evidence.df else "a guess: make run REFERENCE=1 N=4 measures it"
+    shared = len(evidence.runs) - len(evidence.column)
+    known = f"by {counted(evidence.df or shared, 'repeat')}{'' if evidence.df else ' beside other work'}"
+    known = known if shared else "a guess: make run REFERENCE=1 N=4 measures it"
     return f"± {evidence.sigma:.4f} of one run, ± {evidence.same_seed:.4f} between equal seeds", known
 
 
