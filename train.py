@@ -30,7 +30,7 @@ CUDA = GPU and mx.cuda.is_available()
 
 # --- constants -----------------------------------------------------------------------------------
 # Presets by backend: CUDA, else Metal, else a CPU, which sees a hundredth of the tokens. `make setup` writes
-# DATASET; `make tune` writes DEPTH and the batch sizes, and on CUDA ASPECT_RATIO and NGRAM_ROWS where these pay.
+# DATASET; `make tune` writes DEPTH and the batch sizes, and on a GPU NGRAM_ROWS (and ASPECT_RATIO) where these pay.
 
 DATASET = "stdlib"  # one of data_sources.DATASETS
 SEQUENCE_LENGTH = prepare.get_dataset(DATASET).sequence_length  # tokens of context in training

@@ -18,6 +18,7 @@ from harness.files import printable
 from harness.processes import UNFIT
 
 SPLITS = ("train", "val", "test")
+TEXT_READ = "autoresearch.text"  # an event for sys.audit: see run_checks.py
 PASSAGE = 8000  # characters of a .txt file that make a document, about a row of 2048 tokens
 
 
@@ -102,6 +103,7 @@ READERS = {".parquet": parquet_texts, ".jsonl": json_texts, ".txt": text_passage
 
 def texts_of(path, column):
     """Yield the texts of a file, a few at a time in memory. column: that of parquet, or the field of JSON lines."""
+    sys.audit(TEXT_READ, str(path))
     try:
         yield from filter(None, READERS[path.suffix.lower()](path, column))
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -126,6 +128,7 @@ class StandardLibrary(Source):
     passage: int = 800  # characters
 
     def texts(self, dataset, split):
+        sys.audit(TEXT_READ, f"the {split} split")
         for name, parts in self.documents():
             if split_of(name, self.share) == split:
                 yield from parts

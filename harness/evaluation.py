@@ -73,9 +73,6 @@ def bits_per_byte(bits, size):
     return float(bpb), float(stderr)
 
 
-# --- from ids to nats ------------------------------------------------------------------------------
-
-
 @functools.cache
 def compute_streams():
     """The MLX streams that independent pieces of work are spread over.

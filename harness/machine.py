@@ -45,8 +45,6 @@ def allowed(question):
         return question()
 
 
-# --- what else went on -----------------------------------------------------------------------------
-
 TICK = 0.25  # seconds between two looks at the clock
 GAP = 2.0  # seconds between two looks, without work done: it was stopped, or slept; see run_checks.paused
 BUSY = ("user", "system", "nice", "irq", "softirq", "steal")  # time of guests is in `user`

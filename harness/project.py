@@ -34,8 +34,6 @@ DATA = ROOT / "data"  # of this folder: the newest run
 STORE = HOME / "data"  # of the clone: the archive of all runs
 LAST_WEIGHTS, BEST_WEIGHTS = DATA / "last_run.safetensors", DATA / "best.safetensors"  # of the newest kept program
 
-# --- settings, programs, harness -------------------------------------------------------------------
-
 BUDGET, SEED = 300.0, 42  # what holds where nothing is set
 
 
@@ -95,7 +93,7 @@ def dataset_of_train(path=ROOT / "train.py"):
 
 def harness_hash():
     """Which harness this is."""
-    return code_hash(sorted([*ROOT.glob("harness/*.py"), ROOT / "prepare.py", ROOT / "data_sources.py"]))
+    return code_hash(sorted([*ROOT.glob("harness/[!.]*.py"), ROOT / "prepare.py", ROOT / "data_sources.py"]))
 
 
 def code_hash(paths):

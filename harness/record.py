@@ -19,8 +19,6 @@ import numpy as np
 from harness.files import make_folder, read_json, what_failed, write_atomically
 from harness.project import DATA, STORE
 
-# --- records -------------------------------------------------------------------------------------
-
 
 def seal(record):
     """SHA-256 over a record's content (without its seal), by which a hand-made one is noticed."""
@@ -86,9 +84,6 @@ def packed(values):
     return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
 
 
-# --- what a run says -------------------------------------------------------------------------------
-
-
 def tell_device(device):
     memory = f", {device['memory_gb']} GB" if device["memory_gb"] else ""
     print(f"backend: {device['backend']} ({device['name']}{memory}), mlx {device['mlx']}, BLAS: {device['blas']}")
@@ -135,9 +130,6 @@ def tell(record):
         print(f"error: this run is not valid. {record['reason']}", file=sys.stderr)
 
 
-# --- the archive -----------------------------------------------------------------------------------
-
-
 def archived():
     """Every valid record of the archive as the harness wrote it, the oldest first; what is damaged is passed over."""
     for path in sorted(STORE.glob("run_*.json")):
@@ -160,9 +152,6 @@ def differences(new, old):
         facts |= {f"device.{name}": value for name, value in (record.get("device") or {}).items()}
     unlike = [key for key in {**a, **b} if a.get(key) != b.get(key)]
     return [f"{key} is {str(a.get(key))[:60]}, was {str(b.get(key))[:60]}" for key in unlike]
-
-
-# --- pairs: two runs that saw the same text ------------------------------------------------------------
 
 
 def at_equal_steps(new, old):

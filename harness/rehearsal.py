@@ -59,6 +59,6 @@ def knows_text(model, rows, tokenizer, batch_size):
     if nats < UNTRAINED * nothing:
         raise Refused(
             f"start-up: before the clock starts the model predicts tokens of the training text with {nats:.2f} nats; "
-            f"who knows nothing has {nothing:.2f}. Look for weights of an earlier run, tables counted at start-up, "
-            "training before the clock starts."
+            f"who knows nothing has {nothing:.2f}, and under {UNTRAINED:.0%} of that some is known. Look for weights "
+            "of an earlier run, tables counted at start-up, training before the clock starts."
         )

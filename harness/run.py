@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import psutil
 from mlx.utils import tree_flatten
 
@@ -21,7 +22,6 @@ from harness.evaluation import evaluate_bpb, select_rows
 from harness.leak_checks import LeakChecks
 from harness.rehearsal import rehearse
 from harness.run_checks import Refused, harness_reads
-from harness.sample import sample
 from harness.token_cache import TokenCache, Tokenizer
 
 # When this process began, by time.monotonic(): what it did before it imported this is start-up, too.
@@ -30,6 +30,8 @@ PROCESS_START = time.monotonic() - max(0.0, time.time() - BEGAN)
 HARNESS = project.harness_hash()  # of the files as they are when this process begins
 CHECK_SECONDS, CHECK_SHARE = 3.0, 0.05  # of the budget: what leak checks may take, the more of both
 EXPLODED = 3.0  # times the loss of knowing nothing, ln(vocabulary)
+SAMPLED = 200  # tokens of a sample, at most
+TEMPERATURE = 0.8  # of the model's own distribution; below 1 it says what it is surer of
 
 
 def mode():
@@ -90,6 +92,8 @@ class Run:
     def batches(self, batch_size, sequence_length=None):
         """The training stream; one a run. See `Batches`."""
         length = sequence_length or self.dataset.sequence_length
+        if self._stream:
+            sys.exit("error: run.batches() was called twice, and what is drawn is counted of one stream")
         with harness_reads():
             self._stream = Batches(self.cache, batch_size, length, self.seed)
         return self._stream
@@ -250,8 +254,9 @@ class Run:
                 run_checks.one_model(same_weights)
             evaluation = self._evaluate(model, batch_size)
             with devices.agreement(Refused):
-                own = os.environ.get("AUTORESEARCH_FILES") if self.dataset.name == "files" else None
-                run_checks.text([cache_dir(self.dataset), own], self._tokens())
+                own = ("FILES", "OWN") if self.dataset.name == "files" else ()
+                own = [os.environ.get(f"AUTORESEARCH_{name}") for name in own]
+                run_checks.text([cache_dir(self.dataset), *own], self._tokens())
         except Refused as refused:
             self._end(str(refused))
         if self.mode == "holdout":
@@ -265,9 +270,11 @@ class Run:
         return self._curve[-1][2] if self._curve else 0
 
     def _rows(self, split):
+        if self.mode in ("run", "holdout") and not self._machine:  # before finish()
+            sys.exit("error: the rows of evaluation are the harness's alone, at the end of the run")
         with harness_reads():
             rows = evaluation_rows(self.cache, self.dataset, split)
-        self._all_rows = len(rows)
+        self._all_rows = len(rows) if split == "val" else self._all_rows
         return select_rows(rows, os.environ.get("AUTORESEARCH_ROWS"), self._row_seconds, self.budget)
 
     def _evaluate(self, model, batch_size):
@@ -329,6 +336,27 @@ class Run:
         record.tell(written)
         if reason:
             sys.exit(2)
+
+
+def sample(model, tokenizer, prompt, seed):
+    """The prompt and how the model goes on, up to the end of a document, SAMPLED tokens or its context: text.
+
+    model: from token ids int32 (1, T) to logits (1, T, vocabulary). Each call has one shape, so nothing is compiled
+    twice: what stands behind the last token is not seen.
+    """
+    context, ids = tokenizer.dataset.sequence_length, [tokenizer.bos, *tokenizer.encoding.encode_ordinary(prompt)]
+    ids = ids[: context // 2] if prompt else ids
+    row = np.full((1, min(context, len(ids) + SAMPLED)), tokenizer.bos, np.int32)
+    row[0, : len(ids)] = ids
+    never = mx.array((tokenizer.token_bytes == 0) & (np.arange(tokenizer.vocab_size) != tokenizer.bos))
+    mx.random.seed(seed)
+    for at in range(len(ids), row.shape[1]):
+        logits = model(mx.array(row))[0, at - 1].astype(mx.float32)
+        token = mx.random.categorical(mx.where(never, -mx.inf, logits / TEMPERATURE)).item()
+        if token == tokenizer.bos:
+            return tokenizer.encoding.decode(row[0, 1:at].tolist())
+        row[0, at] = token
+    return tokenizer.encoding.decode(row[0, 1:].tolist())
 
 
 def save_weights(weights, train_blob):

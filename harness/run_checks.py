@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from harness.corpus import TEXT_READ
+
 
 class Refused(Exception):
     """A check failed. The text names the check, says what was seen, and what to look for."""
 
-
-# --- its clock -------------------------------------------------------------------------------------
 
 STARTUP = 120  # seconds, at most
 OVERSHOOT = 0.02  # of the budget, or one step
@@ -60,9 +60,6 @@ def budget(budget, seconds, step_ends):
         )
 
 
-# --- its ranks -------------------------------------------------------------------------------------
-
-
 def one_model(same_weights):
     """All ranks hold the same weights: `devices.same_weights`."""
     if not same_weights:
@@ -72,13 +69,11 @@ def one_model(same_weights):
         )
 
 
-# --- its text ----------------------------------------------------------------------------------------
-#
 # Text reaches train.py by run.batches() alone. The harness opens the token cache inside of `harness_reads`; whatever
-# else of it is opened from `import prepare` on is noted. Only what Python opens is seen.
+# else Python opens of it from `import prepare` on is noted, and that corpus.py was asked for texts.
 
 _harness_reads = contextvars.ContextVar("_harness_reads", default=False)
-_opened = []  # paths
+_opened = []  # (event, path)
 TEXTS = ".npy", ".jsonl", ".txt", ".parquet"
 
 
@@ -93,8 +88,8 @@ def harness_reads():
 
 
 def _note(event, args):
-    if event == "open" and not _harness_reads.get() and str(args[0]).endswith(TEXTS):
-        _opened.append(str(args[0]))
+    if (event == TEXT_READ or (event == "open" and str(args[0]).endswith(TEXTS))) and not _harness_reads.get():
+        _opened.append((event, str(args[0])))
 
 
 sys.addaudithook(_note)
@@ -103,7 +98,8 @@ sys.addaudithook(_note)
 def text(folders, tokens):
     """What was trained on came by the stream. folders: where the dataset's files lie. tokens: that it handed out."""
     folders = tuple(os.path.realpath(folder) + os.sep for folder in folders if folder)
-    if opened := next((path for path in _opened if os.path.realpath(path).startswith(folders)), None):
+    read = (path for event, path in _opened if event == TEXT_READ or os.path.realpath(path).startswith(folders))
+    if opened := next(read, None):
         raise Refused(
             f"data: {os.path.basename(opened)} was opened during the run. Text reaches train.py by run.batches() "
             "alone. Look for code that reads a split, the texts, or calls the evaluation."

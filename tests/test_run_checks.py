@@ -14,6 +14,7 @@ import pytest
 from conftest import HARNESS, ROOT, SIZES, sampled
 from gallery import Answers, evaluate
 
+import data_sources
 import prepare
 from harness import project, run, run_checks
 from harness import record as records
@@ -89,6 +90,7 @@ READS = {  # how a loop gets at text by another way than its stream
     "a cache of its own": lambda run: prepare.TokenCache.load(run.dataset).tokens("train")[:10],
     "the file itself": lambda run: np.fromfile(run.cache.folder / "val_tokens.npy", np.uint16),
     "the texts": lambda run: next(iter(run.dataset.source.texts(run.dataset, "train"))),
+    "texts that are program text": lambda run: next(data_sources.DATASETS["stdlib"].source.texts(None, "val")),
     "what the dataset was made from": lambda run: Path(os.environ["AUTORESEARCH_FILES"], "texts.jsonl").read_text(),
     "an evaluation of its own": lambda run: evaluate(uniform, run.tokenizer, 16),
 }
@@ -103,6 +105,16 @@ def test_a_loop_that_reads_text_by_another_way_is_refused(outcome, small_files, 
         train(run, batches)
 
     assert "opened during the run" in refused_loop("data", outcome, loop)
+
+
+@pytest.mark.parametrize(("ask", "said"), [
+    (lambda run: run.batches(4), "called twice"), (lambda run: run._rows("val"), "harness's alone"),
+])  # fmt: skip
+def test_there_is_one_stream_and_nobody_else_asks_for_the_rows_of_evaluation(small, ask, said):
+    run = prepare.Run("files")
+    run.batches(4)
+    with pytest.raises(SystemExit, match=said):
+        ask(run)
 
 
 def test_a_model_that_reads_while_it_is_evaluated_is_refused(outcome):

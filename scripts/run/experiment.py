@@ -13,7 +13,8 @@ The path of a run:
     make log-result       judge/log_result.py: the row, the journal, the commit's ref
 
 The environment takes to train.py: AUTORESEARCH_BUDGET, _SEED, _FILES, _COLUMN, _CACHE (settings), _ROWS (of
-evaluation), _ATTEMPT (whose record it is), _PROGRESS (a file for how far it is), _TERMINAL (it may show that).
+evaluation), _ATTEMPT (whose record it is), _OWN (the session's FILES, which it may not open), _PROGRESS (a file for how
+far it is), _TERMINAL (it may show that).
 launch.py adds _GROUP.
 
 An attempt is what the session notes of a run (session.py); a record what train.py left of it (harness/record.py); a
@@ -48,6 +49,8 @@ NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to alloc
 def begin(this_session):
     """What comes before any run: take the device, and clear up after commands that were killed. Returns the locks."""
     held = lock.take()
+    if of_group():
+        launch.hostfile()  # refused where it cannot be one
     this_session.link()
     log_result.complete_begun(this_session)
     for folder in (ROOT, project.DATA, project.STORE, this_session.folder):
@@ -107,6 +110,7 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
         command = [sys.executable, *through, "train.py", *["--holdout"] * holdout]
         rows = rows_setting(this_session, budget, project.dataset_of_train(folder / "train.py"))
         known = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_ROWS": rows, "AUTORESEARCH_ATTEMPT": attempt["id"],
+                 "AUTORESEARCH_OWN": this_session.stored_settings().get("FILES", ""),
                  "AUTORESEARCH_PROGRESS": str(PROGRESS)}  # fmt: skip
         code, wall = supervise.run(command, folder, ROOT / "run.log", timeout, held, {**os.environ, **known})
         status, reason, run = outcome(attempt, code, wall, timeout, files.read_json(last))
@@ -124,7 +128,8 @@ def rows_setting(this_session, budget, dataset):
     for attempt in this_session.attempts():
         run = session.record_of(attempt) if (attempt["status"], attempt["budget"]) == ("valid", budget) else None
         if run and run["dataset"] == dataset:
-            return str(run["result"].get("eval_rows") or "")  # all, in a session from before
+            scored = run["result"].get("eval_rows")
+            return "" if scored == run["result"].get("eval_rows_of") else str(scored)  # all, of test as well
     return "auto"
 
 
@@ -199,8 +204,6 @@ def main(args):
     if not runs:
         print(f"nothing to do: {session.counted(args.runs, 'run')} made already")
         return
-    if of_group():
-        launch.hostfile()  # refused where it cannot be one
     for number, (role, commit, seed, pair) in enumerate(runs, 1):
         attempt = run_once(this_session, held, role, commit, args.head, seed, pair)
         if attempt["status"] != "valid":
