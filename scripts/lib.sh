@@ -45,7 +45,7 @@ export_settings() {
 # --- Python --------------------------------------------------------------------------------------
 
 # Set for other programs, these would break a run, or count as its crash.
-unset PYTHONHOME PYTHONSAFEPATH PYTHONIOENCODING PYTHONHASHSEED PYTHONWARNINGS PYTHONOPTIMIZE PYTHONSTARTUP PYTHONINSPECT
+unset PYTHONHOME PYTHONSAFEPATH PYTHONIOENCODING PYTHONHASHSEED PYTHONWARNINGS PYTHONOPTIMIZE PYTHONSTARTUP PYTHONINSPECT MPLBACKEND
 [ -n "${PYTHON:-}" ] || unset PYTHONPATH # it may hold the packages of the Python that is given
 # train.py runs one stream a core itself; and without a pool of threads NumPy is there in half the time
 export PYTHONUTF8=1 OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
@@ -151,7 +151,7 @@ put_train() {
   local new=.train.py.$$.tmp
   { : >"$new"; } 2>/dev/null || die "$ROOT is read-only or full, and train.py is written there: mend that, and again"
   git cat-file blob "$1:train.py" >"$new" && "$PYTHON" -c "$move" "$new" train.py &&
-    git restore --source="$1" --staged -- train.py
+    git -c core.hooksPath=/dev/null restore --source="$1" --staged -- train.py
 }
 
 short() { printf '%.7s' "$1"; }

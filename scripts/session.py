@@ -270,8 +270,10 @@ def shown(path):
 
 def tell(text):
     """Print what is no longer waited for, perhaps: work goes on where nobody listens."""
-    with suppress(BrokenPipeError):
+    try:
         print(text, flush=True)
+    except OSError:  # a pipe, or a terminal, that is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def say(text):

@@ -26,7 +26,7 @@ def typed():
             elif name in ("NPROC", "DEVICE"):
                 text = str(project.whole(name, text, least=int(name == "NPROC")))
             file = name == "FILES" or (name == "HOSTS" and text.endswith(".json"))
-            found[name] = str(Path(text).expanduser().absolute()) if file else text
+            found[name] = str(Path(os.path.expanduser(text)).absolute()) if file else text
     return found
 
 

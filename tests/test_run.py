@@ -7,12 +7,13 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
-from conftest import sampled
+from conftest import ROOT, sampled
 
 from harness.processes import is_alive as alive
 from scripts.run import experiment, lock
@@ -399,3 +400,10 @@ def test_what_stood_still_is_run_again_as_it_was(pair, role, more):
     assert summary.failure({**again, "role": "candidate", "pair": None}, True)[-1] == "next     make baseline AGAIN=1"
     failed = {**attempt, "status": "crash"}
     assert (summary.failure(failed)[-1] == f"next     make run{more}") == (role == "reference")
+
+
+def test_where_nobody_listens_any_more_work_goes_on():
+    tell = "from scripts.session import tell; tell('a'); tell('b')"
+    reads, gone = os.pipe()
+    os.close(reads)
+    assert subprocess.run([sys.executable, "-c", tell], cwd=ROOT, stdout=gone).returncode == 0

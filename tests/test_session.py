@@ -323,7 +323,7 @@ def test_a_kept_program_that_is_on_the_branch_no_more_is_named(session):
     session.write_train("prepare.finish(1.3)  # more")
     session.git("reset", "-q", "--soft", "refs/experiments/t/start")
     session.git("commit", "-q", "-m", "squashed")
-    session.script("run", check=0)
+    assert "row 2, kept, is not on this branch" in session.script("run", check=0).stdout
     session.make("log-result", "STATUS=discard", "DESC=x", check=0)
     told = session.script("discard", check=0).stderr
     session.run("sh", "-c", told.split("taken back. ")[1].replace("goes on from there", ""), check=0)
@@ -335,6 +335,27 @@ def test_what_was_put_back_is_not_kept(session):
     tried = session.git("rev-parse", "HEAD")
     session.git("reset", "-q", "--hard", "HEAD^")
     done = session.script("log-result", STATUS="keep", DESC="x", check=1)
-    assert f"git merge --ff-only {tried[:7]}" in done.stderr and done.stderr.count("\n") == 1
+    assert f"git checkout {tried[:7]} -- train.py" in done.stderr and done.stderr.count("\n") == 1
     session.git("merge", "-q", "--ff-only", tried)
+    session.git("revert", "--no-edit", "HEAD")
+    assert done.stderr == session.script("log-result", STATUS="keep", DESC="x", check=1).stderr
+    session.run("sh", "-c", done.stderr.split("kept: ")[1].replace("brings it back", ""), check=0)
     session.script("log-result", STATUS="keep", DESC="x", check=0)
+
+
+def test_a_verdict_that_asks_for_a_run_is_short_and_hides_no_figure_later(session):
+    told = session.experiment("prepare.finish(1.499)").stdout.splitlines()
+    assert [line.split()[0] for line in told] == ["valid", "verdict", "next"] and "93 % is asked" in told[1]
+    told = session.make("run", "REFERENCE=1", "N=3", check=0).stdout.splitlines()
+    told = told[[i for i, line in enumerate(told) if line.startswith("reference")][-1] :]
+    assert "val_bpb" not in told[0] and told[1].split()[0] in ("valid", "verdict")
+
+
+def test_a_hook_of_gits_that_fails_stops_nothing(session):
+    hook = session.path / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    session.experiment("prepare.finish(1.6)", "discard")
+    session.script("discard", check=0)
+    session.script("run", REFERENCE="1", check=0)

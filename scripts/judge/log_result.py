@@ -83,9 +83,11 @@ def refuse_untruthful(status, attempt):
     if outcome in ("running", "interrupted", "paused"):
         raise Refused(f"the run has no result ({outcome}), so no row: make run")
     head = session.git("rev-parse", "-q", "--verify", "HEAD") if attempt["commit"] and status == "keep" else None
-    if head and attempt["train_blob"] not in session.programs_of(head):
-        raise Refused("the branch does not have this program any more, so it cannot be kept: "
-                      f"git merge --ff-only {attempt['commit'][:7]} brings it back")  # fmt: skip
+    here, own = head and session.git("rev-parse", f"{head}:train.py"), attempt["train_blob"]
+    before = session.programs_of(attempt["commit"]) if head and here != own else ()
+    if head and (own not in session.programs_of(head) or here in before):  # reset, or reverted
+        mend = f"git checkout {attempt['commit'][:7]} -- train.py && git commit -m back"
+        raise Refused(f"the branch does not have this program any more, so it cannot be kept: {mend} brings it back")
     if (status == "crash") == (outcome == "valid"):
         mend = "it is no crash: STATUS=keep or STATUS=discard" if outcome == "valid" else "STATUS=crash alone is true"
         raise Refused(f"the run was {outcome}, so {mend}")

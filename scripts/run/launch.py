@@ -73,8 +73,8 @@ def follow(launcher, hosts):
         os.write(2, line[: ended.start()] if ended else line)
         if ended and ended[2] and not code and int(ended[2]) != LOST:
             rank, code = int(ended[1]), int(ended[2])
-    if not code:
-        return 0
+    if not code:  # where it began none it has said why
+        return UNFIT if launcher.wait() else 0
     if hosts[rank] != HERE and code in (126, 127, 255):  # ssh's words, or a shell's, for what it did not find
         mend = "must need no password, and find the same folder and its environment there"
         print(f"error: no rank began on {hosts[rank]}: ssh {hosts[rank]} {mend}", file=sys.stderr)
