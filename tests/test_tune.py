@@ -134,6 +134,12 @@ def test_text_that_is_seen_once_gets_tables_of_n_grams(tune, gpu, monkeypatch, c
         }  # fmt: skip
 
 
+def test_sizes_are_fitted_without_tables(tune, monkeypatch):
+    monkeypatch.setattr(train, "NGRAM_ROWS", 2**18)
+    with pytest.raises(SystemExit, match="error: train.py has tables of n-grams already"):
+        tune.main()
+
+
 def test_only_the_three_lines_change(tune):
     text = (ROOT / "train.py").read_text()
     new = tune.written(text, {"DEPTH": 6, "TOTAL_BATCH_SIZE": 2**15, "DEVICE_BATCH_SIZE": 4})

@@ -18,6 +18,7 @@ import prepare
 import train
 from harness import files, project
 from harness.project import ROOT
+from scripts.run.experiment import of_group
 
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
 BUSY = 0.25  # share of the processor that others may use; above it nothing is fitted, but on CUDA
@@ -48,12 +49,12 @@ PAYS = 0.8  # share of throughput that they must leave: they are worth a quarter
 
 
 def with_tables(choice, tokens):
-    """A size with tables of n-grams for a budget of `tokens`, where these may pay, or None. choice: the ladder's."""
+    """Sizes with tables of n-grams, to be tried in turn, where a budget holds `tokens`. choice: the ladder's."""
     if choice["epochs"] > ONCE or not 5e6 <= tokens <= 600e6:
-        return None
-    if train.CUDA and tokens >= 60e6:
-        return {"depth": 6, "aspect_ratio": 96, "total": 2**17, "rows": 64, "ngram_rows": 2**19}  # width 640
-    return {key: choice[key] for key in ("depth", "total", "rows")} | {"ngram_rows": 2**17 if tokens < 12e6 else 2**18}
+        return []
+    large = {"depth": 6, "aspect_ratio": 96, "total": 2**17, "rows": 64, "ngram_rows": 2**19}  # width 640
+    small = {key: choice[key] for key in ("depth", "total", "rows")} | {"ngram_rows": 2**17 if tokens < 12e6 else 2**18}
+    return [large, small] if train.CUDA and tokens >= 60e6 else [small]
 
 
 # --- this machine ----------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ CONSTANTS |= {"ASPECT_RATIO": "aspect_ratio", "NGRAM_ROWS": "ngram_rows"}  # whe
 def written(text, constants):
     """train.py's text with {name: value} in place of its own lines; each must be there once."""
     for name, value in constants.items():
-        shown = f"2**{value.bit_length() - 1}" if name == "TOTAL_BATCH_SIZE" and value & (value - 1) == 0 else value
+        shown = f"2**{value.bit_length() - 1}" if value > 2**11 and value & (value - 1) == 0 else value
         text, count = re.subn(rf"^({name} = )[^#\n]*?( *#.*)?$", rf"\g<1>{shown}\g<2>", text, flags=re.MULTILINE)
         if count != 1:
             sys.exit(f"error: train.py has {count} lines of the form {name} = …, so nothing was written")
@@ -147,25 +148,29 @@ def fit(budget, dataset, epoch):
         if "why" not in size:
             size["epochs"] = budget * size["tok_sec"] / epoch
         figures = size.get("why") or "{tok_sec:12,.0f} {train_peak_mb:9,.0f} {epochs:8.2f}".format(**size)
-        print("  {depth:5} {total:17} {rows:18} {0}".format(figures, **size), flush=True)
+        tables = "  with tables of n-grams" if "ngram_rows" in size else ""
+        print("  {depth:5} {total:17} {rows:18} {0}{1}".format(figures, tables, **size), flush=True)
         return size
 
     choice, done = climb(budget, dataset.vocab_size, dataset.sequence_length, limit_mb, measure)
     if choice is None:
         why = done[-1].get("why", "not one row fits into this machine's free memory").removeprefix("error: ")
         sys.exit(f"error: {why}; train.py keeps its constants")
-    if train.GPU and (size := with_tables(choice, budget * choice["tok_sec"])):
-        size = timed(measure, limit_mb, done, **size)
+    for tried in with_tables(choice, budget * choice["tok_sec"]) if train.GPU and not of_group() else ():
+        size = timed(measure, limit_mb, done, **tried)
         if size and size["epochs"] <= ONCE and size["tok_sec"] >= PAYS * choice["tok_sec"]:
-            choice = size
+            return size, done
     return choice, done
 
 
 def main():
     budget, dataset, path = project.settings()[0], prepare.get_dataset(train.DATASET), ROOT / "train.py"
+    if getattr(train, "NGRAM_ROWS", 0):
+        sys.exit("error: train.py has tables of n-grams already, and sizes are fitted without: NGRAM_ROWS = 0 and "
+                 "ASPECT_RATIO as it was, then make tune")  # fmt: skip
     cache = prepare.TokenCache.load(dataset)
     epoch = int(np.diff(cache.offsets("train"))[cache.pieces("train") <= 1].sum())  # see batches.training_order
-    name, tuning = bench.last_archive("tune", dataset=dataset.name, budget=budget)
+    name, tuning = bench.last_archive("tune", dataset=dataset.name, budget=budget, epoch=epoch)
     if "--known" in sys.argv and tuning:
         files.write_atomically(path, written(path.read_text(), tuning["constants"]))
         print(f"tune     as found before, data/{name}: {tuning['why']}")
@@ -178,7 +183,8 @@ def main():
         f"{choice['epochs']:.2f} epochs (docs/tuning.md)"
     )
     text = written(path.read_text(), constants)
-    archive = bench.archive("tune", dataset=dataset.name, budget=budget, constants=constants, why=why, timed=done)
+    same = {"dataset": dataset.name, "budget": budget, "epoch": epoch}
+    archive = bench.archive("tune", **same, constants=constants, why=why, timed=done)
     files.write_atomically(path, text)
     print(f"{why}\n{in_words(constants)} written to train.py; archived in data/{archive}")
 
