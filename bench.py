@@ -34,8 +34,6 @@ FIGURES = {  # name: (label, unit, decimals)
     "eval_peak_mb": ("peak memory of evaluation", "MB", 0),
 }
 
-# --- what is measured ------------------------------------------------------------------------------
-
 
 def median_seconds(work, seconds=2.0):
     """Of `work`, which evaluates all that it makes; called once before, to warm up."""
@@ -94,9 +92,6 @@ def in_child(**options):
     if child.returncode == 0:
         return json.loads(child.stdout.splitlines()[-1])
     return {"why": (child.stderr.splitlines() or [f"ended by signal {-child.returncode}, as when memory is short"])[-1]}
-
-
-# --- what is kept of it ----------------------------------------------------------------------------
 
 
 def archive(kind, **content):

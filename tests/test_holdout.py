@@ -4,6 +4,15 @@ import json
 
 import pytest
 
+from scripts.judge.evidence import Observation
+from scripts.judge.holdout import measured_anew
+
+
+def test_the_sessions_noise_is_known_where_one_pair_is_all_there_is():
+    known = [Observation("a", 42 + i, 1.5 + luck, 1e4) for i, luck in enumerate((0.0005, -0.0005, 0.0003, -0.0003))]
+    alone, pooled = (measured_anew(runs, (1.0, 1.0), [(50, (0.0, 0.0), (1.3, 1.28))]) for runs in ((), known))
+    assert pooled.error < alone.error / 2 and pooled.gain == pytest.approx(0.02, abs=1e-3)
+
 
 @pytest.mark.slow
 def test_baseline_against_best_in_turn_with_fresh_seeds(session):

@@ -38,7 +38,7 @@ def test_edges_of_the_table(gain, faster, sure, expected):
 
 @pytest.mark.parametrize(("faster", "harmless", "fewer_lines", "expected"), [
     (0.0, 0.96, True, "keep"), (-0.05, 0.96, True, "keep"), (-0.050001, 0.96, True, "discard"),
-    (0.0, 0.96, False, "discard"), (0.0, 0.93, True, "discard"),  # a loss that matters is not ruled out
+    (0.0, 0.96, False, "discard"), (0.0, 0.92, True, "discard"),  # a loss that matters is not ruled out
 ])  # fmt: skip
 def test_simpler_code_at_its_edges(faster, harmless, fewer_lines, expected):
     assert word(0.0, faster, harmless=harmless, fewer_lines=fewer_lines) == expected
@@ -56,11 +56,11 @@ def test_another_run_is_made_while_it_may_settle_it():
     assert "reference" in rule(facts(next="old"))[1]
     assert word(next="new", promise=0.1) == "discard"  # hopeless
     assert word(0.02, sure=SEEN, next="new") == "keep"  # settled
-    assert word(0.02, sure=0.949, next="new") == "rerun" and word(0.02, sure=0.951, next="new") == "keep"
+    assert word(0.02, sure=0.929, next="new") == "rerun" and word(0.02, sure=0.931, next="new") == "keep"
     almost = {"sure": 0.9, "harmless": 0.97, "next": "new"}
     assert word(0.004, faster=0.12, **almost) == "keep"  # whatever its gain turns out to be
     assert word(0.004, faster=0.12, unearned=("judge", "a step teaches less"), **almost) == "rerun"
-    assert word(0.004, faster=0.12, **{**almost, "harmless": 0.93}) == "rerun"
+    assert word(0.004, faster=0.12, **{**almost, "harmless": 0.92}) == "rerun"
 
 
 def test_a_loss_that_matters_is_looked_at_where_the_code_is_shorter_or_faster():
@@ -131,7 +131,7 @@ def test_first_comes_again_then_another_run_then_the_table(judged):
     same = {"old": "a = 1", "new": "# more\nmx.random.seed(7)\na = 1"}
     assert judged([run(1.2, blob="new")], old, texts=same).word == "again"
     found = judged([run(1.495, blob="new", seed=50)], old)
-    assert (found.word, found.next) == ("rerun", "make run AGAIN=1") and "sure; 95 % is asked" in verdict.reason(found)
+    assert (found.word, found.next) == ("rerun", "make run AGAIN=1") and "sure; 93 % is asked" in verdict.reason(found)
     assert judged([run(1.4, blob="new")], old).word == "keep"
     assert judged([run(1.6, blob="new")], old).word == "discard"
 

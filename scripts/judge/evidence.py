@@ -19,6 +19,7 @@ SPEED = 0.01  # of throughput: the same
 # twice as much (Kaplan et al. 2020: loss falls as the -0.05th power of compute, and faster where budgets are small).
 COST, STEPS = 0.07, -1.0  # of val_bpb; of the logarithm of throughput
 MOST, MOST_OF_REFERENCE = 3, 4  # runs of a candidate; of a reference, which serves many and may have had luck
+NOISES = 0.2, 5.0  # the least and the most of a run's noise by its steps, in sigmas
 SAFE, DOUBTFUL = 0.975, 0.80  # how sure a kept gain is after the winner's curse: below the second it is unproven
 CLOSE = 0.70  # how sure a gain was that was put back and is worth another look
 
@@ -53,9 +54,9 @@ def gain_words(seen):
 
 
 def percent(sure):
-    """A probability as `97`, `99.6`, `>99.9`."""
+    """A probability as `97`, `99.6`, `>99.9`; it never says more than is so."""
     sure *= 100
-    return ">99.9" if sure > 99.9 else "<0.1" if sure < 0.1 else f"{sure:.0f}" if 1 < sure < 99 else f"{sure:.1f}"
+    return ">99.9" if sure > 99.9 else "<0.1" if sure < 0.1 else f"{int(sure)}" if 1 < sure < 99 else f"{sure:.1f}"
 
 
 class Evidence:
@@ -210,7 +211,7 @@ def of_session(attempts, rows, like):
     records = [archive[run_id] for run_id in made if like and not record.differences(archive[run_id], like)]
     records = records or ([like] if like else [])
     loads, steps = [load(r) for r in records], [r["training"]["total_steps"] for r in records]
-    noises = np.clip(np.median(steps) / steps, 0.2, 5.0) if steps else ()
+    noises = np.clip(np.median(steps) / steps, *NOISES) if steps else ()
     known = {r["train_blob"] for r in records}
     found = [Observation(row.blob or f"row {row.number}", -row.number, row.bpb, row.rate)
              for row in rows if row.status != "crash" and row.blob not in known]  # fmt: skip

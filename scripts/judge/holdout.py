@@ -5,9 +5,11 @@ scored on the validation split and on the test split. Every look at the test spl
 another budget than the session's, or on another dataset, tells what is left of the gain there.
 """
 
+import numpy as np
+
 from harness import project
 from scripts import session
-from scripts.judge.evidence import Evidence, Observation, gain_words, load, unused
+from scripts.judge.evidence import NOISES, Evidence, Observation, gain_words, load, unused
 from scripts.run import experiment
 from scripts.session import Refused, Session, commit_with, on_dataset, options, run_command, tell
 from scripts.show import summary
@@ -66,7 +68,7 @@ def main(args):
         gain = bpbs["baseline"][0] - bpbs["best"][0]  # that on test is told below, once the look is noted
         tell(f"pair {number + 1}: gain {gain:+.4f} on validation")
     runs, longer = night.evidence.runs, project.settings()[0] / (night.like or {}).get("budget", project.settings()[0])
-    noises = [next(run.noise for run in runs if run.program == e.program) / longer for e in (first, best)]
+    noises = np.clip([next(r.noise for r in runs if r.program == e.program) / longer for e in (first, best)], *NOISES)
     known = () if "DATASET" in there else runs  # where bits per byte are alike
     seen, (fresh, test) = night.gain, (measured_anew(known, noises, column) for column in zip(*looks, strict=True))
     pair = {"baseline": first.commit, "best": best.commit, "pairs": len(looks), "where": there, "night": seen.gain}

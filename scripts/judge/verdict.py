@@ -4,6 +4,7 @@ First `again`: the program is the reference, or computes the same. Then `rerun`:
 The rest is a table. Differences at equal steps stand in a note.
 """
 
+import math
 from collections import namedtuple
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -14,7 +15,7 @@ from scripts.session import Refused, record
 
 # --- the thresholds ---------------------------------------------------------------------------------
 
-SURE = 0.95  # how sure one must be
+SURE = 0.93  # how sure one must be
 BAR = NormalDist().inv_cdf(SURE)  # the same in standard errors
 CLEAR = 0.005  # bits per byte: a gain that may cost throughput, and a loss that matters
 WEAK = 2.0  # sigmas: a loss matters from CLEAR on, or from so many sigmas where that is more
@@ -28,7 +29,7 @@ TEACHES_LESS = 2.0  # standard errors at equal steps, beyond which a step of the
 # 0.2); how it is said; what to type. A run of the reference serves all candidates to come.
 NEXT = {
     "old": (0.03, "another run of the reference", "make run REFERENCE=1"),
-    "new": (0.2, "another run of it", "make run AGAIN=1"),
+    "new": (0.25, "another run of it", "make run AGAIN=1"),
 }
 
 
@@ -157,6 +158,9 @@ def of_attempt(this_session, attempt, rows):
         known = [r for r in record.archived() if r["train_blob"] == row.blob and r["run_id"] != run["run_id"]]
         if known and (unlike := record.differences(run, known[-1])):
             raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
+    kept = session.kept_rows(rows)
+    if kept and kept[0].blob != old and kept[0].number < (attempt.get("row") or math.inf):
+        verdict.notes.append(f"row {kept[0].number}, kept, is not on this branch any more: make discard names it")
     verdict.rule = again(new, old)
     if verdict.rule:
         return verdict
@@ -173,7 +177,7 @@ def of_attempt(this_session, attempt, rows):
         verdict.notes.append(f"the record of {row.commit} is not in data/: its row was compared, the device was not")
     if equal:
         words = f"{abs(equal[0]):.4f} ± {equal[1]:.4f} nats a token {'lower' if equal[0] < 0 else 'higher'}"
-        verdict.notes.append(f"at equal steps training loss is {words}")
+        verdict.notes.append(f"at equal steps, in the second quarter, training loss is {words}")
     return verdict
 
 

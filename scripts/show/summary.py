@@ -28,20 +28,20 @@ def lines(this_session, attempt, baseline=False):
         if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(this_session.attempts(), rows, run)[1])
             return [*found, *disturbed, "noise    {}; {}".format(*noise(evidence)), IDEA]
-        found = [line.partition("  val_bpb")[0] for line in found]  # what it says is in the verdict
         attempt = waits  # what follows is about the candidate
     try:
         decision = verdict.of_attempt(this_session, attempt, rows)
     except verdict.Incomparable as refused:
-        return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard, or make baseline AGAIN=1"]
+        return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard; make baseline AGAIN=1"]
     if decision.word == "again":
         found = found or [brief(attempt)]
         told = f"verdict  again: {decision.rule}", "noise    {}; {}".format(*noise(decision.evidence))
         return [*found, *disturbed, *told, IDEA]
     ran = f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"
-    again = decision.word == "rerun"  # then the figures are told when it is settled
-    found = found or [ran] if again else [*found, ran, *figures(decision), *against(decision), *disturbed]
-    found.append(f"verdict  {decision.word}: {verdict.reason(decision, gain=again)}")
+    found = [line.partition("  val_bpb")[0] for line in found]  # measured beside a load, it reads as a gap
+    is_open = decision.word == "rerun" and not attempt.get("logged")  # the rest is told when it is settled
+    found = found or [ran] if is_open else [*found, ran, *figures(decision), *against(decision), *disturbed]
+    found.append(f"verdict  {decision.word}: {verdict.reason(decision, gain=is_open)}")
     return found if baseline else [*found, f"next     {then(decision, attempt)}"]  # baseline.sh does the next step
 
 
@@ -60,7 +60,7 @@ def against(decision):
     found = [f"note     {note}" for note in decision.notes]
     if row := decision.row:
         runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
-        found.insert(0, f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:40]}")
+        found.insert(0, f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:20]}")
     return found
 
 
@@ -68,12 +68,12 @@ def figures(decision):
     """Five figures: val_bpb and throughput by all runs of the program, with what changed; the rest by this run."""
     training, result, seen = decision.run["training"], decision.run["result"], decision.seen
     some = result.get("eval_rows") != result.get("eval_rows_of")
-    rows = "{eval_rows} of {eval_rows_of} rows, ± {val_bpb_stderr:.4f}".format(**result) if some else ""
+    rows = "{eval_rows} of {eval_rows_of} rows, ± {val_bpb_stderr:.4f} over rows".format(**result) if some else ""
     gain, faster = (f"gain {gain_words(seen)}", f"{100 * seen.faster:+.1f} %") if seen else ("", "")
     shown = (("val_bpb", f"{decision.new.bpb:.6f}", gain),
              ("peak_memory_mb", f"{training['peak_memory_mb']:.1f}", ""),
              ("avg_tok_sec", f"{decision.new.rate:.0f}", faster),
-             ("total_steps", training["total_steps"], ""),
+             ("total_steps", training["total_steps"], "in this run"),
              ("eval_seconds", f"{training['eval_seconds']:.1f}", rows))  # fmt: skip
     return [f"{name:14} {value:>13}  {words}".rstrip() for name, value, words in shown]
 
@@ -83,9 +83,6 @@ def brief(attempt):
     run = session.record_of(attempt)
     words = f"{attempt['role']:9} {(attempt['commit'] or '0' * 7)[:7]}  seed {attempt['seed']}"
     return f"{words}  val_bpb {run['result']['val_bpb']:.6f}, {run['training']['avg_tok_sec']:.0f} tok/s"
-
-
-# --- a run that failed ---------------------------------------------------------------------------------
 
 
 def failure(attempt, baseline=False):

@@ -62,9 +62,10 @@ def standing(night):
 
 def noise(evidence):
     """(how far one run is off, by what that is known)."""
-    shared = len(evidence.runs) - len(evidence.column)
-    known = f"by {counted(evidence.df or shared, 'repeat')}{'' if evidence.df else ' beside other work'}"
-    known = known if shared else "a guess: make run REFERENCE=1 N=4 measures it"
+    repeats = len(evidence.runs) - len(evidence.column)
+    known = f"by {counted(evidence.df or repeats, 'repeat')}{'' if evidence.df else ' beside other work'}"
+    quiet = not any(run.load for run in evidence.runs)
+    known = known if repeats else "a guess" + ": make run REFERENCE=1 N=4 measures it" * quiet
     return f"± {evidence.sigma:.4f} of one run, ± {evidence.same_seed:.4f} between equal seeds", known
 
 
