@@ -117,7 +117,8 @@ def main():
     if options := sys.argv[1:]:  # of in_child
         print(json.dumps(training(**json.loads(options[0]))[-1]))
         return
-    dataset, device, load = prepare.get_dataset(train.DATASET), machine.describe(), psutil.getloadavg()[0]
+    dataset, device = prepare.get_dataset(train.DATASET), machine.describe()
+    load, *_ = machine.allowed(psutil.getloadavg) or [0.0]
     prepare.TokenCache.load(dataset)  # or it ends here
     _, before = last_archive("bench", dataset=dataset.name)
     print("train.py on {name} ({backend}, BLAS: {blas}, mlx {mlx}), load {load:.1f}".format(**device, load=load))

@@ -106,13 +106,13 @@ def stock(session, tmp_path):
 def test_a_session_on_stock_tools(stock):
     assert stock.run("sh", "-c", "command -v timeout flock setsid jq realpath").stdout == ""
     stock.git("checkout", "-q", "main")
-    stock.make("setup", "TAG=stock", check=0)
+    stock.make("setup", "TAG=stock", "BUDGET=0.5", "TIMEOUT=9", check=0)
     stock.make("baseline", check=0)
     assert "discard" in stock.experiment("prepare.finish(1.6)").stdout
     stock.make("log-result", "STATUS=discard", "DESC=größer", check=0)
     stock.make("discard", check=0)
     stock.write_train("import time\nwhile True: time.sleep(0.1)")
-    assert "timeout (exit 124)" in stock.make("run", "TIMEOUT=1").stdout
+    assert "timeout (exit 124)" in stock.make("run").stdout
     stock.make("log-result", "STATUS=crash", "DESC=never ends", check=0)
     stock.make("discard", check=0)
     stock.experiment("prepare.finish(1.4)", "keep")

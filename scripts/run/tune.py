@@ -16,7 +16,7 @@ import psutil
 import bench
 import prepare
 import train
-from harness import files, project
+from harness import files, machine, project
 from harness.project import ROOT
 from scripts.run.experiment import of_group
 
@@ -133,12 +133,14 @@ def in_words(constants):
 
 def fit(budget, dataset, epoch):
     """Time sizes, in a table; returns (the choice, all that was timed). Exits where none can be had."""
-    others = psutil.cpu_percent(interval=2.0) / 100  # now: what ran a moment ago, `make prepare` say, does not count
+    # now: what ran a moment ago, `make prepare` say, does not count
+    others = (machine.allowed(lambda: psutil.cpu_percent(interval=2.0)) or 0.0) / 100
     if others > BUSY and not train.CUDA:
         presets = in_words({name: getattr(train, name) for name in list(CONSTANTS)[:3]})
         sys.exit(f"error: this machine is busy (others use {100 * others:.0f} % of its processor), so steps timed "
                  f"would fit the load. Go on with {presets}, or make tune when it is quiet")  # fmt: skip
-    free = mx.device_info().get("free_memory") or psutil.virtual_memory().available  # of a CUDA device, of the machine
+    free = mx.device_info().get("free_memory")  # of a CUDA device
+    free = free or machine.allowed(lambda: psutil.virtual_memory().available) or 2**32
     limit_mb = MEMORY_SHARE * free / 2**20
     print(f"{dataset.name}, {budget:g} s; training may take {limit_mb:,.0f} MB")
     print("  DEPTH  TOTAL_BATCH_SIZE  DEVICE_BATCH_SIZE        tok/s   peak MB   epochs", flush=True)
