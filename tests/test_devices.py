@@ -1,5 +1,6 @@
 """Several devices: ranks that train one model together, and runs side by side, one on each device."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -15,6 +16,13 @@ from harness import devices, record, run_checks
 
 SMALL = {"DEVICE_BATCH_SIZE": 1}  # on all rows alone: sums in another order move these losses by 0.003
 SMALL |= {"WEIGHT_DECAY": 0.0, "WARMDOWN": 0.0}  # as it is, the rate hangs on the clock
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone(tmp_path_factory):
+    """Groups of one machine share ports, and each checkout has a lock of its own."""
+    with open(tmp_path_factory.getbasetemp().parent / "groups", "w") as file:
+        yield fcntl.flock(file, fcntl.LOCK_EX)
 
 
 @pytest.fixture(scope="module")

@@ -346,8 +346,7 @@ def test_what_was_put_back_is_not_kept(session):
 def test_a_verdict_that_asks_for_a_run_is_short_and_hides_no_figure_later(session):
     told = session.experiment("prepare.finish(1.499)").stdout.splitlines()
     assert [line.split()[0] for line in told] == ["valid", "verdict", "next"] and "93 % is asked" in told[1]
-    told = session.make("run", "REFERENCE=1", "N=3", check=0).stdout.splitlines()
-    told = told[[i for i, line in enumerate(told) if line.startswith("reference")][-1] :]
+    told = session.make("run", "REFERENCE=1", "N=3", check=0).stdout.split("reference ")[-1].splitlines()
     assert "val_bpb" not in told[0] and told[1].split()[0] in ("valid", "verdict")
 
 

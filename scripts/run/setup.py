@@ -6,6 +6,7 @@ import os
 import prepare
 from harness import files, project
 from scripts import settings
+from scripts.run import launch
 from scripts.session import HEADER, Refused, Session, commit_with, on_dataset, options, run_command
 
 
@@ -13,6 +14,8 @@ def main(args):
     given = settings.in_force({})
     os.environ |= {settings.TO_PYTHON[name]: text for name, text in given.items() if name in settings.TO_PYTHON}
     dataset = prepare.get_dataset(args.dataset or project.dataset_of_train())  # an unknown name ends here
+    if given["HOSTS"]:
+        launch.hostfile()  # refused where it cannot be one
     session = Session(args.tag)
     if session.tag.lower() in ("none", "detached") or session.attempts():
         raise Refused(f"TAG={session.tag} is the name of other runs: choose another one")

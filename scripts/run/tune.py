@@ -133,8 +133,7 @@ def in_words(constants):
 
 def fit(budget, dataset, epoch):
     """Time sizes, in a table; returns (the choice, all that was timed). Exits where none can be had."""
-    # now: what ran a moment ago, `make prepare` say, does not count
-    others = (machine.allowed(lambda: psutil.cpu_percent(interval=2.0)) or 0.0) / 100
+    others = (machine.allowed(lambda: psutil.cpu_percent(interval=2.0)) or 0.0) / 100  # now: what just ran is over
     if others > BUSY and not train.CUDA:
         presets = in_words({name: getattr(train, name) for name in list(CONSTANTS)[:3]})
         sys.exit(f"error: this machine is busy (others use {100 * others:.0f} % of its processor), so steps timed "
