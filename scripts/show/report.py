@@ -44,7 +44,7 @@ def home(night, safe):
     if 0 < len(safe) < count:
         steps = [f"git checkout -b {shlex.quote(f'{night.tag}-safe')} {night.first.commit}"]
         for e in safe:
-            words = shlex.quote(f"{one_line(e.description)} ({gain_words(e.gain)})") + " || git checkout HEAD -- train.py"
+            words = shlex.quote(f"{one_line(e.description)} ({gain_words(e.gain)})") + " || git checkout @ -- train.py"
             steps.append(f"git diff {e.before.commit} {e.commit} -- train.py | git apply -3 && git commit -qm {words}")
         what = f"The {len(safe)} safe ones alone, on the baseline, but what needs lines of others; never measured so"
         found.insert(0, (what, "\n".join(steps)))
