@@ -184,6 +184,13 @@ def kept_rows(rows):
     return [row for row in reversed(rows) if row.status == "keep" and newest[row.blob or row.line] is row]
 
 
+def taken_back(rows, reference):
+    """The newest kept row, if the branch does not stand on its program. reference: the one that it does stand on."""
+    newest = next(iter(kept_rows(rows)), None)
+    same = newest is reference or (newest and reference and newest.blob == reference.blob)
+    return None if same else newest
+
+
 def programs_of(head):
     """{program (blob): the newest commit that has it} of the commit `head` and all that it stands on."""
     commits = (git("rev-list", head, "--", "train.py") or "").splitlines()

@@ -189,10 +189,9 @@ def kept(args):
             word = "crash" if failed else "discard"
             raise Refused(f'the newest run is not logged yet: make log-result STATUS={word} DESC="…" comes first')
     row = this_session.reference(rows, args.kept)
-    for other in session.kept_rows(rows)[:1]:
-        if other is not row and not (row and other.blob == row.blob):
-            session.say(f"note: row {other.number}, kept, is not on this branch: history was rewritten or taken back. "
-                        f"git reset --hard {other.commit} goes on from there")  # fmt: skip
+    if other := session.taken_back(rows, row):
+        session.say(f"note: row {other.number}, kept, is not on this branch: history was rewritten or taken back. "
+                    f"git reset --hard {other.commit} goes on from there")  # fmt: skip
     print(row.commit if row else "")
 
 

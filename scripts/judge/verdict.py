@@ -4,7 +4,6 @@ First `again`: the program is the reference, or computes the same. Then `rerun`:
 The rest is a table. Differences at equal steps stand in a note.
 """
 
-import math
 from collections import namedtuple
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -145,11 +144,14 @@ def of_attempt(this_session, attempt, rows):
     run = session.record_of(attempt)
     if run is None:
         raise Refused("the record of the newest run is gone from data/, or was changed: make run AGAIN=1")
-    row = this_session.reference(rows[: attempt["row"] - 1] if attempt.get("row") else rows, attempt["commit"])
+    before = rows[: attempt["row"] - 1] if attempt.get("row") else rows
+    row = this_session.reference(before, attempt["commit"])
     records, observations = of_session(this_session.attempts(), rows, run)
     evidence, new = Evidence(observations), run["train_blob"]
     old = row and (row.blob or f"row {row.number}")
     verdict = Verdict(run, row, evidence, side(evidence, new), row and side(evidence, old))
+    if gone := session.taken_back(before, row):
+        verdict.notes.append(f"row {gone.number}, kept, is not on this branch: make discard says the way back")
     if row is None:
         verdict.word, verdict.rule = "keep", "nothing was kept before: it becomes what all is compared with"
         return verdict
@@ -158,9 +160,6 @@ def of_attempt(this_session, attempt, rows):
         known = [r for r in record.archived() if r["train_blob"] == row.blob and r["run_id"] != run["run_id"]]
         if known and (unlike := record.differences(run, known[-1])):
             raise Incomparable(f"not comparable with the last kept run {row.commit}: {'; '.join(unlike)}")
-    kept = session.kept_rows(rows)
-    if kept and kept[0].blob != old and kept[0].number < (attempt.get("row") or math.inf):
-        verdict.notes.append(f"row {kept[0].number}, kept, is not on this branch any more: make discard names it")
     verdict.rule = again(new, old)
     if verdict.rule:
         return verdict

@@ -49,8 +49,6 @@ NO_MEMORY = re.compile(r"MemoryError|bad_alloc|(?i:out of memory|unable to alloc
 def begin(this_session):
     """What comes before any run: take the device, and clear up after commands that were killed. Returns the locks."""
     held = lock.take()
-    if of_group():
-        launch.hostfile()  # refused where it cannot be one
     this_session.link()
     log_result.complete_begun(this_session)
     for folder in (ROOT, project.DATA, project.STORE, this_session.folder):
@@ -94,6 +92,8 @@ def run_once(this_session, held, role, commit, head, seed, pair=None):
     held: the locks. role: candidate, reference, ablation or holdout, whose attempt has its test score under `test`.
     commit: what is checked out for it, or None for the folder at hand.
     """
+    if of_group():
+        launch.hostfile()  # refused where it cannot be one: that is no fault of the program's
     budget, timeout = project.settings()[0], project.positive("TIMEOUT", os.environ.get("TIMEOUT") or "600")
     with checked_out(commit) as folder:
         last, holdout = folder / "data" / "last_run.json", role == "holdout"

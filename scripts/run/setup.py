@@ -12,7 +12,7 @@ from scripts.session import HEADER, Refused, Session, commit_with, on_dataset, o
 
 def main(args):
     given = settings.in_force({})
-    os.environ |= {settings.TO_PYTHON[name]: text for name, text in given.items() if name in settings.TO_PYTHON}
+    os.environ |= {settings.TO_PYTHON.get(name, name): text for name, text in given.items()}
     dataset = prepare.get_dataset(args.dataset or project.dataset_of_train())  # an unknown name ends here
     if given["HOSTS"]:
         launch.hostfile()  # refused where it cannot be one

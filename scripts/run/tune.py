@@ -50,7 +50,7 @@ PAYS = 0.8  # share of throughput that they must leave: they are worth a quarter
 
 def with_tables(choice, tokens):
     """Sizes with tables of n-grams, to be tried in turn, where a budget holds `tokens`. choice: the ladder's."""
-    if choice["epochs"] > ONCE or not 5e6 <= tokens <= 600e6:
+    if not train.GPU or of_group() or choice["epochs"] > ONCE or not 5e6 <= tokens <= 600e6:
         return []
     large = {"depth": 6, "aspect_ratio": 96, "total": 2**17, "rows": 64, "ngram_rows": 2**19}  # width 640
     small = {key: choice[key] for key in ("depth", "total", "rows")} | {"ngram_rows": 2**17 if tokens < 12e6 else 2**18}
@@ -120,7 +120,7 @@ CONSTANTS |= {"ASPECT_RATIO": "aspect_ratio", "NGRAM_ROWS": "ngram_rows"}  # whe
 def written(text, constants):
     """train.py's text with {name: value} in place of its own lines; each must be there once."""
     for name, value in constants.items():
-        shown = f"2**{value.bit_length() - 1}" if value > 2**11 and value & (value - 1) == 0 else value
+        shown = f"2**{value.bit_length() - 1}" if value >= 2**11 and value & (value - 1) == 0 else value
         text, count = re.subn(rf"^({name} = )[^#\n]*?( *#.*)?$", rf"\g<1>{shown}\g<2>", text, flags=re.MULTILINE)
         if count != 1:
             sys.exit(f"error: train.py has {count} lines of the form {name} = …, so nothing was written")
@@ -138,8 +138,7 @@ def fit(budget, dataset, epoch):
         presets = in_words({name: getattr(train, name) for name in list(CONSTANTS)[:3]})
         sys.exit(f"error: this machine is busy (others use {100 * others:.0f} % of its processor), so steps timed "
                  f"would fit the load. Go on with {presets}, or make tune when it is quiet")  # fmt: skip
-    free = mx.device_info().get("free_memory")  # of a CUDA device
-    free = free or machine.allowed(lambda: psutil.virtual_memory().available) or 2**32
+    free = mx.device_info().get("free_memory") or machine.allowed(lambda: psutil.virtual_memory().available) or 2**32
     limit_mb = MEMORY_SHARE * free / 2**20
     print(f"{dataset.name}, {budget:g} s; training may take {limit_mb:,.0f} MB")
     print("  DEPTH  TOTAL_BATCH_SIZE  DEVICE_BATCH_SIZE        tok/s   peak MB   epochs", flush=True)
@@ -157,7 +156,7 @@ def fit(budget, dataset, epoch):
     if choice is None:
         why = done[-1].get("why", "not one row fits into this machine's free memory").removeprefix("error: ")
         sys.exit(f"error: {why}; train.py keeps its constants")
-    for tried in with_tables(choice, budget * choice["tok_sec"]) if train.GPU and not of_group() else ():
+    for tried in with_tables(choice, budget * choice["tok_sec"]):
         size = timed(measure, limit_mb, done, **tried)
         if size and size["epochs"] <= ONCE and size["tok_sec"] >= PAYS * choice["tok_sec"]:
             return size, done

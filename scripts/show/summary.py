@@ -21,26 +21,27 @@ def lines(this_session, attempt, baseline=False):
     """The summary of a run (see experiment.py) in the session `this_session`."""
     if attempt["status"] != "valid":
         return failure(attempt, baseline)
-    run, rows, found = session.record_of(attempt), this_session.rows()[0], []
+    run, rows = session.record_of(attempt), this_session.rows()[0]
     disturbed = [f"busy     {words}"] if run and (words := busy(run)) else []
+    made = [attempt] if attempt["role"] == "reference" and not attempt["pair"] else []
     if attempt["role"] == "reference":  # made for the candidate that waits, if one does
-        found, waits = [] if attempt["pair"] else [brief(attempt)], this_session.newest()
+        waits = this_session.newest()
         if not waits or waits["status"] != "valid" or waits.get("logged"):
             evidence = Evidence(of_session(this_session.attempts(), rows, run)[1])
-            return [*found, *disturbed, "noise    {}; {}".format(*noise(evidence)), IDEA]
+            return [*map(brief, made), *disturbed, "noise    {}; {}".format(*noise(evidence)), IDEA]
         attempt = waits  # what follows is about the candidate
     try:
         decision = verdict.of_attempt(this_session, attempt, rows)
     except verdict.Incomparable as refused:
-        return [*found, *disturbed, f"verdict  none: {refused}", "next     make discard; make baseline AGAIN=1"]
+        told = f"verdict  none: {refused}", "next     make discard; make baseline AGAIN=1"
+        return [*map(brief, made), *disturbed, *told]
     if decision.word == "again":
-        found = found or [brief(attempt)]
         told = f"verdict  again: {decision.rule}", "noise    {}; {}".format(*noise(decision.evidence))
-        return [*found, *disturbed, *told, IDEA]
+        return [*map(brief, made or [attempt]), *disturbed, *told, IDEA]
+    found = [brief(reference, measured=False) for reference in made]  # beside a load that would read as a gap
     ran = f"valid    {(attempt['commit'] or '0' * 7)[:7]}  {attempt['wall_seconds']:.0f} s in all"
-    found = [line.partition("  val_bpb")[0] for line in found]  # measured beside a load, it reads as a gap
     is_open = decision.word == "rerun" and not attempt.get("logged")  # the rest is told when it is settled
-    found = found or [ran] if is_open else [*found, ran, *figures(decision), *against(decision), *disturbed]
+    found = found or [ran] if is_open else [*found, ran, *figures(decision), *disturbed]
     found.append(f"verdict  {decision.word}: {verdict.reason(decision, gain=is_open)}")
     return found if baseline else [*found, f"next     {then(decision, attempt)}"]  # baseline.sh does the next step
 
@@ -55,17 +56,8 @@ def then(decision, attempt):
     return f'make log-result STATUS={status} DESC="…"' + "; make discard" * (status == "discard")
 
 
-def against(decision):
-    """What the program was compared with, and what else was seen."""
-    found = [f"note     {note}" for note in decision.notes]
-    if row := decision.row:
-        runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
-        found.insert(0, f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:20]}")
-    return found
-
-
 def figures(decision):
-    """Five figures: val_bpb and throughput by all runs of the program, with what changed; the rest by this run."""
+    """val_bpb and throughput by all runs of the program, three figures of this run, what it is compared with, notes."""
     training, result, seen = decision.run["training"], decision.run["result"], decision.seen
     some = result.get("eval_rows") != result.get("eval_rows_of")
     rows = "{eval_rows} of {eval_rows_of} rows, ± {val_bpb_stderr:.4f} over rows".format(**result) if some else ""
@@ -75,14 +67,18 @@ def figures(decision):
              ("avg_tok_sec", f"{decision.new.rate:.0f}", faster),
              ("total_steps", training["total_steps"], "in this run"),
              ("eval_seconds", f"{training['eval_seconds']:.1f}", rows))  # fmt: skip
-    return [f"{name:14} {value:>13}  {words}".rstrip() for name, value, words in shown]
+    found = [f"{name:14} {value:>13}  {words}".rstrip() for name, value, words in shown]
+    if row := decision.row:
+        runs = f"{counted(decision.new.runs, 'run')} against {decision.old.runs}"
+        found.append(f"against  {row.commit}  val_bpb {decision.old.bpb:.6f}, {runs}: {row.description[:20]}")
+    return found + [f"note     {note}" for note in decision.notes]
 
 
-def brief(attempt):
-    """One line on a run that is one of several: what was measured."""
-    run = session.record_of(attempt)
-    words = f"{attempt['role']:9} {(attempt['commit'] or '0' * 7)[:7]}  seed {attempt['seed']}"
-    return f"{words}  val_bpb {run['result']['val_bpb']:.6f}, {run['training']['avg_tok_sec']:.0f} tok/s"
+def brief(attempt, measured=True):
+    """One line on a run that is one of several, with what was measured or without."""
+    words, run = f"{attempt['role']:9} {(attempt['commit'] or '0' * 7)[:7]}", session.record_of(attempt)
+    found = f"  val_bpb {run['result']['val_bpb']:.6f}, {run['training']['avg_tok_sec']:.0f} tok/s" if measured else ""
+    return f"{words}  seed {attempt['seed']}{found}"
 
 
 def failure(attempt, baseline=False):
