@@ -48,7 +48,7 @@ def on_a_terminal(checkout, *words):
         stdin=inside,
         stdout=inside,
         stderr=inside,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: (fcntl.ioctl(0, termios.TIOCSCTTY, 0), signal.signal(signal.SIGINT, signal.SIG_DFL)),
         start_new_session=True,
     )
     os.close(inside)
